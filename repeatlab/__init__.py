@@ -1,0 +1,1 @@
+"""repeatlab: loss-driven dynamic batch repetition, compared fairly."""

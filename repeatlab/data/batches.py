@@ -1,0 +1,143 @@
+"""Minibatches as a function of (seed, index): every arm of a seed sees the same k-th one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repeatlab.data.augment import normalize, random_crop_flip
+from repeatlab.data.datasets import ImageSet
+from repeatlab.seeding import generator
+
+
+class Batch(NamedTuple):
+    """One minibatch of b samples, on the device of the dataset.
+
+    Attributes:
+        images: float32, (b, channels, height, width), augmented and normalised.
+        labels: int64, (b,).
+        indices: int64, (b,): which samples of the set these are.
+        index: Which fresh batch this is, from 0.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    index: int
+
+
+class TrainStream:
+    """The endless sequence of fresh minibatches of one run.
+
+    Every epoch visits the samples in a new random order; the rest that does not fill a batch is
+    left out of that epoch, as with `DataLoader(shuffle=True, drop_last=True)`.
+
+    Args:
+        data: The train split; batches are made on its device.
+        batch_size: Samples in a batch, at most `len(data)`.
+        seed: The run's seed.
+        mean: One value for each channel, of pixels scaled to [0, 1].
+        std: One value for each channel, of pixels scaled to [0, 1].
+        crop_padding: Zero pixels on each side before a random crop; 0 does not crop.
+        flip: Whether to mirror each image at even odds.
+
+    Raises:
+        ValueError: `batch_size` is below 1 or above the number of samples.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        *,
+        batch_size: int,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_padding: int = 0,
+        flip: bool = False,
+    ) -> None:
+        if not 1 <= batch_size <= len(data):
+            raise ValueError(
+                f"`batch_size` must be from 1 to the {len(data)} samples of the train split;"
+                f" not {batch_size}."
+            )
+        self.data = data
+        self.batch_size = batch_size
+        self.seed = seed
+        self.crop_padding = crop_padding
+        self.flip = flip
+        # On the device once: a transfer in every batch would make the host wait.
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=data.images.device)
+        self._std = torch.tensor(std, dtype=torch.float32, device=data.images.device)
+        self._epoch: int | None = None
+        self._order = torch.empty(0)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of full batches in one pass over the data."""
+        return len(self.data) // self.batch_size
+
+    def fresh_batch(self, index: int, view: int = 0) -> Batch:
+        """Return the fresh batch number `index`, from 0.
+
+        Args:
+            index: Any, in any order: nothing depends on what was asked for before.
+            view: 0 for the batch's own augmentation; other numbers show the same samples under
+                other draws.
+        """
+        return self.batch_of(self.indices(index), index, view)
+
+    def indices(self, index: int) -> Tensor:
+        """Return which samples the fresh batch number `index` holds: int64, (batch_size,)."""
+        if index < 0:
+            raise ValueError(f"`index` of a fresh batch counts from 0; not {index}.")
+        epoch, place = divmod(index, self.batches_per_epoch)
+        if epoch != self._epoch:
+            order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch))
+            self._order = order.to(self.data.labels.device)
+            self._epoch = epoch
+        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def batch_of(self, indices: Tensor, index: int, view: int = 0) -> Batch:
+        """Return a batch of samples that the caller has chosen.
+
+        Args:
+            indices: int64, (b,), into the data, of any length and with repeats if so wished.
+            index: The fresh batch this is; with `view` it decides the augmentation.
+            view: As in `fresh_batch`.
+        """
+        indices = indices.to(self.data.labels.device)
+        # Not images[indices]: on the CPU index_select copies whole images, 20 times faster.
+        images = self.data.images.index_select(0, indices)
+        if self.crop_padding or self.flip:
+            draws = generator(self.seed, f"augment/{view}" if view else "augment", index)
+            images = random_crop_flip(images, draws, padding=self.crop_padding, flip=self.flip)
+        return Batch(
+            normalize(images, self._mean, self._std),
+            self.data.labels.index_select(0, indices),
+            indices,
+            index,
+        )
+
+
+def iter_batches(
+    data: ImageSet, batch_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Iterator[Batch]:
+    """Yield all of `data` once, in order, normalised but not augmented.
+
+    The last batch holds what is left. `batch_size` only bounds memory: use what fits.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be 1 or more; not {batch_size}.")
+    everything = torch.arange(len(data), device=data.labels.device)
+    for index, indices in enumerate(everything.split(batch_size)):
+        # The samples lie side by side: a slice, not a gather.
+        images = data.images[index * batch_size : (index + 1) * batch_size]
+        labels = data.labels[index * batch_size : (index + 1) * batch_size]
+        yield Batch(normalize(images, mean, std), labels, indices, index)

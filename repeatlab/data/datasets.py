@@ -1,0 +1,201 @@
+"""Labelled image datasets as tensors in memory, with one fixed split into three parts.
+
+The split never depends on a run's seed: all runs tune on the same validation images and are
+tested on the same test images. A new dataset is one loader function and one line in `DATASETS`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repeatlab.data import sources
+
+SPLIT_SEED = 0  # of the one split that all runs share
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and their classes.
+
+    Attributes:
+        images: uint8, (n, channels, height, width), 0 to 255.
+        labels: int64, (n,), from 0.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"images must be a uint8 tensor (n, channels, height, width);"
+                f" got {self.images.dtype}, {tuple(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels must be an int64 tensor ({len(self.images)},), one for each image;"
+                f" got {self.labels.dtype}, {tuple(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: str | torch.device) -> ImageSet:
+        """Return the set on `device`."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def subset(self, indices: np.ndarray) -> ImageSet:
+        """Return the samples at `indices` (int64, (m,)), in that order."""
+        chosen = torch.from_numpy(indices).to(self.labels.device)
+        return ImageSet(self.images[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """One dataset, split.
+
+    Attributes:
+        name: The dataset's name in `DATASETS`.
+        train: What updates are made on.
+        validation: What is tuned on.
+        test: Read once, at the end.
+        classes: Number of classes.
+        mean: Mean of each channel over the train split, of pixels scaled to [0, 1].
+        std: Standard deviation of the same pixels (divisor n).
+    """
+
+    name: str
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# A loader returns what may be trained on, what must not, and how many of the former validate.
+Loader = Callable[[str | Path | None], tuple[ImageSet, ImageSet, int]]
+
+
+def load_splits(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    validation: int | None = None,
+    root: str | Path | None = None,
+) -> Splits:
+    """Load a dataset into the memory of `device`.
+
+    Args:
+        name: A key of `DATASETS`.
+        device: Where images and labels go.
+        validation: Number of validation samples, taken class by class out of the training part;
+            by default 5,000 (`mnist`, `cifar10`) or 359 (`digits`).
+        root: The data directory; by default `$REPEATLAB_DATA`, else `~/.cache/repeatlab`.
+
+    Raises:
+        ValueError: `name` is unknown, or `validation` leaves a class out of a split.
+        DataError: Files are missing or damaged.
+    """
+    if name not in DATASETS:
+        known = ", ".join(repr(key) for key in sorted(DATASETS))
+        raise ValueError(f"The `dataset` must be one of {known}; not {name!r}.")
+    development, test, default_validation = DATASETS[name](root)
+    count = default_validation if validation is None else validation
+    classes = int(development.labels.max()) + 1
+    if not classes <= count <= len(development) - classes:
+        raise ValueError(
+            f"`validation` must leave every class of {name} in both splits: from {classes} to"
+            f" {len(development) - classes} samples; not {count}."
+        )
+    train, held_out = _stratified_split(development, count)
+    mean, std = _moments(train.images)
+    return Splits(name, train.to(device), held_out.to(device), test.to(device), classes, mean, std)
+
+
+def _stratified_split(data: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
+    """Split off `held_out` samples, each class in proportion; always the same ones."""
+    from sklearn.model_selection import train_test_split
+
+    kept, taken = train_test_split(
+        np.arange(len(data)), test_size=held_out, stratify=data.labels, random_state=SPLIT_SEED
+    )
+    return data.subset(np.sort(kept)), data.subset(np.sort(taken))
+
+
+def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of `images` / 255, in float64.
+
+    From counts of the 256 values, which are exact: no rounding that depends on the summation
+    order, and no float copy of the whole dataset.
+    """
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()
+        share = share.to(torch.float64)
+        mean.append(float(share @ value))
+        std.append(float((share @ (value - mean[-1]) ** 2).sqrt()))
+    return tuple(mean), tuple(std)
+
+
+def _digits(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
+    """1,797 digits of 8 x 8 pixels, shipped with scikit-learn; 60 % train, 20 %, 20 %."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # Sixteen grey levels stretched to the usual range, so that one normalisation serves all.
+    pixels = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    whole = ImageSet(
+        torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(bunch.target.astype(np.int64))
+    )
+    fifth = round(len(whole) / 5)
+    development, test = _stratified_split(whole, fifth)
+    return development, test, fifth
+
+
+def _mnist(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
+    """60,000 + 10,000 digits of 28 x 28 pixels."""
+    contents = sources.read(sources.MNIST, root)
+
+    def part(prefix: str) -> ImageSet:
+        images = _idx(contents[f"MNIST/raw/{prefix}-images-idx3-ubyte"])
+        labels = _idx(contents[f"MNIST/raw/{prefix}-labels-idx1-ubyte"])
+        return ImageSet(images.unsqueeze(1), labels.to(torch.int64))
+
+    return part("train"), part("t10k"), 5_000
+
+
+def _idx(content: bytes) -> Tensor:
+    """Return the uint8 tensor in an IDX file: 0, 0, type 8, rank, big-endian sizes, values."""
+    rank = content[3]
+    sizes = np.frombuffer(content, ">u4", count=rank, offset=4)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
+    return torch.from_numpy(values.reshape(sizes.tolist()).copy())
+
+
+def _cifar10(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
+    """50,000 + 10,000 colour images of 32 x 32 pixels."""
+    contents = sources.read(sources.CIFAR10, root)
+
+    def part(*files: str) -> ImageSet:
+        # Pickles run code: these bytes have been held to their checksums.
+        batches = [
+            pickle.loads(contents[f"cifar-10-batches-py/{file}"], encoding="latin1")
+            for file in files
+        ]
+        images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        labels = np.concatenate([batch["labels"] for batch in batches]).astype(np.int64)
+        return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
+
+    return part(*(f"data_batch_{i}" for i in range(1, 6))), part("test_batch"), 5_000
+
+
+DATASETS: dict[str, Loader] = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10}

@@ -1,0 +1,95 @@
+"""How the loss that decides N gets from the device to the host, waiting as little as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class LossReader:
+    """Reads one scalar per fresh batch: started after the forward, waited for before the next batch.
+
+    On CUDA a side stream copies to pinned memory as soon as the forward is done, so that the wait
+    ends while backward and step still run. In a process group the loss is averaged over the ranks
+    first, without waiting, so that all ranks decide the same.
+
+    Args:
+        reduce: Replaces the average over ranks: takes and returns a 0-d tensor.
+    """
+
+    def __init__(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        self._reduce = reduce
+        self._value: float | None = None
+        self._tensor: torch.Tensor | None = None
+        self._work: Any = None
+        self._cuda: _PinnedCopy | None = None
+        self.host_reads = 0
+
+    def start(self, loss: torch.Tensor | float) -> None:
+        """Begin to read `loss`, a 0-d tensor or a float."""
+        if self._reduce is not None:
+            loss = self._reduce(torch.as_tensor(loss).detach())
+        elif in_process_group():
+            self._start_all_reduce(loss)
+            return
+        if not isinstance(loss, torch.Tensor):
+            self._value = loss
+        elif loss.is_cuda:
+            self._cuda = self._cuda or _PinnedCopy(loss.device)
+            self._cuda.start(loss.detach())
+        else:
+            self._value = loss.item()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the value is on the host already, so that reading it waits for nothing."""
+        return self._value is not None
+
+    def value(self) -> float:
+        """Return the loss that `start` was given, averaged over the ranks; waits for it."""
+        if self._value is not None:
+            value, self._value = self._value, None
+            return value
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            self.host_reads += self._tensor.is_cuda
+            return self._tensor.item() / dist.get_world_size()
+        self.host_reads += 1
+        return self._cuda.wait()
+
+    def _start_all_reduce(self, loss: torch.Tensor | float) -> None:
+        # A copy, since the sum is written in place; NCCL reduces only CUDA tensors.
+        device = "cuda" if dist.get_backend() == "nccl" else None
+        tensor = loss.detach().clone() if isinstance(loss, torch.Tensor) else torch.tensor(loss)
+        self._tensor = tensor.to(device=device, dtype=torch.float32)
+        self._work = dist.all_reduce(self._tensor, async_op=True)
+
+
+def in_process_group() -> bool:
+    """Whether this process trains together with others under torch.distributed."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _PinnedCopy:
+    """One reusable non-blocking copy of a CUDA scalar to pinned host memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = torch.empty((), dtype=torch.float32, pin_memory=True)
+        self._stream = torch.cuda.Stream(device)
+        self._copied = torch.cuda.Event()
+
+    def start(self, loss: torch.Tensor) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(loss.device))
+        with torch.cuda.stream(self._stream):
+            self._host.copy_(loss, non_blocking=True)
+            self._copied.record(self._stream)
+        # The allocator must not hand the loss's memory on before the copy has read it.
+        loss.record_stream(self._stream)
+
+    def wait(self) -> float:
+        self._copied.synchronize()
+        return self._host.item()

@@ -1,0 +1,105 @@
+"""What a mapping may know of the losses before the one it decides on."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+
+class LossStats:
+    """Fresh-batch index and the most recent fresh-batch losses.
+
+    The loss being decided on is never among them, so an outlier does not raise its own limit.
+
+    Args:
+        window: How many recent losses to keep; 0 keeps none.
+
+    Attributes:
+        index: Index of the fresh batch being decided on, from 0.
+        count: How many losses have been observed in all.
+        mean: Mean of the recent losses; 0 before the first.
+    """
+
+    def __init__(self, window: int = 0) -> None:
+        if window < 0:
+            raise ValueError(f"window must be 0 or more, not {window}")
+        self.index = 0
+        self.count = 0
+        self.mean = 0.0
+        self._squares = 0.0  # sum of squared deviations from the mean
+        self._ring = np.zeros(window)
+
+    @property
+    def window(self) -> int:
+        """Capacity of the window of recent losses."""
+        return len(self._ring)
+
+    @property
+    def recent(self) -> np.ndarray:
+        """The last `min(count, window)` losses, shape (k,), in no particular order."""
+        return self._ring[: min(self.count, len(self._ring))]
+
+    @property
+    def full(self) -> bool:
+        """Whether the window has been filled once."""
+        return self.count >= len(self._ring)
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of the recent losses; 0 before the first."""
+        size = min(self.count, len(self._ring))
+        return sqrt(max(0.0, self._squares) / size) if size else 0.0
+
+    def quantile(self, q: float) -> float:
+        """Return the `q`-quantile of the recent losses (linear interpolation)."""
+        return float(np.quantile(self.recent, q)) if self.count else float("nan")
+
+    def observe(self, loss: float) -> None:
+        """Add the loss of the fresh batch that has just been decided on."""
+        window = len(self._ring)
+        if window:
+            self._update_moments(loss, window)
+        self.count += 1
+
+    def _update_moments(self, loss: float, window: int) -> None:
+        """Welford's update of mean and squares, sliding once the window is full."""
+        slot, old_mean = self.count % window, self.mean
+        if self.count < window:
+            self.mean += (loss - old_mean) / (self.count + 1)
+            self._squares += (loss - old_mean) * (loss - self.mean)
+        else:
+            dropped = self._ring.item(slot)
+            self.mean += (loss - dropped) / window
+            self._squares += (loss - dropped) * (loss - self.mean + dropped - old_mean)
+        self._ring[slot] = loss
+        if slot == window - 1:
+            # Once a window, from scratch: rounding must not add up over a long run.
+            self.mean = float(self._ring.mean())
+            self._squares = float(((self._ring - self.mean) ** 2).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on, as plain numbers and lists."""
+        return {
+            "index": self.index,
+            "count": self.count,
+            "mean": self.mean,
+            "squares": self._squares,
+            "ring": self._ring.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`.
+
+        Raises:
+            ValueError: if the state was written with another window.
+        """
+        if len(state["ring"]) != len(self._ring):
+            raise ValueError(
+                f"the state holds a window of {len(state['ring'])} losses, "
+                f"the mapping asks for {len(self._ring)}: resume with the mapping it was saved with"
+            )
+        self.index, self.count = state["index"], state["count"]
+        self.mean, self._squares = state["mean"], state["squares"]
+        self._ring[:] = state["ring"]

@@ -1,0 +1,317 @@
+"""The primitive: dynamic batch repetition in anybody's PyTorch loop.
+
+    repeater = BatchRepeater(loader, repeats=Linear(t=1.2), max_updates=5_000)
+    for batch in repeater:
+        loss = loss_fn(model, batch)
+        repeater.report(loss)  # right after the forward: the copy overlaps backward and step
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import isfinite, nan
+from typing import Any
+
+import numpy as np
+import torch
+
+from repeatlab.endless_loader import EndlessLoader
+from repeatlab.loss_reader import LossReader, in_process_group
+from repeatlab.loss_stats import LossStats
+from repeatlab.mappings import Constant
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A reported loss was NaN or infinite.
+
+    Attributes:
+        loss: The loss.
+        update: Index of the update it drives, from 0.
+        fresh_batch: Index of its fresh batch, from 0.
+    """
+
+    def __init__(self, loss: float, update: int, fresh_batch: int) -> None:
+        super().__init__(loss, update, fresh_batch)
+        self.loss, self.update, self.fresh_batch = loss, update, fresh_batch
+
+    def __str__(self) -> str:
+        return f"the loss is {self.loss} at update {self.update} (fresh batch {self.fresh_batch})"
+
+
+class BatchRepeater:
+    """Yields each batch of `loader` as often as `repeats` asks, `max_updates` times in all.
+
+    The first forward on a fresh batch decides N and drives the first of its N updates, so N updates
+    cost N forwards. The last batch's N is cut to what is left. What it costs: under 1 us of
+    bookkeeping an update on the CPU; on CUDA one wait per fresh batch, which overlaps backward and
+    step, and none where the mapping does not need the loss.
+
+    In a torch.distributed process group the loss that decides is the mean over the ranks, so that
+    all ranks make the same number of updates on their batch.
+
+    Args:
+        loader: A re-iterable of batches, iterated again when it ends (see `EndlessLoader`).
+        repeats: An int, a `Mapping`, or any function of (loss, LossStats) that returns N >= 1.
+        max_updates: T, the exact number of batches to yield.
+        refresh: A function of the batch that gives repeats a fresh view of it, such as a new random
+            crop; by default repeats see the same view.
+        reduce: A function of the 0-d loss tensor that returns the one to decide on, in place of the
+            mean over the ranks.
+        block: On CUDA, how many losses of repeats are gathered before they are fetched together.
+
+    Attributes:
+        max_updates: T.
+        updates: Updates made or under way: batches whose loss has been reported.
+        fresh_batch: Index of the current fresh batch, from 0; -1 before the first.
+        repeat: How often the loss of the current batch has been reported.
+        repeats: N of the current batch, cut to what is left of T; 0 while it is undecided.
+        stats: The `LossStats` that the mapping sees.
+
+    Raises:
+        ValueError: `max_updates` below 1, an empty loader, a loss that is not a scalar, a mapping
+            that returns less than 1.
+        RuntimeError: `report` missing, or called without a batch to report on.
+        NonFiniteLoss: the loss is NaN or infinite. A loss on the CPU raises in `report`, before its
+            update is made; one on CUDA raises when it is read, naming the first such update.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        repeats: int | Callable[[float, LossStats], int] = 1,
+        *,
+        max_updates: int,
+        refresh: Callable[[Any], Any] | None = None,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        block: int = 256,
+    ) -> None:
+        if isinstance(max_updates, bool) or not isinstance(max_updates, int) or max_updates < 1:
+            raise ValueError(f"max_updates must be an integer of at least 1, not {max_updates!r}")
+        self.max_updates = max_updates
+        self.updates = 0
+        self.fresh_batch = -1
+        self.repeat = 0
+        self.repeats = 0
+        self._mapping = Constant(repeats) if isinstance(repeats, int) else repeats
+        self._needs_loss = getattr(self._mapping, "needs_loss", True)
+        self.stats = LossStats(getattr(self._mapping, "window", 1000))
+        self._loader = EndlessLoader(loader)
+        self._reader = LossReader(reduce)
+        self._refresh = refresh
+        self._visits = _VisitLog(block)
+        self._batch: Any = None  # the current one, held while visits to it are left
+        self._awaiting_report = False
+
+    def __len__(self) -> int:
+        return self.max_updates
+
+    @property
+    def host_reads(self) -> int:
+        """How often the host has waited for a loss on the device."""
+        return self._reader.host_reads + self._visits.fetches
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.updates < self.max_updates:
+            if not self.repeats and self.repeat:
+                self._decide()
+            if self._batch is None or 0 < self.repeats <= self.repeat:
+                self._next_fresh_batch()
+            batch = self._batch
+            if self.repeat and self._refresh is not None:
+                batch = self._refresh(batch)
+            self._awaiting_report = True
+            yield batch
+            if self._awaiting_report:
+                raise RuntimeError(
+                    f"no loss was reported for update {self.updates} (fresh batch "
+                    f"{self.fresh_batch}): call repeater.report(loss) right after the forward"
+                )
+        self._batch = None
+        self._settle()
+
+    def report(self, loss: torch.Tensor | float) -> None:
+        """Tell the loss of the batch just yielded: a 0-d tensor or a float, once per batch."""
+        if not self._awaiting_report:
+            raise RuntimeError(
+                f"report() has no batch to report on (last: update {self.updates - 1}, fresh batch "
+                f"{self.fresh_batch}): call it once for each batch, inside the loop"
+            )
+        is_tensor = isinstance(loss, torch.Tensor)
+        if is_tensor and loss.ndim:
+            raise ValueError(
+                f"the loss of fresh batch {self.fresh_batch} must be a scalar, not a tensor of "
+                f"shape {tuple(loss.shape)}: reduce it first, for example with loss.mean()"
+            )
+        self._awaiting_report = False
+        self.updates += 1
+        self.repeat += 1
+        if not self.repeats:
+            self._visits.losses.append(nan)
+            self._reader.start(loss)
+            if self._reader.ready:
+                self._decide()
+        elif is_tensor and loss.is_cuda:
+            self._visits.defer(loss.detach())
+        else:
+            loss = loss.item() if is_tensor else float(loss)
+            self._visits.losses.append(loss)
+            # Rank-local, and raising on one rank would leave the others waiting: in a process group
+            # all meet the NaN together in the next fresh batch's mean.
+            if not isfinite(loss) and not in_process_group():
+                raise NonFiniteLoss(loss, self.updates - 1, self.fresh_batch)
+
+    @property
+    def _finished(self) -> bool:
+        """Whether all visits to the current batch are made."""
+        return 0 < self.repeats <= self.repeat
+
+    def _decide(self) -> None:
+        """Turn the first loss of the current batch into its N."""
+        loss = self._reader.value()
+        self._visits.losses[-1] = loss
+        if not isfinite(loss):
+            self.repeats = self.repeat  # no further visits
+            raise NonFiniteLoss(loss, self.updates - 1, self.fresh_batch)
+        self._set_repeats(self._mapping(loss, self.stats), done=1)
+        self.stats.observe(loss)
+
+    def _set_repeats(self, count: int, *, done: int) -> None:
+        repeats = int(count)
+        if repeats < 1 or repeats != count:
+            raise ValueError(
+                f"{self._mapping!r} asked for {count!r} updates on fresh batch {self.fresh_batch}: "
+                "a mapping must return an integer of at least 1"
+            )
+        left = self.max_updates - self.updates + done
+        self.repeats = repeats if repeats < left else left
+        self._visits.counts.append(self.repeats)
+
+    def _next_fresh_batch(self) -> None:
+        resumed = self._batch is None and self.repeat and not self._finished
+        self._batch = self._loader.next_batch()
+        if resumed:  # in mid-repeat: the batch is an old one
+            return
+        self.fresh_batch += 1
+        self.stats.index = self.fresh_batch
+        self.repeat = self.repeats = 0
+        if not self._needs_loss:
+            self._set_repeats(self._mapping(0.0, self.stats), done=0)
+
+    def _settle(self) -> None:
+        """Decide what is undecided, and fetch the losses that are still on the device."""
+        if self.repeat and not self.repeats:
+            self._decide()
+        self._visits.fetch()
+
+    def drain(self) -> dict[str, np.ndarray]:
+        """Return the visits since the last call, one row per update, and forget them.
+
+        Can be called after `NonFiniteLoss`: the last row is then the first non-finite loss.
+
+        Returns:
+            Columns of equal length: `update`, `fresh_batch`, `repeat` (0 for the first visit),
+            `repeats` (N, cut to what was left of T; 0 if a loss that was not finite left it
+            undecided) as int64, and `loss` as float64. The loss that decided is the mean over the
+            ranks, that of a repeat is this rank's.
+        """
+        self._settle()
+        return self._visits.drain()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs, in the middle of a repeat too.
+
+        Take it at the end of the loop's body, when the update is complete; a batch whose loss has
+        not been reported is yielded again. Undrained visits are not part of it.
+        """
+        self._settle()
+        unreported = self._awaiting_report and self.repeat == 0
+        unfinished = self._batch is not None and not self._finished
+        return {
+            "updates": self.updates,
+            "fresh_batch": self.fresh_batch - unreported,
+            "repeat": self.repeat,
+            "repeats": 0 if unreported else self.repeats,
+            "loader": self._loader.state_dict(rewind=unfinished),
+            "stats": self.stats.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with the same loader, mapping and max_updates."""
+        self.updates, self.fresh_batch = state["updates"], state["fresh_batch"]
+        self.repeat, self.repeats = state["repeat"], state["repeats"]
+        self._loader.load_state_dict(state["loader"])
+        self.stats.load_state_dict(state["stats"])
+        self._batch, self._awaiting_report = None, False
+        self._visits.restart(self.updates, self.fresh_batch, self.repeat, self.repeats)
+
+
+class _VisitLog:
+    """Every loss and every N since the last drain, in lists: all that the training loop pays for.
+
+    Attributes:
+        losses: One per visit; NaN while it is still on the device.
+        counts: N, one per decided fresh batch.
+        fetches: How often losses were brought from the device.
+    """
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.fetches = 0
+        self.restart(0, 0, 0, 0)
+
+    def restart(self, update: int, fresh_batch: int, repeat: int, repeats: int) -> None:
+        """Forget everything; the next visit is number `repeat` of `repeats` to `fresh_batch`."""
+        self._first_update, self._first_batch, self._skipped = update, fresh_batch, repeat
+        self.losses: list[float] = []
+        self.counts: list[int] = [repeats] if repeats else []
+        self._deferred: list[tuple[int, torch.Tensor]] = []
+
+    def defer(self, loss: torch.Tensor) -> None:
+        """Leave a visit's loss on the device until a block of them is full."""
+        self._deferred.append((len(self.losses), loss))
+        self.losses.append(nan)
+        if len(self._deferred) >= self.block:
+            self.fetch()
+
+    def fetch(self) -> None:
+        """Bring the deferred losses to the host in one copy."""
+        if not self._deferred:
+            return
+        rows, losses = zip(*self._deferred, strict=True)
+        self._deferred = []
+        self.fetches += 1
+        for row, loss in zip(rows, torch.stack(losses).tolist(), strict=True):
+            self.losses[row] = loss
+            if not isfinite(loss) and not in_process_group():
+                # What came after has no meaning, and the first one is the one to name.
+                del self.losses[row + 1 :]
+                raise NonFiniteLoss(loss, self._first_update + row, int(self._expand()[0][row]))
+
+    def _expand(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return fresh batch, repeat index and N of every visit in `losses`."""
+        # A last batch whose loss was not finite has one visit and no N.
+        counts = np.array([*self.counts, 0], dtype=np.int64)
+        lengths = np.maximum(counts, 1)
+        rows = slice(self._skipped, self._skipped + len(self.losses))
+        batch = np.repeat(np.arange(len(counts)), lengths)
+        repeat = np.arange(len(batch)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return self._first_batch + batch[rows], repeat[rows], counts[batch[rows]]
+
+    def drain(self) -> dict[str, np.ndarray]:
+        batch, repeat, counts = self._expand()
+        rows = {
+            "update": self._first_update + np.arange(len(self.losses)),
+            "fresh_batch": batch,
+            "repeat": repeat,
+            "repeats": counts,
+            "loss": np.array(self.losses, dtype=np.float64),
+        }
+        update = self._first_update + len(self.losses)
+        if len(batch) and repeat[-1] + 1 < counts[-1]:
+            self.restart(update, int(batch[-1]), int(repeat[-1]) + 1, int(counts[-1]))
+        elif len(batch):
+            self.restart(update, int(batch[-1]) + 1, 0, 0)
+        return rows
