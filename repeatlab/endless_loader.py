@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -83,6 +84,9 @@ class EndlessLoader:
         for generator, state in zip(self._generators(), states, strict=True):
             generator.set_state(state)
         iterator = iter(self._loader)
+        if self.position == 0:
+            # A sampler draws its order when its first index is asked for: that belongs in here.
+            return chain(list(islice(iterator, 1)), iterator)
         for _ in range(self.position):
             if next(iterator, _END) is _END:
                 raise ValueError(
@@ -102,7 +106,8 @@ class EndlessLoader:
 
     def _generators(self) -> list[torch.Generator]:
         owners = (self._loader, *self._samplers())
-        return _distinct(getattr(owner, "generator", None) for owner in owners)
+        generators = (getattr(owner, "generator", None) for owner in owners)
+        return _distinct(g for g in generators if isinstance(g, torch.Generator))
 
 
 def _distinct(objects: Iterable[Any]) -> list[Any]:

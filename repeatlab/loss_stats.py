@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import struct
 from math import sqrt
 from typing import Any
 
 import numpy as np
 
+_FLOAT32 = struct.Struct("f")
+
 
 class LossStats:
     """Fresh-batch index and the most recent fresh-batch losses.
 
-    The loss being decided on is never among them, so an outlier does not raise its own limit.
+    The loss being decided on is never among them, so an outlier does not raise its own limit. Losses
+    are kept in float32 precision, in which mappings compare them: one that equals all recent losses
+    lies exactly on their mean.
 
     Args:
         window: How many recent losses to keep; 0 keeps none.
@@ -60,12 +65,16 @@ class LossStats:
         """Add the loss of the fresh batch that has just been decided on."""
         window = len(self._ring)
         if window:
+            try:
+                loss = _FLOAT32.unpack(_FLOAT32.pack(loss))[0]
+            except OverflowError:
+                pass  # beyond float32's range, where a mapping leaves it as it is, too
             self._update_moments(loss, window)
         self.count += 1
 
     def _update_moments(self, loss: float, window: int) -> None:
         """Welford's update of mean and squares, sliding once the window is full."""
-        slot, old_mean = self.count % window, self.mean
+        slot, old_mean, old_squares = self.count % window, self.mean, self._squares
         if self.count < window:
             self.mean += (loss - old_mean) / (self.count + 1)
             self._squares += (loss - old_mean) * (loss - self.mean)
@@ -74,8 +83,9 @@ class LossStats:
             self.mean += (loss - dropped) / window
             self._squares += (loss - dropped) * (loss - self.mean + dropped - old_mean)
         self._ring[slot] = loss
-        if slot == window - 1:
-            # Once a window, from scratch: rounding must not add up over a long run.
+        if slot == window - 1 or self._squares < old_squares / 2:
+            # Once a window, from scratch: rounding must not add up over a long run. And when a
+            # spike leaves the window: what remains may be smaller than the spike's rounding.
             self.mean = float(self._ring.mean())
             self._squares = float(((self._ring - self.mean) ** 2).sum())
 

@@ -190,11 +190,9 @@ class Linear(Mapping):
         return self.max_repeats
 
     def repeats_for(self, loss: float, stats: LossStats) -> int:
-        quotient = loss / self.t * _QUOTIENT_TOLERANCE
-        # Compared before it is floored: a huge quotient may be infinite.
-        if quotient >= self.max_repeats:
-            return self.max_repeats
-        return max(1, floor(quotient))
+        # Limited before it is floored: a huge quotient may be infinite.
+        quotient = min(self.max_repeats, loss / self.t * _QUOTIENT_TOLERANCE)
+        return floor(max(1, quotient))
 
 
 @dataclass(frozen=True)
@@ -274,10 +272,8 @@ class ZScore(Mapping):
     def repeats_for(self, loss: float, stats: LossStats) -> int:
         if not stats.full or stats.std == 0:
             return 1
-        steps = (loss - stats.mean) / stats.std / self.step
-        if steps >= self.max_repeats - 1:
-            return self.max_repeats
-        return max(1, 1 + floor(steps))
+        steps = min(self.max_repeats - 1, (loss - stats.mean) / stats.std / self.step)
+        return 1 + floor(max(0, steps))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """The primitive: dynamic batch repetition in anybody's PyTorch loop.
 
-    repeater = BatchRepeater(loader, repeats=Linear(t=1.2), max_updates=5_000)
-    for batch in repeater:
-        loss = loss_fn(model, batch)
-        repeater.report(loss)  # right after the forward: the copy overlaps backward and step
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+repeater = BatchRepeater(loader, repeats=Linear(t=1.2), max_updates=5_000)
+for batch in repeater:
+    loss = loss_fn(model, batch)
+    repeater.report(loss)  # right after the forward: the copy overlaps backward and step
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class BatchRepeater:
         self.repeat = 0
         self.repeats = 0
         self._mapping = Constant(repeats) if isinstance(repeats, int) else repeats
+        if not callable(self._mapping):
+            raise ValueError(f"repeats must be an integer or a mapping, not {repeats!r}")
         self._needs_loss = getattr(self._mapping, "needs_loss", True)
         self.stats = LossStats(getattr(self._mapping, "window", 1000))
         self._loader = EndlessLoader(loader)
@@ -145,6 +147,13 @@ class BatchRepeater:
                 f"the loss of fresh batch {self.fresh_batch} must be a scalar, not a tensor of "
                 f"shape {tuple(loss.shape)}: reduce it first, for example with loss.mean()"
             )
+        if not is_tensor:
+            try:
+                loss = float(loss)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"the loss of fresh batch {self.fresh_batch} must be a scalar, not {loss!r}"
+                ) from None
         self._awaiting_report = False
         self.updates += 1
         self.repeat += 1
@@ -156,7 +165,7 @@ class BatchRepeater:
         elif is_tensor and loss.is_cuda:
             self._visits.defer(loss.detach())
         else:
-            loss = loss.item() if is_tensor else float(loss)
+            loss = loss.item() if is_tensor else loss
             self._visits.losses.append(loss)
             # Rank-local, and raising on one rank would leave the others waiting: in a process group
             # all meet the NaN together in the next fresh batch's mean.
@@ -172,13 +181,16 @@ class BatchRepeater:
         """Turn the first loss of the current batch into its N."""
         loss = self._reader.value()
         self._visits.losses[-1] = loss
+        # Should anything raise, this visit stays undecided and the batch's last one.
+        self.repeats = self.repeat
+        self._visits.counts.append(0)
         if not isfinite(loss):
-            self.repeats = self.repeat  # no further visits
             raise NonFiniteLoss(loss, self.updates - 1, self.fresh_batch)
-        self._set_repeats(self._mapping(loss, self.stats), done=1)
+        self.repeats = self._visits.counts[-1] = self._count(self._mapping(loss, self.stats), 1)
         self.stats.observe(loss)
 
-    def _set_repeats(self, count: int, *, done: int) -> None:
+    def _count(self, count: int, done: int) -> int:
+        """Return N, checked and cut to what is left of T; `done` visits are made already."""
         repeats = int(count)
         if repeats < 1 or repeats != count:
             raise ValueError(
@@ -186,8 +198,7 @@ class BatchRepeater:
                 "a mapping must return an integer of at least 1"
             )
         left = self.max_updates - self.updates + done
-        self.repeats = repeats if repeats < left else left
-        self._visits.counts.append(self.repeats)
+        return repeats if repeats < left else left
 
     def _next_fresh_batch(self) -> None:
         resumed = self._batch is None and self.repeat and not self._finished
@@ -198,7 +209,8 @@ class BatchRepeater:
         self.stats.index = self.fresh_batch
         self.repeat = self.repeats = 0
         if not self._needs_loss:
-            self._set_repeats(self._mapping(0.0, self.stats), done=0)
+            self.repeats = self._count(self._mapping(0.0, self.stats), 0)
+            self._visits.counts.append(self.repeats)
 
     def _settle(self) -> None:
         """Decide what is undecided, and fetch the losses that are still on the device."""
@@ -245,7 +257,10 @@ class BatchRepeater:
         self._loader.load_state_dict(state["loader"])
         self.stats.load_state_dict(state["stats"])
         self._batch, self._awaiting_report = None, False
-        self._visits.restart(self.updates, self.fresh_batch, self.repeat, self.repeats)
+        if self.repeats:
+            self._visits.restart(self.updates, self.fresh_batch, self.repeat, [self.repeats])
+        else:
+            self._visits.restart(self.updates, self.fresh_batch + 1, 0, [])
 
 
 class _VisitLog:
@@ -260,13 +275,13 @@ class _VisitLog:
     def __init__(self, block: int) -> None:
         self.block = block
         self.fetches = 0
-        self.restart(0, 0, 0, 0)
+        self.restart(0, 0, 0, [])
 
-    def restart(self, update: int, fresh_batch: int, repeat: int, repeats: int) -> None:
-        """Forget everything; the next visit is number `repeat` of `repeats` to `fresh_batch`."""
+    def restart(self, update: int, fresh_batch: int, repeat: int, counts: list[int]) -> None:
+        """Forget all visits; the next is number `repeat` to `fresh_batch`, where `counts` begin."""
         self._first_update, self._first_batch, self._skipped = update, fresh_batch, repeat
         self.losses: list[float] = []
-        self.counts: list[int] = [repeats] if repeats else []
+        self.counts = counts
         self._deferred: list[tuple[int, torch.Tensor]] = []
 
     def defer(self, loss: torch.Tensor) -> None:
@@ -292,8 +307,8 @@ class _VisitLog:
 
     def _expand(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return fresh batch, repeat index and N of every visit in `losses`."""
-        # A last batch whose loss was not finite has one visit and no N.
-        counts = np.array([*self.counts, 0], dtype=np.int64)
+        # An undecided batch (its loss was not finite) has one visit and no N.
+        counts = np.array(self.counts, dtype=np.int64)
         lengths = np.maximum(counts, 1)
         rows = slice(self._skipped, self._skipped + len(self.losses))
         batch = np.repeat(np.arange(len(counts)), lengths)
@@ -309,9 +324,11 @@ class _VisitLog:
             "repeats": counts,
             "loss": np.array(self.losses, dtype=np.float64),
         }
-        update = self._first_update + len(self.losses)
-        if len(batch) and repeat[-1] + 1 < counts[-1]:
-            self.restart(update, int(batch[-1]), int(repeat[-1]) + 1, int(counts[-1]))
-        elif len(batch):
-            self.restart(update, int(batch[-1]) + 1, 0, 0)
+        if len(batch):
+            update = self._first_update + len(self.losses)
+            unfinished = repeat[-1] + 1 < counts[-1]
+            next_batch = int(batch[-1]) + (not unfinished)
+            next_repeat = int(repeat[-1]) + 1 if unfinished else 0
+            left = self.counts[next_batch - self._first_batch :]
+            self.restart(update, next_batch, next_repeat, left)
         return rows

@@ -83,7 +83,7 @@ def _windows(height: int, width: int, padding: int, device: torch.device) -> Ten
 def normalize(
     images: Tensor, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]
 ) -> Tensor:
-    """Return `(images - mean) / std` as float32, bit-equal to torchvision's on the same device.
+    """Return `(images - mean) / std` as float32, on the CPU bit-equal to torchvision's.
 
     Args:
         images: (b, channels, height, width); uint8 is first divided by 255, as `ToTensor` does,

@@ -139,8 +139,8 @@ def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     value = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()
-        share = share.to(torch.float64)
+        counts = torch.bincount(channel.flatten(), minlength=256)
+        share = counts.to(torch.float64) / channel.numel()
         mean.append(float(share @ value))
         std.append(float((share @ (value - mean[-1]) ** 2).sqrt()))
     return tuple(mean), tuple(std)

@@ -111,7 +111,7 @@ def read(source: Source, root: str | Path | None = None) -> dict[str, bytes]:
             try:
                 _fetch(source.url + Path(download).name, directory / download, checksum)
             except (OSError, HTTPException, DataError) as error:
-                raise DataError(_advice(source, directory, missing, error)) from error
+                raise DataError(_advice(source, directory, missing, error)) from None
         packed = _verified(directory / download, checksum)
         unpacked = _untar(packed, missing) if is_archive else _gunzip(packed, download)
         for file, content in unpacked.items():
@@ -135,13 +135,14 @@ def _verified(path: Path, expected: str) -> bytes:
 
 def _fetch(url: str, path: Path, checksum: str) -> None:
     """Download `url` to `path`, which appears only once it is complete and verified."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
-        partial = Path(folder) / path.name
-        with urlopen(url, timeout=TIMEOUT_SECONDS) as response, partial.open("wb") as file:
-            shutil.copyfileobj(response, file)
-        _verified(partial, checksum)
-        partial.replace(path)
+    with urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
+            partial = Path(folder) / path.name
+            with partial.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            _verified(partial, checksum)
+            partial.replace(path)
 
 
 def _write(path: Path, content: bytes) -> None:

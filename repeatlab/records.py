@@ -1,0 +1,252 @@
+"""The run store: what one run leaves behind, and how it is read again.
+
+    runs/<task>/<run id>/
+        config.json       the configuration, whose hash is the run id
+        environment.json  versions, hardware, commit
+        updates.parquet   one row per update (updates.arrow, a stream, while it trains)
+        evals.parquet     one row per evaluated metric, with the ledger (evals.arrow meanwhile)
+        status.json       running, complete, diverged or failed
+        summary.json      final metrics, ledger, calibration: written last, so it marks *done*
+    runs/studies/<name>.json  which runs a study consists of
+
+A run without summary.json is not done. Its streams are readable up to their last whole block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+UPDATES = pa.schema(
+    {
+        "update": pa.int64(),
+        "fresh_batch": pa.int64(),
+        "repeat": pa.int32(),
+        "repeats": pa.int32(),
+        "loss": pa.float64(),
+        "lr": pa.float64(),
+        "seconds": pa.float64(),
+    }
+)
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class StoreError(RuntimeError):
+    """The run store cannot be read or written; the message names the file."""
+
+
+def safe_name(what: str, name: str) -> str:
+    """Return `name` if it can name a file inside its directory.
+
+    Raises:
+        ValueError: it holds anything but letters, digits, '.', '_' and '-'.
+    """
+    if not _SAFE_NAME.fullmatch(name):
+        raise ValueError(
+            f"the {what} {name!r} must consist of letters, digits, '.', '_' and '-', and begin "
+            "with a letter or digit"
+        )
+    return name
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` to `path` in one step: readers see the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+class Store:
+    """All runs and studies below one directory.
+
+    Args:
+        root: The directory; it need not exist before something is written.
+    """
+
+    def __init__(self, root: str | Path = "runs") -> None:
+        self.root = Path(root)
+
+    def run(self, task: str, run_id: str) -> Run:
+        """Return the handle of a run, whether it exists or not."""
+        return Run(self.root / safe_name("task", task) / safe_name("run id", run_id))
+
+    def begin(
+        self, run: Run, config: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> RunWriter:
+        """Make `run`'s directory, empty of earlier attempts, and return its writer.
+
+        Raises:
+            StoreError: the directory cannot be written.
+        """
+        self.check_writable()
+        shutil.rmtree(run.path, ignore_errors=True)
+        run.path.mkdir(parents=True)
+        write_json(run.path / "config.json", config)
+        write_json(run.path / "environment.json", environment)
+        return RunWriter(run.path)
+
+    def check_writable(self) -> None:
+        """Make the root directory if needed.
+
+        Raises:
+            StoreError: it cannot be made or written to.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"the run directory {self.root} cannot be written: {error.strerror}; "
+                "name another one with `runs`"
+            ) from None
+
+    def write_study(self, name: str, study: Mapping[str, Any]) -> None:
+        """Record which runs a study consists of."""
+        directory = self.root / "studies"
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / f"{safe_name('study', name)}.json", study)
+
+    def read_study(self, name: str) -> dict[str, Any]:
+        """Return what `write_study` wrote.
+
+        Raises:
+            StoreError: there is no such study.
+        """
+        path = self.root / "studies" / f"{safe_name('study', name)}.json"
+        if not path.exists():
+            known = sorted(p.stem for p in path.parent.glob("*.json"))
+            raise StoreError(
+                f"{self.root} holds no study '{name}' (it holds: {', '.join(known) or 'none'}); "
+                "run the task's notebook, or `repeatlab run` with the parameters of that study"
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Read access to one run's directory."""
+
+    path: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether it came to its end, complete or diverged."""
+        return (self.path / "summary.json").exists()
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The content of status.json; `{"status": "missing"}` where there is none."""
+        return self._json("status.json") or {"status": "missing"}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._json("config.json") or {}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Final metrics, ledger and calibration; empty unless the run is done."""
+        return self._json("summary.json") or {}
+
+    @property
+    def updates(self) -> pd.DataFrame:
+        """One row per update: the columns of `UPDATES`."""
+        return self._table("updates").to_pandas()
+
+    @property
+    def evals(self) -> pd.DataFrame:
+        """One row per (update, split, metric) with `value` and the ledger's columns."""
+        return self._table("evals").to_pandas()
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _table(self, name: str) -> pa.Table:
+        finished = self.path / f"{name}.parquet"
+        return (
+            pq.read_table(finished)
+            if finished.exists()
+            else read_stream(self.path / f"{name}.arrow")
+        )
+
+    def _repr_html_(self) -> str:
+        summary = self.summary
+        rows = {"run": self.path.name, **self.status, **summary.get("final", {})}
+        return pd.Series(rows, dtype=object).to_frame("").to_html()
+
+
+def read_stream(path: Path) -> pa.Table:
+    """Return every whole block of an Arrow stream, also one that a kill has cut short."""
+    if not path.exists():
+        raise StoreError(f"{path} is missing: the run has recorded nothing yet")
+    batches = []
+    try:
+        for batch in pa.ipc.open_stream(str(path)):
+            batches.append(batch)
+    except (pa.ArrowInvalid, OSError):
+        pass  # the torn end
+    if not batches:
+        raise StoreError(f"{path} holds no whole block yet")
+    return pa.Table.from_batches(batches)
+
+
+class RunWriter:
+    """Writes one run: streams while it trains, Parquet and summary.json when it is done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._streams: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
+        self._set_status("running")
+
+    def updates(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Append rows: arrays of equal length for the columns of `UPDATES`."""
+        self._append("updates", pa.table(dict(columns)).select(UPDATES.names).cast(UPDATES))
+
+    def evals(
+        self, update: int, metrics: Mapping[str, Mapping[str, float]], ledger: Mapping
+    ) -> None:
+        """Append one evaluation: `metrics[split][metric]`, with the ledger at that update."""
+        counts = {name: count for name, count in ledger.items() if name != "updates"}
+        rows = [
+            {"update": update, "split": split, "metric": metric, "value": float(value)} | counts
+            for split, values in metrics.items()
+            for metric, value in values.items()
+        ]
+        self._append("evals", pa.Table.from_pylist(rows))
+
+    def finish(self, status: str, summary: Mapping[str, Any], **details: Any) -> None:
+        """End the run as `complete` or `diverged`; summary.json comes last and marks it done."""
+        for name in list(self._streams):
+            self._streams.pop(name).close()
+            stream = self.path / f"{name}.arrow"
+            pq.write_table(read_stream(stream), self.path / f"{name}.parquet", compression="zstd")
+            stream.unlink()
+        self._set_status(status, **details)
+        write_json(self.path / "summary.json", {"status": status, **summary})
+
+    def fail(self, error: BaseException) -> None:
+        """End the run as `failed`, keeping what was recorded."""
+        while self._streams:
+            self._streams.popitem()[1].close()
+        self._set_status("failed", error=f"{type(error).__name__}: {error}")
+
+    def _append(self, name: str, table: pa.Table) -> None:
+        if name not in self._streams:
+            self._streams[name] = pa.ipc.new_stream(str(self.path / f"{name}.arrow"), table.schema)
+        self._streams[name].write_table(table)
+
+    def _set_status(self, status: str, **details: Any) -> None:
+        write_json(self.path / "status.json", {"status": status, **details})
