@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+
+from pydantic import Field
 
 from repeatlab.schema import Model
 
@@ -27,6 +29,19 @@ def load_task(target: str) -> type[Task]:
     return getattr(import_module(module), name)
 
 
+class TaskConfig(Model):
+    """Base of every task's configuration; a task gives its own defaults and adds its fields."""
+
+    name: str
+    lr: Annotated[float, Field(gt=0)]
+    batch_size: Annotated[int, Field(ge=1)]
+
+    @property
+    def label(self) -> str:
+        """What tables and figures call the task."""
+        return self.name
+
+
 class Task(Protocol):
     """What `loop.train` needs of a task; constructed as `Task(config, seed=..., device=...)`.
 
@@ -34,11 +49,11 @@ class Task(Protocol):
     that all arms of one seed start equal and see the same k-th fresh batch.
 
     Attributes:
-        Config: The task's configuration model, with `name`, `lr` and `batch_size`.
+        Config: The task's configuration model.
         optimizers: Every optimizer of the task; the loop sets their learning rates.
     """
 
-    Config: ClassVar[type[Model]]
+    Config: ClassVar[type[TaskConfig]]
     optimizers: Sequence[Optimizer]
 
     def fresh_batch(self, index: int) -> Any:

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.data import DATASETS, Batch, ImageSet, TrainStream, iter_batches, load_splits
-from repeatlab.schema import Model, did_you_mean
+from repeatlab.schema import did_you_mean
 from repeatlab.seeding import derive, generator
+from repeatlab.tasks import TaskConfig
 
 # Zero pixels around the random crop, and whether to mirror: what the field uses for each dataset.
 AUGMENTATION = {"digits": (1, False), "mnist": (2, False), "cifar10": (4, True)}
 EVALUATION_BATCH = 500
 
 
-class SupervisedConfig(Model):
+class SupervisedConfig(TaskConfig):
     """Settings of the supervised task; the defaults are the plan's, on the embedded data."""
 
     name: Literal["supervised"] = "supervised"
@@ -42,6 +43,10 @@ class SupervisedConfig(Model):
     batch_size: Annotated[int, Field(ge=1)] = 64
     augment: bool = True
 
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.dataset})"
+
     @field_validator("dataset")
     @classmethod
     def _known(cls, value: str) -> str:
@@ -53,7 +58,7 @@ class SupervisedConfig(Model):
 class Supervised:
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
-    Config: ClassVar[type[Model]] = SupervisedConfig
+    Config: ClassVar[type[TaskConfig]] = SupervisedConfig
 
     def __init__(self, config: SupervisedConfig, *, seed: int, device: str) -> None:
         self.data = load_splits(config.dataset, device=device)

@@ -1,0 +1,225 @@
+"""A study: methods x seeds on a task, executed over processes, run by run from the store."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field, field_validator
+from tqdm.auto import tqdm
+
+from repeatlab.calibration import calibration_run
+from repeatlab.config import (
+    CalibrationConfig,
+    EvaluationConfig,
+    MethodConfig,
+    PositiveInt,
+    RunConfig,
+    TaskChoice,
+)
+from repeatlab.records import Run, Store, safe_name
+from repeatlab.schema import Model, parse
+
+
+class StudyError(RuntimeError):
+    """Some runs failed; the message lists them with their reasons."""
+
+
+class Planned(NamedTuple):
+    """One run of a study."""
+
+    method: str
+    seed: int
+    config: RunConfig
+
+
+class Study(Model):
+    """Every method with every seed on one task, all under the same budget of updates."""
+
+    name: str
+    task: TaskChoice
+    methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
+    seeds: PositiveInt | tuple[int, ...] = 5
+    """How many seeds, counted from 0, or which."""
+    max_updates: PositiveInt
+    evaluation: EvaluationConfig = EvaluationConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    device: str = "auto"
+    threads: PositiveInt = 1
+
+    @field_validator("name")
+    @classmethod
+    def _is_file_name(cls, value: str) -> str:
+        return safe_name("study name", value)
+
+    @classmethod
+    def of(cls, **fields: Any) -> Study:
+        """Return the study with these fields, naming every bad one in the error."""
+        return parse(cls, fields)
+
+    def planned(self) -> list[Planned]:
+        """Return all runs, seed by seed, so that an early look has every method."""
+        seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        return [
+            Planned(name, seed, self._config(method, seed))
+            for seed in seeds
+            for name, method in self.methods.items()
+        ]
+
+    def _config(self, method: MethodConfig, seed: int) -> RunConfig:
+        fields = {name: value for name, value in self if name in RunConfig.model_fields}
+        # Only arms that are calibrated depend on how: the others keep their identity.
+        calibration = self.calibration if method.needs_calibration else None
+        return RunConfig(**fields | {"method": method, "seed": seed, "calibration": calibration})
+
+    def run(self, runs: str | Path = "runs", *, workers: int | None = None) -> Report:
+        """Make the runs that the store lacks; see `run_studies`."""
+        return run_studies([self], runs, workers=workers)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the runs of an execution ended.
+
+    Attributes:
+        status: Run id to "complete", "diverged" or "failed".
+        trained: How many were trained now; the others were in the store.
+    """
+
+    status: dict[str, str]
+    trained: int
+
+    def __str__(self) -> str:
+        counts = Counter(self.status.values())
+        ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        stored = len(self.status) - self.trained
+        return f"{len(self.status)} runs: {ended} ({self.trained} trained now, {stored} in the store)"
+
+
+def run_studies(
+    studies: Sequence[Study], runs: str | Path = "runs", *, workers: int | None = None
+) -> Report:
+    """Make the runs of `studies` that the store lacks, spread over worker processes.
+
+    A run that fails does not stop the others.
+
+    Args:
+        studies: The studies; a run that several need is made once.
+        runs: Directory of the run store.
+        workers: Processes, each of one thread; by default one for each core. 0 trains in this
+            process, one run after another.
+
+    Raises:
+        StudyError: runs have failed.
+        StoreError: the store cannot be written.
+    """
+    store = Store(runs)
+    store.check_writable()
+    configs = {p.config.run_id: p.config for study in studies for p in study.planned()}
+    for study in studies:
+        store.write_study(study.name, _manifest(study))
+    missing = {i: c for i, c in configs.items() if not _handle(store, c).done}
+    failed = _execute(missing, store, workers) if missing else {}
+    status = {i: _handle(store, config).status["status"] for i, config in configs.items()}
+    if failed:
+        lines = [f"  {_handle(store, configs[i]).path}: {why}" for i, why in failed.items()]
+        raise StudyError(f"{len(failed)} of {len(configs)} runs failed:\n" + "\n".join(lines))
+    return Report(status, trained=len(missing))
+
+
+def _manifest(study: Study) -> dict[str, Any]:
+    """Return what a reader needs to find the study's runs, without the code that makes them."""
+    return {
+        "name": study.name,
+        "task": study.task.label,
+        "max_updates": study.max_updates,
+        "methods": list(study.methods),
+        "runs": [
+            {"method": p.method, "seed": p.seed, "task": study.task.name, "id": p.config.run_id}
+            for p in study.planned()
+        ],
+        "study": study.model_dump(mode="json"),
+    }
+
+
+def _handle(store: Store, config: RunConfig) -> Run:
+    return store.run(config.task.name, config.run_id)
+
+
+def _execute(configs: dict[str, RunConfig], store: Store, workers: int | None) -> dict[str, str]:
+    """Train all of `configs`; return the reasons of those that failed."""
+    if workers == 0:
+        outcomes = ((i, train_job(config.to_json(), str(store.root))) for i, config in configs.items())
+        return _collect(outcomes, len(configs))
+    calibrations = {c.run_id: c for c in map(_calibration_of, configs.values()) if c is not None}
+    jobs = len(configs) + len(calibrations)
+    with local_client(min(workers or os.cpu_count() or 1, jobs)) as client:
+        first = {i: _submit(client, c, store) for i, c in calibrations.items()}
+        futures = {}
+        for run_id, config in configs.items():
+            needed = _calibration_of(config)
+            after = first[needed.run_id] if needed is not None else None
+            futures[_submit(client, config, store, after)] = run_id
+        return _collect(_completed(futures), len(configs))
+
+
+def _calibration_of(config: RunConfig) -> RunConfig | None:
+    return calibration_run(config) if config.method.needs_calibration else None
+
+
+def _submit(client: Any, config: RunConfig, store: Store, after: Any = None) -> Any:
+    # The key makes a run that was submitted twice one job; retries cover a worker that died.
+    return client.submit(
+        train_job, config.to_json(), str(store.root.resolve()), after, key=f"run-{config.run_id}"
+    )
+
+
+def _completed(futures: dict[Any, str]) -> Iterator[tuple[str, str | None]]:
+    from distributed import as_completed
+
+    for future in as_completed(list(futures)):
+        error = future.exception()
+        yield futures[future], future.result() if error is None else str(error)
+
+
+def _collect(outcomes: Iterable[tuple[str, str | None]], total: int) -> dict[str, str]:
+    progress = tqdm(outcomes, total=total, desc="runs", unit="run")
+    return {run_id: why for run_id, why in progress if why is not None}
+
+
+def train_job(config: dict[str, Any], runs: str, after: Any = None) -> str | None:
+    """Train one run in a worker; return why it failed, or None.
+
+    Idempotent, since Dask may execute a job twice: a run in the store is not made again. `after`
+    only makes the scheduler wait for the calibration run.
+    """
+    from repeatlab.loop import train
+
+    try:
+        train(RunConfig.from_json(config), runs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@contextmanager
+def local_client(workers: int) -> Iterator[Any]:
+    """Yield the client of a Dask cluster of single-threaded processes on this machine."""
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
