@@ -67,9 +67,10 @@ def linear_t(losses: np.ndarray, target: float, *, max_repeats: int) -> float:
     def expected(t: float) -> float:
         return float(np.clip(np.floor(losses / t), 1, max_repeats).mean())
 
-    # At `high` every count is 1; at `low` the positive losses all ask for the most.
+    # At `high` every count is 1; at `low` the positive losses all ask for the most, also where
+    # x / (x / max_repeats) is rounded to just below max_repeats.
     high = float(losses.max())
-    low = float(losses[losses > 0].min(initial=high)) / max_repeats if high > 0 else 0.0
+    low = float(losses[losses > 0].min(initial=high)) / (max_repeats + 1) if high > 0 else 0.0
     if low <= 0 or expected(low) < target:
         raise ValueError(
             "no t gives the linear mapping its target: the driver loss is not positive on enough "

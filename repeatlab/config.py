@@ -17,6 +17,7 @@ from repeatlab.tasks import TASKS, load_task
 RECORD_VERSION = 1
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 TaskChoice = named("task", TASKS, lambda target: load_task(target).Config)
 
 
@@ -66,7 +67,7 @@ class RunConfig(Model):
     seed: Annotated[int, Field(ge=0)] = 0
     evaluation: EvaluationConfig = EvaluationConfig()
     calibration: CalibrationConfig | None = None
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     threads: PositiveInt = 1
     """CPU threads of torch: sums, and so the records, depend on their number."""
 

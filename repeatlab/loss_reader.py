@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 class LossReader:
-    """Reads one scalar per fresh batch: started after the forward, waited for before the next batch.
+    """Reads a scalar per fresh batch: started after the forward, awaited before the next batch.
 
     On CUDA a side stream copies to pinned memory as soon as the forward is done, so that the wait
     ends while backward and step still run. In a process group the loss is averaged over the ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from math import sqrt
 from typing import Any
 
@@ -14,9 +15,9 @@ _FLOAT32 = struct.Struct("f")
 class LossStats:
     """Fresh-batch index and the most recent fresh-batch losses.
 
-    The loss being decided on is never among them, so an outlier does not raise its own limit. Losses
-    are kept in float32 precision, in which mappings compare them: one that equals all recent losses
-    lies exactly on their mean.
+    The loss being decided on is never among them, so an outlier does not raise its own limit.
+    Losses are kept in float32 precision, in which mappings compare them: one that equals all recent
+    losses lies exactly on their mean.
 
     Args:
         window: How many recent losses to keep; 0 keeps none.
@@ -65,10 +66,9 @@ class LossStats:
         """Add the loss of the fresh batch that has just been decided on."""
         window = len(self._ring)
         if window:
-            try:
+            # What is beyond float32's range stays as it is, as in a mapping.
+            with suppress(OverflowError):
                 loss = _FLOAT32.unpack(_FLOAT32.pack(loss))[0]
-            except OverflowError:
-                pass  # beyond float32's range, where a mapping leaves it as it is, too
             self._update_moments(loss, window)
         self.count += 1
 

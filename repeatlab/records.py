@@ -91,7 +91,10 @@ class Store:
         """
         self.check_writable()
         shutil.rmtree(run.path, ignore_errors=True)
-        run.path.mkdir(parents=True)
+        try:
+            run.path.mkdir(parents=True)
+        except OSError as error:
+            raise StoreError(f"{run.path} cannot be written: {error.strerror}") from None
         write_json(run.path / "config.json", config)
         write_json(run.path / "environment.json", environment)
         return RunWriter(run.path)

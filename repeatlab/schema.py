@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_origin, get_type_hints
 
@@ -64,7 +65,6 @@ class Model(BaseModel):
             message = f"unknown key; {did_you_mean(item['loc'][0], cls.model_fields)}"
         elif item["type"] not in ("missing", "value_error", "repeatlab"):
             message = f"{message}, not {item['input']!r}"
-        message = message.replace("{", "{{").replace("}", "}}")
         return InitErrorDetails(
             type=PydanticCustomError("repeatlab", message), loc=item["loc"], input=item["input"]
         )
@@ -151,9 +151,13 @@ def _choice_model(name: str, target: type, without: tuple[str, ...]) -> type[Cho
 def _number_or_auto(value: Any) -> float | str:
     if value == "auto":
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+    number = nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an int may exceed every float
+            number = float(value)
+    if not isfinite(number):
         raise ValueError(f"must be a finite number or 'auto', not {value!r}")
-    return float(value)
+    return number
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -163,11 +167,13 @@ class _Loader(yaml.SafeLoader):
     """Reads 1e-3 as the number it is (YAML 1.1 makes it text) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # "<<" takes another mapping in, whose keys may be given anew.
+        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in nodes]
         for position, key in enumerate(keys):
             if key in keys[:position]:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' appears twice", node.value[position][0].start_mark
+                    None, None, f"the key '{key}' appears twice", nodes[position].start_mark
                 )
         return super().construct_mapping(node, deep)
 
@@ -190,7 +196,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # a date such as 2024-99-99 is a ValueError, `!!bool x` a KeyError
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"{path}: must hold a mapping of names to values")

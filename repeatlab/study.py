@@ -1,4 +1,4 @@
-"""A study: methods x seeds on a task, executed over processes, run by run from the store."""
+"""A study: tasks x methods x seeds, executed over processes, run by run from the store."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from repeatlab.calibration import calibration_run
 from repeatlab.config import (
     CalibrationConfig,
+    Device,
     EvaluationConfig,
     MethodConfig,
     PositiveInt,
@@ -24,6 +25,7 @@ from repeatlab.config import (
 )
 from repeatlab.records import Run, Store, safe_name
 from repeatlab.schema import Model, parse
+from repeatlab.tasks import TaskConfig
 
 
 class StudyError(RuntimeError):
@@ -33,23 +35,25 @@ class StudyError(RuntimeError):
 class Planned(NamedTuple):
     """One run of a study."""
 
+    task: str
     method: str
     seed: int
     config: RunConfig
 
 
 class Study(Model):
-    """Every method with every seed on one task, all under the same budget of updates."""
+    """Every method with every seed on every task, all under the same budget of updates."""
 
     name: str
-    task: TaskChoice
+    tasks: Annotated[dict[str, TaskChoice], Field(min_length=1)]
+    """What tables and figures call the task -> its configuration."""
     methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
     seeds: PositiveInt | tuple[int, ...] = 5
     """How many seeds, counted from 0, or which."""
     max_updates: PositiveInt
     evaluation: EvaluationConfig = EvaluationConfig()
     calibration: CalibrationConfig = CalibrationConfig()
-    device: str = "auto"
+    device: Device = "auto"
     threads: PositiveInt = 1
 
     @field_validator("name")
@@ -66,16 +70,18 @@ class Study(Model):
         """Return all runs, seed by seed, so that an early look has every method."""
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         return [
-            Planned(name, seed, self._config(method, seed))
+            Planned(label, name, seed, self._config(task, method, seed))
+            for label, task in self.tasks.items()
             for seed in seeds
             for name, method in self.methods.items()
         ]
 
-    def _config(self, method: MethodConfig, seed: int) -> RunConfig:
+    def _config(self, task: TaskConfig, method: MethodConfig, seed: int) -> RunConfig:
         fields = {name: value for name, value in self if name in RunConfig.model_fields}
         # Only arms that are calibrated depend on how: the others keep their identity.
         calibration = self.calibration if method.needs_calibration else None
-        return RunConfig(**fields | {"method": method, "seed": seed, "calibration": calibration})
+        varied = {"task": task, "method": method, "seed": seed, "calibration": calibration}
+        return RunConfig(**fields | varied)
 
     def run(self, runs: str | Path = "runs", *, workers: int | None = None) -> Report:
         """Make the runs that the store lacks; see `run_studies`."""
@@ -98,7 +104,9 @@ class Report:
         counts = Counter(self.status.values())
         ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         stored = len(self.status) - self.trained
-        return f"{len(self.status)} runs: {ended} ({self.trained} trained now, {stored} in the store)"
+        return (
+            f"{len(self.status)} runs: {ended} ({self.trained} trained now, {stored} in the store)"
+        )
 
 
 def run_studies(
@@ -115,7 +123,7 @@ def run_studies(
             process, one run after another.
 
     Raises:
-        StudyError: runs have failed.
+        StudyError: runs have failed, or a task lacks its data.
         StoreError: the store cannot be written.
     """
     store = Store(runs)
@@ -124,6 +132,10 @@ def run_studies(
     for study in studies:
         store.write_study(study.name, _manifest(study))
     missing = {i: c for i, c in configs.items() if not _handle(store, c).done}
+    if missing:
+        # Once and here, so that what is not there is one message, and workers do not all fetch it.
+        for task in {config.task for config in missing.values()}:
+            task.prepare()
     failed = _execute(missing, store, workers) if missing else {}
     status = {i: _handle(store, config).status["status"] for i, config in configs.items()}
     if failed:
@@ -136,11 +148,15 @@ def _manifest(study: Study) -> dict[str, Any]:
     """Return what a reader needs to find the study's runs, without the code that makes them."""
     return {
         "name": study.name,
-        "task": study.task.label,
         "max_updates": study.max_updates,
         "methods": list(study.methods),
         "runs": [
-            {"method": p.method, "seed": p.seed, "task": study.task.name, "id": p.config.run_id}
+            {
+                "task": p.task,
+                "method": p.method,
+                "seed": p.seed,
+                "run": [p.config.task.name, p.config.run_id],
+            }
             for p in study.planned()
         ],
         "study": study.model_dump(mode="json"),
@@ -154,7 +170,8 @@ def _handle(store: Store, config: RunConfig) -> Run:
 def _execute(configs: dict[str, RunConfig], store: Store, workers: int | None) -> dict[str, str]:
     """Train all of `configs`; return the reasons of those that failed."""
     if workers == 0:
-        outcomes = ((i, train_job(config.to_json(), str(store.root))) for i, config in configs.items())
+        root = str(store.root)
+        outcomes = ((i, train_job(config.to_json(), root)) for i, config in configs.items())
         return _collect(outcomes, len(configs))
     calibrations = {c.run_id: c for c in map(_calibration_of, configs.values()) if c is not None}
     jobs = len(configs) + len(calibrations)

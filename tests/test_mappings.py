@@ -418,6 +418,18 @@ def test_moments_recover_once_a_spike_has_left_the_window(losses, window):
         assert stats.mean == pytest.approx(recent.mean(), rel=1e-6, abs=1e-6 * recent.max())
 
 
+def test_rounding_does_not_add_up_over_a_long_run():
+    window, ulp = 50, np.spacing(1e6)
+    losses = np.random.default_rng(0).normal(1e6, 1.0, 400_000).astype(np.float32).tolist()
+    stats = LossStats(window)
+    for loss in losses:
+        stats.observe(loss)
+    for _ in range(window // 2):  # and in the middle of a window, where it is largest
+        stats.observe(losses[0])
+    recent = [*losses[-window // 2 :], *[losses[0]] * (window // 2)]
+    assert abs(stats.mean - math.fsum(recent) / window) < window * ulp / 2
+
+
 def test_stats_before_the_first_loss():
     stats = LossStats(5)
     assert (stats.index, stats.count, stats.mean, stats.std, stats.full) == (0, 0, 0.0, 0.0, False)

@@ -25,7 +25,7 @@ DIRECTORY_VARIABLE = "REPEATLAB_DATA"
 TIMEOUT_SECONDS = 5.0  # of one socket operation: without a network a run should say so at once
 
 
-class DataError(RuntimeError):
+class DataError(OSError):
     """A dataset's files are missing, damaged or not what they claim to be."""
 
 

@@ -36,10 +36,12 @@ class TaskConfig(Model):
     lr: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(ge=1)]
 
-    @property
-    def label(self) -> str:
-        """What tables and figures call the task."""
-        return self.name
+    def prepare(self) -> None:
+        """Fetch and check the files that the task needs; by default none.
+
+        Raises:
+            DataError: they are missing or damaged, and what to do about it.
+        """
 
 
 class Task(Protocol):

@@ -43,9 +43,8 @@ class SupervisedConfig(TaskConfig):
     batch_size: Annotated[int, Field(ge=1)] = 64
     augment: bool = True
 
-    @property
-    def label(self) -> str:
-        return f"{self.name} ({self.dataset})"
+    def prepare(self) -> None:
+        load_splits(self.dataset)
 
     @field_validator("dataset")
     @classmethod

@@ -1,0 +1,43 @@
+# Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
+.PHONY: figures test notebooks bench lab
+.DEFAULT_GOAL := figures
+SHELL := /bin/bash
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROFILE ?= quick
+export MPLBACKEND ?= agg
+# One thread per process: runs, tests and notebooks are spread over processes.
+export OMP_NUM_THREADS ?= 1
+
+figures: $(STAMP)
+	$(BIN)/repeatlab figures --profile $(PROFILE)
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -n 2 --ignore tests/benchmarks
+	$(MAKE) --no-print-directory notebooks
+
+# Task notebooks first: the viewpoints read the studies that they leave in the store.
+NBVAL := $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg \
+	--nbval-cell-timeout 300 -p no:doctest
+
+notebooks: $(STAMP)
+	$(NBVAL) -n 2 --dist loadfile notebooks/[01]*.ipynb
+	$(NBVAL) notebooks/[2]*.ipynb
+
+bench: $(STAMP)
+	$(BIN)/pytest tests/benchmarks -s
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir .
+
+# uv where it can be had, plain pip where not; the lock holds versions only.
+$(STAMP): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
+		&& $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]' \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $(STAMP)

@@ -1,0 +1,246 @@
+"""From the run store to tidy frames and statistics. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from repeatlab.records import Run, Store
+
+RUN_KEYS = ["task", "method", "seed"]
+# x axis of learning curves -> label; `seconds` is training time, calibration included.
+AXES = {
+    "update": "gradient updates",
+    "fresh_batches": "fresh batches",
+    "seconds": "training time (s)",
+}
+# Metrics of which less is better; of all others more is.
+LOWER_IS_BETTER = {"loss", "error"}
+
+
+@dataclass(frozen=True)
+class Records:
+    """The runs of one or several studies.
+
+    Attributes:
+        runs: One row per planned run, whatever became of it: task, method, seed, id, path, status
+            ("missing" where there is nothing), max_updates and, for runs that are done, the ledger
+            and the final metrics ("validation.accuracy", ...).
+        methods: Methods in the order the studies name them.
+    """
+
+    runs: pd.DataFrame
+    methods: list[str]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.runs["task"].unique())
+
+    @property
+    def run_ids(self) -> list[str]:
+        """Ids of the runs that are done, without repetition."""
+        return sorted(self.done["id"].unique())
+
+    @property
+    def done(self) -> pd.DataFrame:
+        """The rows of `runs` that are complete or diverged."""
+        return self.runs[self.runs["status"].isin(["complete", "diverged"])]
+
+    @property
+    def missing(self) -> pd.DataFrame:
+        """The rows of `runs` that are not done."""
+        return self.runs[~self.runs["status"].isin(["complete", "diverged"])]
+
+    @cached_property
+    def evals(self) -> pd.DataFrame:
+        """Rows (task, method, seed, update, split, metric, value, ledger columns) of done runs."""
+        frame = self._stack("evals")
+        if len(frame):
+            # What an arm was charged for its t is part of its time from the start.
+            frame["seconds"] += frame["calibration_seconds"]
+        return frame
+
+    @cached_property
+    def updates(self) -> pd.DataFrame:
+        """Rows (task, method, seed, update, fresh_batch, repeat, repeats, loss, lr, seconds)."""
+        return self._stack("updates")
+
+    def _stack(self, table: str) -> pd.DataFrame:
+        frames = []
+        for row in self.done.itertuples():
+            frame = getattr(Run(Path(row.path)), table)
+            frames.append(frame.assign(task=row.task, method=row.method, seed=row.seed))
+        if not frames:
+            return pd.DataFrame(columns=[*RUN_KEYS, "update", "split", "metric", "value"])
+        stacked = pd.concat(frames, ignore_index=True)
+        return stacked[[*RUN_KEYS, *stacked.columns.drop(RUN_KEYS)]]
+
+
+def load(runs: str | Path, studies: str | Sequence[str]) -> Records:
+    """Return the records of `studies` in the run store at `runs`.
+
+    Raises:
+        StoreError: the store holds no such study; the message tells how to make it.
+    """
+    store = Store(runs)
+    rows: list[dict] = []
+    methods: list[str] = []
+    for name in [studies] if isinstance(studies, str) else studies:
+        study = store.read_study(name)
+        methods += [method for method in study["methods"] if method not in methods]
+        for planned in study["runs"]:
+            run = store.run(*planned["run"])
+            summary = run.summary
+            rows.append(
+                {
+                    "task": planned["task"],
+                    "method": planned["method"],
+                    "seed": planned["seed"],
+                    "id": run.path.name,
+                    "path": str(run.path),
+                    "status": run.status["status"] if summary else _unfinished(run),
+                    "max_updates": study["max_updates"],
+                    **summary.get("ledger", {}),
+                    **summary.get("final", {}),
+                }
+            )
+    return Records(pd.DataFrame(rows), methods)
+
+
+def _unfinished(run: Run) -> str:
+    """Return the status of a run without a summary: it is not done, whatever it says."""
+    status = run.status["status"]
+    return "interrupted" if status in ("complete", "diverged") else status
+
+
+# --- learning curves --------------------------------------------------------------------------
+
+
+def curves(
+    evals: pd.DataFrame,
+    metric: str,
+    *,
+    split: str = "validation",
+    x: str = "update",
+    points: int = 60,
+) -> pd.DataFrame:
+    """Return mean learning curves with 95 % intervals over seeds.
+
+    Runs of one method reach different x at the same update, so each run is interpolated linearly
+    onto a grid that all runs of the method cover; nothing is extrapolated.
+
+    Returns:
+        Rows (task, method, x, mean, low, high, n) with the interval of `mean_interval`.
+    """
+    chosen = evals[(evals["metric"] == metric) & (evals["split"] == split)]
+    pieces = []
+    for (task, method), group in chosen.groupby(["task", "method"], sort=False):
+        runs = [r.sort_values("update") for _, r in group.groupby("seed")]
+        low, high = max(r[x].iloc[0] for r in runs), min(r[x].iloc[-1] for r in runs)
+        same = all(np.array_equal(r[x], runs[0][x]) for r in runs)
+        grid = runs[0][x].to_numpy(float) if same else np.linspace(low, high, points)
+        values = np.stack([np.interp(grid, r[x], r["value"]) for r in runs])
+        mean, below, above = mean_interval(values)
+        columns = {x: grid, "mean": mean, "low": below, "high": above, "n": len(runs)}
+        pieces.append(pd.DataFrame({"task": task, "method": method, **columns}))
+    columns = ["task", "method", x, "mean", "low", "high", "n"]
+    return pd.concat(pieces, ignore_index=True) if pieces else pd.DataFrame(columns=columns)
+
+
+def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, ...]:
+    """Return mean and Student-t confidence limits of the mean along axis 0, shape (n, ...).
+
+    With one value the limits are NaN: one run says nothing of the spread.
+    """
+    values = np.asarray(values, dtype=float)
+    n, mean = len(values), values.mean(axis=0)
+    if n < 2:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * values.std(axis=0, ddof=1) / np.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+# --- time to target ---------------------------------------------------------------------------
+
+
+def to_target(
+    evals: pd.DataFrame, metric: str, target: float, *, split: str = "validation"
+) -> pd.DataFrame:
+    """Return when each run first reached `target`, by the evaluations.
+
+    A run that missed it is censored, never imputed: `reached` is False and the axes hold its last
+    evaluation.
+
+    Returns:
+        Rows (task, method, seed, reached, update, fresh_batches, seconds).
+    """
+    chosen = evals[(evals["metric"] == metric) & (evals["split"] == split)]
+    rows = []
+    for keys, run in chosen.groupby(RUN_KEYS, sort=False):
+        run = run.sort_values("update")
+        hits = run["value"] <= target if metric in LOWER_IS_BETTER else run["value"] >= target
+        at = run[hits].iloc[0] if hits.any() else run.iloc[-1]
+        rows.append(
+            {
+                **dict(zip(RUN_KEYS, keys, strict=True)),
+                "reached": bool(hits.any()),
+                **{axis: at[axis] for axis in AXES},
+            }
+        )
+    return pd.DataFrame(rows, columns=[*RUN_KEYS, "reached", *AXES])
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def final_table(records: Records, metric: str, *, split: str = "validation") -> pd.DataFrame:
+    """Return one row per task and method: how its runs ended and what they cost.
+
+    Columns: runs, missing, diverged, mean of the metric at T with 95 % limits (complete runs only),
+    mean E[N] = updates / fresh batches, fresh batches, training seconds with calibration.
+    """
+    rows = []
+    for (task, method), group in records.runs.groupby(["task", "method"], sort=False):
+        complete = group[group["status"] == "complete"]
+        row = {
+            "task": task,
+            "method": method,
+            "runs": len(group),
+            "missing": len(group) - int(group["status"].isin(["complete", "diverged"]).sum()),
+            "diverged": int((group["status"] == "diverged").sum()),
+        }
+        if len(complete):
+            mean, low, high = mean_interval(complete[f"{split}.{metric}"].to_numpy())
+            seconds = complete["seconds"] + complete["calibration_seconds"]
+            row |= {
+                metric: float(mean),
+                "low": float(low),
+                "high": float(high),
+                "mean N": (complete["updates"] / complete["fresh_batches"]).mean(),
+                "fresh batches": complete["fresh_batches"].mean(),
+                "seconds": seconds.mean(),
+            }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def target_summary(times: pd.DataFrame) -> pd.DataFrame:
+    """Return hits, runs and the median time of each method on each axis.
+
+    The median is over all runs with a miss as infinity, hence infinite where half of them missed.
+
+    Args:
+        times: What `to_target` returns.
+    """
+    rows = []
+    for (task, method), group in times.groupby(["task", "method"], sort=False):
+        row = {"task": task, "method": method, "reached": int(group["reached"].sum())}
+        medians = {x: float(np.median(group[x].where(group["reached"], np.inf))) for x in AXES}
+        rows.append(row | {"runs": len(group)} | medians)
+    return pd.DataFrame(rows)

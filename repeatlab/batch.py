@@ -1,0 +1,166 @@
+"""Notebooks in batch: params/<profile>/*.yaml -> papermill -> executed notebooks and figures.
+
+    # params/quick/supervised.yaml
+    notebook: 10_supervised
+    parameters: {...}          # every name must stand in the notebook's `parameters` cell
+
+Notebooks run one after another, in the order of their names; what they train runs in processes of
+their own.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from repeatlab.schema import ConfigError, Model, did_you_mean, parse, read_yaml
+
+# Where notebooks find store and figures; the batch decides that, not a parameter file.
+PLACES = ("runs", "figures")
+
+
+class NotebookError(RuntimeError):
+    """A notebook could not be executed to its end."""
+
+
+class BatchEntry(Model):
+    """What a parameter file says."""
+
+    notebook: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook with its parameters."""
+
+    source: Path
+    notebook: Path
+    parameters: dict[str, Any]
+
+
+def read_profile(profile: str, root: Path) -> list[Job]:
+    """Return the jobs of params/<profile>, checked, in the order of their notebooks.
+
+    Raises:
+        ConfigError: no such profile, a file that is not valid, a notebook that does not exist or a
+            parameter that it does not have.
+    """
+    directory = root / "params" / profile
+    files = sorted(directory.glob("*.yaml"))
+    if not files:
+        known = [d.name for d in sorted((root / "params").glob("*")) if any(d.glob("*.yaml"))]
+        raise ConfigError(
+            f"no profile {profile!r} in {root / 'params'}; {did_you_mean(profile, known)}"
+        )
+    jobs = [read_job(path, root) for path in files]
+    return sorted(jobs, key=lambda job: (job.notebook.name, job.source.name))
+
+
+def read_job(path: Path, root: Path) -> Job:
+    """Return the job that one parameter file describes, checked against its notebook."""
+    entry = parse(BatchEntry, read_yaml(path), source=str(path))
+    notebooks = {p.stem: p for p in (root / "notebooks").glob("*.ipynb")}
+    if entry.notebook not in notebooks:
+        hint = did_you_mean(entry.notebook, notebooks)
+        raise ConfigError(f"{path}: notebook: unknown notebook {entry.notebook!r}; {hint}")
+    notebook = notebooks[entry.notebook]
+    known = parameter_names(notebook)
+    for name in entry.parameters:
+        if name in PLACES:
+            raise ConfigError(f"{path}: parameters.{name}: given on the command line (--{name})")
+        if name not in known:
+            raise ConfigError(
+                f"{path}: parameters.{name}: {notebook.name} has no such parameter; "
+                f"{did_you_mean(name, known)}"
+            )
+    return Job(path, notebook, entry.parameters)
+
+
+def parameter_names(notebook: Path) -> set[str]:
+    """Return the names assigned in the cell that is tagged `parameters`.
+
+    Read from the syntax tree: papermill's own inspector misses lines whose comment holds "=".
+    """
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        if "parameters" in cell["metadata"].get("tags", []):
+            tree = ast.parse("".join(cell["source"]))
+            targets = [
+                t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets
+            ]
+            return {target.id for target in targets if isinstance(target, ast.Name)}
+    raise ConfigError(f"{notebook}: no cell is tagged 'parameters'")
+
+
+def execute(job: Job, *, output: Path, runs: Path, figures: Path) -> None:
+    """Execute one notebook; its executed copy goes to `output`.
+
+    The notebook raises where a run fails, so that an execution without an exception is a success.
+
+    Raises:
+        NotebookError: a cell raised, or the kernel died or timed out.
+    """
+    import papermill
+    from papermill.exceptions import PapermillException
+    from traitlets.config import Config
+
+    output.mkdir(parents=True, exist_ok=True)
+    copy = output / f"{job.source.stem}.ipynb"
+    parameters = job.parameters | {"runs": str(runs.resolve()), "figures": str(figures.resolve())}
+    # Kernels over TCP can lose the race for a port; a socket in a directory of its own cannot.
+    with tempfile.TemporaryDirectory(prefix="rl") as sockets:
+        try:
+            papermill.execute_notebook(
+                job.notebook,
+                copy,
+                parameters=parameters,
+                cwd=job.notebook.parent,
+                kernel_name="python3",
+                progress_bar=False,
+                coalesce_streams=True,
+                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/k"}}),
+            )
+        except (PapermillException, RuntimeError, TimeoutError) as error:
+            raise NotebookError(
+                f"{job.source}: {_last_line(error)} (executed copy: {copy})"
+            ) from error
+
+
+def _last_line(error: BaseException) -> str:
+    """Return what a failed cell raised, without papermill's frame of dashes."""
+    name, value = (
+        getattr(error, "ename", type(error).__name__),
+        getattr(error, "evalue", str(error)),
+    )
+    return f"{name}: {value}"
+
+
+def execute_profile(
+    profile: str,
+    *,
+    root: Path,
+    runs: Path,
+    figures: Path,
+    echo: Callable[[str], None] = print,
+) -> list[str]:
+    """Execute a profile's notebooks and return the names of the figures they wrote.
+
+    All parameter files are checked before the first notebook starts.
+    """
+    from repeatlab.figures import read_manifest
+
+    jobs = read_profile(profile, root)
+    for job in jobs:
+        echo(f"{job.notebook.stem} ({job.source.relative_to(root)})")
+        execute(job, output=runs / "notebooks" / profile, runs=runs, figures=figures)
+    notebooks = {job.notebook.stem for job in jobs}
+    manifest = read_manifest(figures)
+    return [name for name, entry in manifest.items() if entry["notebook"] in notebooks]
