@@ -15,6 +15,7 @@ class Ledger:
         distinct_samples: Different training samples seen so far.
         forward_samples: Samples that went forward in training.
         backward_samples: Samples that went backward.
+        environment_steps: Steps made in a simulator.
         seconds: Training time; evaluation is outside the clock.
         host_reads: How often the host waited for a loss on the device.
         calibration_updates: Updates of the short run that `t: auto` needed, on top of the above.
@@ -27,6 +28,7 @@ class Ledger:
     distinct_samples: int = 0
     forward_samples: int = 0
     backward_samples: int = 0
+    environment_steps: int = 0
     seconds: float = 0.0
     host_reads: int = 0
     calibration_updates: int = 0

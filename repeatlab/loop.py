@@ -242,10 +242,11 @@ class Training:
     def _update_ledger(self, updates: int) -> None:
         ledger, repeater = self.ledger, self.repeater
         ledger.updates += updates
-        ledger.forward_samples += updates * self.config.task.batch_size
-        ledger.backward_samples += updates * self.config.task.batch_size
+        ledger.forward_samples += updates * self.task.forward_samples
+        ledger.backward_samples += updates * self.task.backward_samples
         ledger.fresh_batches = repeater.fresh_batch + 1
         ledger.distinct_samples = self.batches.distinct()
+        ledger.environment_steps = self.task.environment_steps
         ledger.seconds = self.elapsed
         ledger.host_reads = repeater.host_reads
 
@@ -260,6 +261,8 @@ class Training:
         if status == "complete" and self.config.evaluation.test:
             final["test"] = self.task.evaluate("test")
             self.writer.evals(self.ledger.updates, {"test": final["test"]}, self.ledger.to_json())
+        if status == "complete":
+            self.writer.pictures(self.task.pictures())
         cuda = pick_device(self.config.device) == "cuda"
         self.writer.finish(
             status,

@@ -78,17 +78,18 @@ class _PinnedCopy:
     """One reusable non-blocking copy of a CUDA scalar to pinned host memory."""
 
     def __init__(self, device: torch.device) -> None:
+        self._loss = torch.empty((), dtype=torch.float32, device=device)
         self._host = torch.empty((), dtype=torch.float32, pin_memory=True)
         self._stream = torch.cuda.Stream(device)
         self._copied = torch.cuda.Event()
 
     def start(self, loss: torch.Tensor) -> None:
+        # In the loss's own stream first: nothing that overwrites or frees the loss can overtake it.
+        self._loss.copy_(loss)
         self._stream.wait_stream(torch.cuda.current_stream(loss.device))
         with torch.cuda.stream(self._stream):
-            self._host.copy_(loss, non_blocking=True)
+            self._host.copy_(self._loss, non_blocking=True)
             self._copied.record(self._stream)
-        # The allocator must not hand the loss's memory on before the copy has read it.
-        loss.record_stream(self._stream)
 
     def wait(self) -> float:
         self._copied.synchronize()

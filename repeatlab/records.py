@@ -5,6 +5,7 @@
         environment.json  versions, hardware, commit
         updates.parquet   one row per update (updates.arrow, a stream, while it trains)
         evals.parquet     one row per evaluated metric, with the ledger (evals.arrow meanwhile)
+        pictures.npz      uint8 images (n, height, width[, 3]) by name, where a task makes any
         status.json       running, complete, diverged or failed
         summary.json      final metrics, ledger, calibration: written last, so it marks *done*
     runs/studies/<name>.json  which runs a study consists of
@@ -173,6 +174,15 @@ class Run:
         """One row per (update, split, metric) with `value` and the ledger's columns."""
         return self._table("evals").to_pandas()
 
+    @property
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Images by name, uint8 (n, height, width[, 3]); empty where the task makes none."""
+        path = self.path / "pictures.npz"
+        if not path.exists():
+            return {}
+        with np.load(path, allow_pickle=False) as images:
+            return dict(images)
+
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -229,6 +239,11 @@ class RunWriter:
             for metric, value in values.items()
         ]
         self._append("evals", pa.Table.from_pylist(rows))
+
+    def pictures(self, pictures: Mapping[str, np.ndarray]) -> None:
+        """Keep the images that a task shows at its end."""
+        if pictures:
+            np.savez_compressed(self.path / "pictures.npz", **pictures)
 
     def finish(self, status: str, summary: Mapping[str, Any], **details: Any) -> None:
         """End the run as `complete` or `diverged`; summary.json comes last and marks it done."""

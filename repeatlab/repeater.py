@@ -163,7 +163,8 @@ class BatchRepeater:
             if self._reader.ready:
                 self._decide()
         elif is_tensor and loss.is_cuda:
-            self._visits.defer(loss.detach())
+            # A copy: a CUDA graph, for one, writes its next loss over this one.
+            self._visits.defer(loss.detach().clone())
         else:
             loss = loss.item() if is_tensor else loss
             self._visits.losses.append(loss)

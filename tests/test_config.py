@@ -111,7 +111,7 @@ def test_the_identity_changes_with_the_version_of_the_records(monkeypatch):
     assert run_config().run_id != before
 
 
-@pytest.mark.parametrize(("name", "schedule"), product([None, *MAPPINGS], [None, *SCHEDULES]))
+@pytest.mark.parametrize(("name", "schedule"), [*product([None, *MAPPINGS], [None, *SCHEDULES])])
 def test_json_gives_back_every_combination_of_mapping_and_schedule(name, schedule):
     method = (mapping(name) if name else {}) | (
         {"schedule": {"name": schedule}} if schedule else {}

@@ -15,7 +15,8 @@ from pydantic import Field
 from repeatlab.schema import Model
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    from torch import Tensor
     from torch.optim import Optimizer
 
 TASKS: dict[str, str] = {
@@ -53,10 +54,16 @@ class Task(Protocol):
     Attributes:
         Config: The task's configuration model.
         optimizers: Every optimizer of the task; the loop sets their learning rates.
+        forward_samples: Samples that go forward in one update.
+        backward_samples: Samples that go backward in one update.
+        environment_steps: Steps made in a simulator so far; 0 for tasks on a data set.
     """
 
     Config: ClassVar[type[TaskConfig]]
     optimizers: Sequence[Optimizer]
+    forward_samples: int
+    backward_samples: int
+    environment_steps: int
 
     def fresh_batch(self, index: int) -> Any:
         """Return the `index`-th fresh batch, with `.indices` of its samples, shape (batch,)."""
@@ -64,17 +71,30 @@ class Task(Protocol):
     def refresh(self, batch: Any, visit: int) -> Any:
         """Return the same samples under a new augmentation, for visit 1, 2, ..."""
 
-    def step(self, batch: Any, report: Callable[[torch.Tensor], None]) -> None:
+    def step(
+        self, batch: Any, report: Callable[[Tensor], None], weights: Tensor | None = None
+    ) -> None:
         """Make ONE complete update, with any number of optimizers.
 
-        Calls `report` once with the 0-d driver loss, as soon as its forward is done.
+        Calls `report` once with the 0-d driver loss, as soon as its forward is done. The mean over
+        samples is weighted with `weights`, shape (batch,), where they are given; the driver loss is
+        not.
+        """
+
+    def sample_losses(self, batch: Any) -> Tensor:
+        """Return the driver loss of every sample, shape (batch,), without gradient or side effect.
+
+        Models are in evaluation mode, so that BatchNorm and dropout are untouched.
         """
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Return the metrics on "train" (a fixed subset), "validation" or "test"."""
 
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Return what is worth looking at, as uint8 images (n, height, width[, 3]); may be empty."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Return models and optimizers."""
+        """Return everything that later updates depend on: models, optimizers, random generators."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""

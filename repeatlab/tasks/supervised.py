@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator
 from sklearn.metrics import f1_score
@@ -58,6 +59,7 @@ class Supervised:
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = SupervisedConfig
+    environment_steps = 0
 
     def __init__(self, config: SupervisedConfig, *, seed: int, device: str) -> None:
         self.data = load_splits(config.dataset, device=device)
@@ -85,6 +87,7 @@ class Supervised:
             fused=device != "mps",
         )
         self.optimizers = [self.optimizer]
+        self.forward_samples = self.backward_samples = config.batch_size
 
     def fresh_batch(self, index: int) -> Batch:
         return self.stream.fresh_batch(index)
@@ -92,12 +95,27 @@ class Supervised:
     def refresh(self, batch: Batch, visit: int) -> Batch:
         return self.stream.batch_of(batch.indices, batch.index, view=visit)
 
-    def step(self, batch: Batch, report: Callable[[Tensor], None]) -> None:
-        loss = functional.cross_entropy(self.model(batch.images), batch.labels)
-        report(loss)
+    def step(
+        self, batch: Batch, report: Callable[[Tensor], None], weights: Tensor | None = None
+    ) -> None:
+        logits = self.model(batch.images)
+        if weights is None:
+            loss = functional.cross_entropy(logits, batch.labels)
+            report(loss)
+        else:
+            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+            report(losses.detach().mean())
+            loss = (weights * losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
+    @torch.no_grad()
+    def sample_losses(self, batch: Batch) -> Tensor:
+        self.model.eval()
+        losses = functional.cross_entropy(self.model(batch.images), batch.labels, reduction="none")
+        self.model.train()
+        return losses
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
@@ -119,6 +137,9 @@ class Supervised:
         order = torch.randperm(len(self.data.train), generator=generator(0, "train subset"))
         chosen = order[: len(self.data.validation)].to(self.data.train.labels.device)
         return ImageSet(self.data.train.images[chosen], self.data.train.labels[chosen])
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
