@@ -91,7 +91,7 @@ class Task(Protocol):
         """Return the metrics on "train" (a fixed subset), "validation" or "test"."""
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """Return what is worth looking at, as uint8 images (n, height, width[, 3]); may be empty."""
+        """Return what is worth looking at: uint8 images (n, height, width[, 3]), or nothing."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later updates depend on: models, optimizers, random generators."""
