@@ -7,7 +7,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROFILE ?= quick
-export MPLBACKEND ?= agg
 # One thread per process: runs, tests and notebooks are spread over processes.
 export OMP_NUM_THREADS ?= 1
 
@@ -22,7 +21,7 @@ test: $(STAMP)
 
 # Task notebooks first: the viewpoints read the studies that they leave in the store.
 NBVAL := $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg \
-	--nbval-cell-timeout 300 -p no:doctest
+	--nbval-cell-timeout 300 -o addopts=-ra
 
 notebooks: $(STAMP)
 	$(NBVAL) -n 2 --dist loadfile notebooks/[01]*.ipynb

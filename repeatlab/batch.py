@@ -124,6 +124,7 @@ def execute(job: Job, *, output: Path, runs: Path, figures: Path) -> None:
                 parameters=parameters,
                 cwd=job.notebook.parent,
                 kernel_name="python3",
+                language="python",
                 progress_bar=False,
                 coalesce_streams=True,
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/k"}}),

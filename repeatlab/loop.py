@@ -235,14 +235,15 @@ class Training:
             rows["seconds"] = np.array(seconds[: len(updates)])
             rows["lr"] = self.rates[0][1] * np.array([self._factor(int(u)) for u in updates])
             self.writer.updates(rows)
-        self._update_ledger(len(updates))
+        # The loss that ends a diverged run went forward, but drove no update.
+        self._update_ledger(len(updates), int(np.isfinite(rows["loss"]).sum()))
         if self.on_update is not None:
             self.on_update(self.repeater.updates)
 
-    def _update_ledger(self, updates: int) -> None:
+    def _update_ledger(self, forwards: int, updates: int) -> None:
         ledger, repeater = self.ledger, self.repeater
         ledger.updates += updates
-        ledger.forward_samples += updates * self.task.forward_samples
+        ledger.forward_samples += forwards * self.task.forward_samples
         ledger.backward_samples += updates * self.task.backward_samples
         ledger.fresh_batches = repeater.fresh_batch + 1
         ledger.distinct_samples = self.batches.distinct()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_HAS_DISTRIBUTED = dist.is_available()  # asked once: `start` is on every fresh batch's path
+
 
 class LossReader:
     """Reads a scalar per fresh batch: started after the forward, awaited before the next batch.
@@ -71,7 +73,7 @@ class LossReader:
 
 def in_process_group() -> bool:
     """Whether this process trains together with others under torch.distributed."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _HAS_DISTRIBUTED and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _PinnedCopy:

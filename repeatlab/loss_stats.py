@@ -60,7 +60,13 @@ class LossStats:
 
     def quantile(self, q: float) -> float:
         """Return the `q`-quantile of the recent losses (linear interpolation)."""
-        return float(np.quantile(self.recent, q)) if self.count else float("nan")
+        if not self.count or not len(self._ring):
+            return float("nan")
+        # np.quantile's default method, a few times faster on a window's worth of numbers.
+        losses = sorted(self.recent.tolist())
+        below, rest = divmod(q * (len(losses) - 1), 1)
+        low, high = losses[int(below)], losses[min(int(below) + 1, len(losses) - 1)]
+        return low + (high - low) * rest
 
     def observe(self, loss: float) -> None:
         """Add the loss of the fresh batch that has just been decided on."""

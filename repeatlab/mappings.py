@@ -235,6 +235,7 @@ class Quantile(Mapping):
     window: int = 100
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))  # hashable, whatever it came as
         if not self.levels or not all(0 < level < 1 for level in self.levels):
             raise ValueError(f"levels must be numbers between 0 and 1, not {self.levels!r}")
         _check_count("window", self.window)
@@ -270,9 +271,10 @@ class ZScore(Mapping):
         return self.max_repeats
 
     def repeats_for(self, loss: float, stats: LossStats) -> int:
-        if not stats.full or stats.std == 0:
+        std = stats.std
+        if not stats.full or std == 0:
             return 1
-        steps = min(self.max_repeats - 1, (loss - stats.mean) / stats.std / self.step)
+        steps = min(self.max_repeats - 1, (loss - stats.mean) / std / self.step)
         return 1 + floor(max(0, steps))
 
 
@@ -285,6 +287,7 @@ class Trace(Mapping):
     needs_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", tuple(self.counts))  # hashable, whatever it came as
         if not self.counts:
             raise ValueError("counts must hold at least one count")
         for position, count in enumerate(self.counts):
@@ -325,4 +328,7 @@ def to_dict(mapping: Mapping) -> dict[str, Any]:
 def from_dict(fields: dict[str, Any]) -> Mapping:
     """Return the mapping that `to_dict` wrote."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return MAPPINGS[fields.pop("name")](**fields)
+    name = fields.pop("name", None)
+    if name not in MAPPINGS:
+        raise ValueError(f"the mapping must be one of {', '.join(MAPPINGS)}; not {name!r}")
+    return MAPPINGS[name](**fields)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from repeatlab.endless_loader import EndlessLoader
-from repeatlab.loss_reader import LossReader, in_process_group
+from repeatlab.loss_reader import LossReader
 from repeatlab.loss_stats import LossStats
 from repeatlab.mappings import Constant
 
@@ -168,9 +168,7 @@ class BatchRepeater:
         else:
             loss = loss.item() if is_tensor else loss
             self._visits.losses.append(loss)
-            # Rank-local, and raising on one rank would leave the others waiting: in a process group
-            # all meet the NaN together in the next fresh batch's mean.
-            if not isfinite(loss) and not in_process_group():
+            if not isfinite(loss):
                 raise NonFiniteLoss(loss, self.updates - 1, self.fresh_batch)
 
     @property
@@ -301,7 +299,7 @@ class _VisitLog:
         self.fetches += 1
         for row, loss in zip(rows, torch.stack(losses).tolist(), strict=True):
             self.losses[row] = loss
-            if not isfinite(loss) and not in_process_group():
+            if not isfinite(loss):
                 # What came after has no meaning, and the first one is the one to name.
                 del self.losses[row + 1 :]
                 raise NonFiniteLoss(loss, self._first_update + row, int(self._expand()[0][row]))

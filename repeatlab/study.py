@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -104,9 +105,9 @@ class Report:
         counts = Counter(self.status.values())
         ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         stored = len(self.status) - self.trained
-        return (
-            f"{len(self.status)} runs: {ended} ({self.trained} trained now, {stored} in the store)"
-        )
+        runs = "run" if len(self.status) == 1 else "runs"
+        now = f"({self.trained} trained now, {stored} in the store)"
+        return f"{len(self.status)} {runs}: {ended} {now}"
 
 
 def run_studies(
@@ -236,6 +237,7 @@ def local_client(workers: int) -> Iterator[Any]:
             processes=True,
             host="127.0.0.1",
             dashboard_address=None,
+            silence_logs=logging.ERROR,
         ) as cluster,
         Client(cluster) as client,
     ):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,13 +50,11 @@ def expected_repeats(losses: np.ndarray, t: float, most: int) -> float:
     return float(np.mean([mapping(float(loss), stats) for loss in losses]))
 
 
-losses_float32 = st.lists(
-    st.floats(2.0**-10, 100, width=32), min_size=1, max_size=30
-).map(np.array)  # fmt: skip
+float32_losses = st.lists(st.floats(2.0**-10, 100, width=32), min_size=1, max_size=30)
 
 
 @settings(max_examples=300, deadline=None)
-@given(losses_float32, st.integers(2, 12), st.floats(0.01, 0.99))
+@given(float32_losses.map(np.array), st.integers(2, 12), st.floats(0.01, 0.99))
 def test_linear_t_is_the_largest_that_reaches_the_target(losses, most, share):
     target = 1 + share * (most - 1)
     t = linear_t(losses, target, max_repeats=most)
@@ -79,9 +75,9 @@ def test_linear_t_of_exponential_losses_is_the_closed_form_s():
     assert target == pytest.approx(1.210176, abs=5e-7)
     mu, size = 0.7, 400_000
     losses = np.random.default_rng(2).exponential(mu, size=size)
-    # d E[N] / d (t / mu) at 1 is -sum k q^k; N has a standard deviation below 0.61.
+    # d E[N] / d (t / mu) at 1 is -sum k q^k; N has a standard deviation below 0.62.
     slope = sum(power * np.exp(-power) for power in (2, 3, 4, 5))
-    error = 0.61 / np.sqrt(size) / slope
+    error = 0.62 / np.sqrt(size) / slope
     assert linear_t(losses, target, max_repeats=5) == pytest.approx(mu, rel=4 * error)
 
 
@@ -209,10 +205,3 @@ def test_a_short_run_that_diverges_is_an_error_that_names_it(tmp_path):
         train(config, tmp_path)
     assert calibration_run(config).run_id in str(error.value)
     assert not (tmp_path / "supervised" / config.run_id).exists()
-
-
-def test_the_rule_s_t_is_a_valid_field():
-    losses = np.random.default_rng(4).gamma(3.0, size=50)
-    mapping = Linear(t=1.0)
-    t = linear_t(losses, 2.0, max_repeats=mapping.max_repeats)
-    assert replace(mapping, t=t).t == t

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, str] = {
     "supervised": "repeatlab.tasks.supervised:Supervised",
+    "reinforcement": "repeatlab.tasks.reinforcement:Reinforcement",
 }
 
 

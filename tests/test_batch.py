@@ -1,0 +1,103 @@
+"""Parameter files, notebooks and papermill."""
+
+from __future__ import annotations
+
+import nbformat
+import pytest
+
+from repeatlab.batch import NotebookError, execute_profile, parameter_names, read_job, read_profile
+from repeatlab.cli import ROOT
+from repeatlab.schema import ConfigError
+
+PARAMETERS = "# a comment = with a sign\nrate = 1.0  # = papermill's inspector misses this\n"
+PLACES = 'runs = "."\nfigures = "."\n'
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Return a function that lays out a project of one notebook and one parameter file."""
+
+    def make(code: str, parameters: str = "notebook: 00_small\nparameters: {rate: 1e-3}\n"):
+        notebook = nbformat.v4.new_notebook()
+        cell = nbformat.v4.new_code_cell(PARAMETERS + PLACES, metadata={"tags": ["parameters"]})
+        notebook.cells = [cell, nbformat.v4.new_code_cell(code)]
+        for directory in ("notebooks", "params/tiny"):
+            (tmp_path / directory).mkdir(parents=True)
+        nbformat.write(notebook, tmp_path / "notebooks" / "00_small.ipynb")
+        (tmp_path / "params" / "tiny" / "small.yaml").write_text(parameters)
+        return tmp_path
+
+    return make
+
+
+def _execute(root):
+    return execute_profile("tiny", root=root, runs=root / "runs", figures=root / "figures")
+
+
+def test_parameters_are_read_from_the_syntax_tree(project):
+    root = project("")
+    names = parameter_names(root / "notebooks" / "00_small.ipynb")
+    assert names == {"rate", "runs", "figures"}
+
+
+def test_a_notebook_gets_its_parameters_and_its_figures_are_named(project):
+    code = """
+import json, pathlib
+assert rate == 0.001 and pathlib.Path.cwd().name == "notebooks"
+pathlib.Path(figures).mkdir()
+entry = {"mine": {"notebook": "00_small"}, "not mine": {"notebook": "99_other"}}
+(pathlib.Path(figures) / "manifest.json").write_text(json.dumps(entry))
+"""
+    root = project(code)
+    assert _execute(root) == ["mine"]
+    executed = nbformat.read(root / "runs" / "notebooks" / "tiny" / "small.ipynb", 4)
+    assert all(cell.execution_count for cell in executed.cells)
+
+
+def test_a_cell_that_raises_fails_the_batch(project):
+    with pytest.raises(NotebookError, match=r"small\.yaml: ValueError: no such luck"):
+        _execute(project("raise ValueError('no such luck')"))
+
+
+def test_a_kernel_that_dies_fails_the_batch(project):
+    with pytest.raises(NotebookError, match=r"small\.yaml: DeadKernelError"):
+        _execute(project("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (
+            "notebook: 00_small\nparameters: {rat: 1}\n",
+            "parameters.rat: 00_small.ipynb has no such",
+        ),
+        ("notebook: 00_smal\n", "notebook: unknown notebook '00_smal'; did you mean '00_small'?"),
+        ("notebok: 00_small\n", "notebok: unknown key; did you mean 'notebook'?"),
+        ("notebook: 00_small\nparameters: {runs: x}\n", "parameters.runs: given on the command"),
+        ("- 1\n", "must hold a mapping of names to values"),
+        ("a: [1\n", "not valid YAML"),
+    ],
+)
+def test_a_bad_parameter_file_is_refused_before_anything_runs(project, parameters, message):
+    root = project("raise SystemExit", parameters)
+    with pytest.raises(ConfigError) as error:
+        _execute(root)
+    assert "small.yaml: " in str(error.value)
+    assert message in str(error.value)
+    assert not (root / "runs").exists()
+
+
+def test_an_unknown_profile_names_those_that_exist(project):
+    with pytest.raises(ConfigError, match=r"no profile 'tyny' .* did you mean 'tiny'\?"):
+        read_profile("tyny", project(""))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("params/*/*.yaml")), ids=lambda p: p.stem)
+def test_every_parameter_file_fits_its_notebook_and_its_study_is_valid(path):
+    from repeatlab.study import Study
+
+    job = read_job(path, ROOT)
+    if "study" in job.parameters:
+        study = Study.of(**job.parameters["study"])
+        assert study.planned()
+        assert study.name == f"{path.parent.name}-{path.stem}"
