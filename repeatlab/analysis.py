@@ -18,6 +18,7 @@ RUN_KEYS = ["task", "method", "seed"]
 AXES = {
     "update": "gradient updates",
     "fresh_batches": "fresh batches",
+    "environment_steps": "environment steps",
     "seconds": "training time (s)",
 }
 # Metrics of which less is better; of all others more is.
@@ -166,6 +167,11 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, 
     return mean, mean - half, mean + half
 
 
+def counted_axes(frame: pd.DataFrame) -> list[str]:
+    """Return the `AXES` on which anything was counted: no environment steps without a simulator."""
+    return [axis for axis in AXES if axis in frame and (frame[axis] > 0).any()]
+
+
 # --- time to target ---------------------------------------------------------------------------
 
 
@@ -178,9 +184,10 @@ def to_target(
     evaluation.
 
     Returns:
-        Rows (task, method, seed, reached, update, fresh_batches, seconds).
+        Rows (task, method, seed, reached) and one column for each of `AXES` that was counted.
     """
     chosen = evals[(evals["metric"] == metric) & (evals["split"] == split)]
+    axes = counted_axes(evals)
     rows = []
     for keys, run in chosen.groupby(RUN_KEYS, sort=False):
         run = run.sort_values("update")
@@ -190,10 +197,10 @@ def to_target(
             {
                 **dict(zip(RUN_KEYS, keys, strict=True)),
                 "reached": bool(hits.any()),
-                **{axis: at[axis] for axis in AXES},
+                **{axis: at[axis] for axis in axes},
             }
         )
-    return pd.DataFrame(rows, columns=[*RUN_KEYS, "reached", *AXES])
+    return pd.DataFrame(rows, columns=[*RUN_KEYS, "reached", *axes])
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -241,6 +248,9 @@ def target_summary(times: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (task, method), group in times.groupby(["task", "method"], sort=False):
         row = {"task": task, "method": method, "reached": int(group["reached"].sum())}
-        medians = {x: float(np.median(group[x].where(group["reached"], np.inf))) for x in AXES}
+        medians = {
+            x: float(np.median(group[x].where(group["reached"], np.inf)))
+            for x in counted_axes(group)
+        }
         rows.append(row | {"runs": len(group)} | medians)
     return pd.DataFrame(rows)

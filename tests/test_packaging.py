@@ -1,4 +1,4 @@
-"""One list of versions: pyproject.toml, with a lock that satisfies it and an environment that asks."""
+"""One list of versions: pyproject.toml; the lock satisfies it, the environment asks for it."""
 
 from __future__ import annotations
 

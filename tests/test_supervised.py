@@ -187,9 +187,7 @@ def test_a_refreshed_batch_is_another_view_of_the_same_samples():
     assert not torch.equal(views[1].images, views[2].images)
     assert not torch.equal(views[1].images, batch.images)
     plain = build(augment=False)
-    assert torch.equal(
-        plain.refresh(plain.fresh_batch(5), 1).images, plain.fresh_batch(5).images
-    )
+    assert torch.equal(plain.refresh(plain.fresh_batch(5), 1).images, plain.fresh_batch(5).images)
 
 
 def test_a_restored_task_goes_on_as_if_nothing_had_happened():
@@ -232,7 +230,9 @@ def test_an_evaluation_leaves_the_model_as_it_was(split):
     assert task.evaluate(split) == found
     assert all(module.training for module in task.model.modules())
     assert same(before, weights(task))
-    assert all(torch.equal(p.grad, g) for p, g in zip(task.model.parameters(), gradients, strict=True))
+    assert all(
+        torch.equal(p.grad, g) for p, g in zip(task.model.parameters(), gradients, strict=True)
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -246,7 +246,9 @@ def test_an_evaluation_uses_the_running_statistics():
         task.sample_losses(Batch(batch.images[k : k + 1], batch.labels[k : k + 1], None, 3))
         for k in range(4)
     ]
-    torch.testing.assert_close(task.sample_losses(batch)[:4], torch.cat(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        task.sample_losses(batch)[:4], torch.cat(alone), rtol=1e-4, atol=1e-5
+    )
 
 
 # --- metrics ------------------------------------------------------------------------------------
