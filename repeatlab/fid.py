@@ -40,7 +40,7 @@ from repeatlab.data.sources import data_directory
 from repeatlab.seeding import derive
 
 Extractor = Literal["classifier", "inception"]
-CLASSIFIER_UPDATES = 1000
+CLASSIFIER_UPDATES, CLASSIFIER_EPOCHS = 1000, 40  # whichever is less
 CLASSIFIER_FEATURES = 64
 # Part of the file's name: raise it when network or training change.
 CLASSIFIER_VERSION = 1
@@ -140,6 +140,12 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
+def as_pictures(images: Tensor) -> np.ndarray:
+    """Return uint8 images (n, channels, height, width) as (n, height, width[, 3])."""
+    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures
+
+
 def prepare(extractor: Extractor, dataset: str) -> None:
     """Make the extractor's weights ready on disk, once, before workers ask for them.
 
@@ -186,12 +192,13 @@ class ClassifierFeatures(nn.Module):
 def load_classifier(data: Splits) -> nn.Sequential:
     """Return the classifier, from disk where it lies there, else trained and put there."""
     path = classifier_path(data)
-    model = build_classifier(data.train.images.shape[1], data.classes)
     # A file that is torn, or of another network, is made anew.
     with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = _initial_classifier(data)
+        model.load_state_dict(state)
         return model.eval()
-    train_classifier(model, data)
+    model = train_classifier(data)
     with suppress(OSError):  # a read-only directory: each process trains its own, equal one
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".write-") as folder:
@@ -214,35 +221,38 @@ def build_classifier(channels: int, classes: int) -> nn.Sequential:
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
     return nn.Sequential(
-        *block(channels, 32),
+        *block(channels, 16),
         nn.MaxPool2d(2),
-        *block(32, 64),
+        *block(16, 32),
         nn.MaxPool2d(2),
-        *block(64, CLASSIFIER_FEATURES),
+        *block(32, CLASSIFIER_FEATURES),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(CLASSIFIER_FEATURES, classes),
     )
 
 
-def train_classifier(model: nn.Sequential, data: Splits) -> None:
-    """Train on the train split: 1,000 updates of Adam at batch 128, one-cycle rate up to 1e-2.
+def _initial_classifier(data: Splits) -> nn.Sequential:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(derive(0, "fid classifier"))
+        return build_classifier(data.train.images.shape[1], data.classes)
+
+
+def train_classifier(data: Splits) -> nn.Sequential:
+    """Train on the train split: 1,000 updates at most; Adam, batch 128, one-cycle to 1e-2.
 
     On the CPU with one thread and a seed of its own, so that every process of a machine gets the
     same weights, whatever the runs' seeds, devices and threads are.
     """
+    model = _initial_classifier(data)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=()), torch.enable_grad():
-            torch.manual_seed(derive(0, "fid classifier"))
-            for layer in model:
-                if hasattr(layer, "reset_parameters"):
-                    layer.reset_parameters()
-            _fit(model.train(), data)
+        with torch.enable_grad():
+            _fit(model, data)
     finally:
         torch.set_num_threads(threads)
-    model.eval()
+    return model.eval()
 
 
 def _fit(model: nn.Sequential, data: Splits) -> None:
@@ -250,10 +260,9 @@ def _fit(model: nn.Sequential, data: Splits) -> None:
     size = min(128, len(train))
     stream = TrainStream(train, batch_size=size, seed=0, mean=data.mean, std=data.std)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1e-2, total_steps=CLASSIFIER_UPDATES
-    )
-    for index in range(CLASSIFIER_UPDATES):
+    updates = min(CLASSIFIER_UPDATES, CLASSIFIER_EPOCHS * stream.batches_per_epoch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=updates)
+    for index in range(updates):
         batch = stream.fresh_batch(index)
         loss = functional.cross_entropy(model(batch.images), batch.labels)
         optimizer.zero_grad()

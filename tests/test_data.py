@@ -106,7 +106,9 @@ def test_normalisation_constants_are_those_of_the_train_split():
 
 
 def test_an_unknown_dataset_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"one of 'cifar10', 'digits', 'mnist'; not 'cifar'"):
+    with pytest.raises(
+        ValueError, match=r"one of 'cifar10', 'digits', 'mnist', 'stl10'; not 'cifar'"
+    ):
         load_splits("cifar")
 
 

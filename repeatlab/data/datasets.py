@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repeatlab.data import sources
+from repeatlab.data import sources, stl10
+from repeatlab.seeding import generator
 
 SPLIT_SEED = 0  # of the one split that all runs share
 
@@ -79,6 +80,18 @@ class Splits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def evaluated(self, split: str) -> ImageSet:
+        """Return what metrics are computed on.
+
+        Args:
+            split: "validation" or "test"; for "train" as many training samples as the validation
+                split has, always the same.
+        """
+        if split != "train":
+            return getattr(self, split)
+        order = torch.randperm(len(self.train), generator=generator(0, "train subset"))
+        return self.train.subset(order[: len(self.validation)].numpy())
+
 
 # A loader returns what may be trained on, what must not, and how many of the former validate.
 Loader = Callable[[str | Path | None], tuple[ImageSet, ImageSet, int]]
@@ -97,7 +110,7 @@ def load_splits(
         name: A key of `DATASETS`.
         device: Where images and labels go.
         validation: Number of validation samples, taken class by class out of the training part;
-            by default 5,000 (`mnist`, `cifar10`) or 359 (`digits`).
+            by default 5,000 (`mnist`, `cifar10`), 500 (`stl10`) or 359 (`digits`).
         root: The data directory; by default `$REPEATLAB_DATA`, else `~/.cache/repeatlab`.
 
     Raises:
@@ -198,4 +211,14 @@ def _cifar10(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
     return part(*(f"data_batch_{i}" for i in range(1, 6))), part("test_batch"), 5_000
 
 
-DATASETS: dict[str, Loader] = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10}
+def _stl10(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
+    """5,000 + 8,000 colour images of 96 x 96 pixels; see `data.stl10` for those without labels."""
+    return ImageSet(*stl10.labelled("train", root)), ImageSet(*stl10.labelled("test", root)), 500
+
+
+DATASETS: dict[str, Loader] = {
+    "digits": _digits,
+    "mnist": _mnist,
+    "cifar10": _cifar10,
+    "stl10": _stl10,
+}

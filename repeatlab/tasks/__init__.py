@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, str] = {
     "supervised": "repeatlab.tasks.supervised:Supervised",
+    "semisupervised": "repeatlab.tasks.semisupervised:SemiSupervised",
+    "selfsupervised": "repeatlab.tasks.selfsupervised:SelfSupervised",
     "reinforcement": "repeatlab.tasks.reinforcement:Reinforcement",
+    "unsupervised": "repeatlab.tasks.unsupervised:Unsupervised",
+    "generative": "repeatlab.tasks.generative:Generative",
 }
 
 

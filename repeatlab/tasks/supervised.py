@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.data import DATASETS, Batch, ImageSet, TrainStream, iter_batches, load_splits
+from repeatlab.models import resnet18, small_cnn
 from repeatlab.schema import did_you_mean
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
@@ -154,32 +155,3 @@ def build_model(config: SupervisedConfig, channels: int, classes: int) -> nn.Mod
     if config.model == "cnn":
         return small_cnn(channels, classes, width=config.width)
     return resnet18(channels, classes)
-
-
-def small_cnn(channels: int, classes: int, *, width: int) -> nn.Module:
-    """Two 3x3 convolutions, each halving the image, and a linear layer on the pooled features."""
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(2 * width * 4, classes),
-    )
-
-
-def resnet18(channels: int, classes: int) -> nn.Module:
-    """ResNet-18 (He et al. 2016) with the stem for small images: 3x3, stride 1, no pooling.
-
-    11.17 million parameters for three channels and ten classes.
-    """
-    from torchvision.models import resnet18 as torchvision_resnet18
-
-    model = torchvision_resnet18(num_classes=classes)
-    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
-    return model

@@ -1,0 +1,107 @@
+"""Image networks that several tasks share. Never imports a task."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# From this side on, ResNet-18 has its original stem, which quarters the image at once.
+LARGE_IMAGE = 64
+
+
+def small_cnn(channels: int, classes: int, *, width: int) -> nn.Module:
+    """Two 3x3 convolutions, each halving the image, and a linear layer on the pooled features."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * width * 4, classes),
+    )
+
+
+def resnet18(channels: int, classes: int) -> nn.Module:
+    """ResNet-18 (He et al. 2016) with the stem for small images: 3x3, stride 1, no pooling.
+
+    11.17 million parameters for three channels and ten classes.
+    """
+    from torchvision.models import resnet18 as torchvision_resnet18
+
+    model = torchvision_resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
+def resnet18_large(channels: int, classes: int) -> nn.Module:
+    """ResNet-18 with the original stem: 7x7, stride 2, then pooling.
+
+    11.18 million parameters for three channels and ten classes.
+    """
+    from torchvision.models import resnet18 as torchvision_resnet18
+
+    model = torchvision_resnet18(num_classes=classes)
+    if channels != 3:
+        model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def norm_cnn(channels: int, classes: int, *, width: int) -> nn.Module:
+    """Three 3x3 convolutions with BatchNorm, two poolings, a linear layer on mean features.
+
+    The network of the benchmarks at the scale of two CPU cores.
+    """
+    return nn.Sequential(
+        *_norm_layer(channels, width),
+        nn.MaxPool2d(2),
+        *_norm_layer(width, 2 * width),
+        nn.MaxPool2d(2),
+        *_norm_layer(2 * width, 4 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )
+
+
+def _norm_layer(channels: int, width: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+
+
+def build_classifier(
+    name: str, channels: int, classes: int, *, side: int, width: int
+) -> tuple[nn.Module, int]:
+    """Return a network giving (batch, classes) logits, and the size of the features before them.
+
+    Args:
+        name: "cnn" (no BatchNorm), "norm_cnn" or "resnet18".
+        channels: Of the images.
+        classes: Outputs of the linear layer at the end.
+        side: Height of the images in pixels: `resnet18` has its original stem from 64 upwards.
+        width: Channels of the first layer of the first two.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    if name == "cnn":
+        return small_cnn(channels, classes, width=width), 8 * width
+    if name == "norm_cnn":
+        return norm_cnn(channels, classes, width=width), 4 * width
+    if name == "resnet18":
+        build = resnet18_large if side >= LARGE_IMAGE else resnet18
+        return build(channels, classes), 512
+    raise ValueError(f"The `model` must be one of 'cnn', 'norm_cnn' or 'resnet18'; not {name!r}.")
+
+
+def build_encoder(name: str, channels: int, *, side: int, width: int) -> tuple[nn.Module, int]:
+    """Return the network of `build_classifier` without its last layer, and its feature count."""
+    model, features = build_classifier(name, channels, 1, side=side, width=width)
+    if name == "resnet18":
+        model.fc = nn.Identity()
+    else:
+        del model[-1]
+    return model, features

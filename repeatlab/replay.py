@@ -1,0 +1,174 @@
+"""Replay memory: the transitions an agent has lived through, for off-policy learning.
+
+Transitions are numbered in the order in which they happened, from 0, and a number stays the name of
+its transition. n-step returns (Sutton 1988): the transition of step t holds the discounted rewards
+of up to n steps, the observation where they end, and the discount of the value there, which is 0
+where the episode has terminated. Where an episode ends, the returns before it are shorter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Transitions(NamedTuple):
+    """A batch of b transitions.
+
+    Attributes:
+        observations: float32, (b, size): where the action was taken.
+        actions: int64, (b,).
+        returns: float32, (b,): sum of gamma^i r_i over the m <= n steps.
+        next_observations: float32, (b, size): where the m steps end.
+        discounts: float32, (b,): gamma^m, or 0 where the episode terminated within the m steps.
+        indices: int64, (b,): the transitions' numbers.
+        index: Which fresh batch this is, from 0.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    returns: Tensor
+    next_observations: Tensor
+    discounts: Tensor
+    indices: Tensor
+    index: int
+
+    def to(self, device: str) -> Transitions:
+        """Return the batch on `device`."""
+        return Transitions(*(t.to(device) for t in self[:-1]), self.index)
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions of one environment, in arrays allocated once.
+
+    The n - 1 latest transitions wait for rewards that are still to come, and cannot be sampled.
+
+    Args:
+        capacity: Transitions kept, at least `n_steps`; the oldest are overwritten.
+        observation_size: Numbers in one observation.
+        n_steps: n, at least 1.
+        gamma: Discount of one step.
+
+    Attributes:
+        steps: Transitions added so far, those overwritten included.
+    """
+
+    def __init__(self, capacity: int, observation_size: int, *, n_steps: int, gamma: float) -> None:
+        if n_steps < 1 or capacity < n_steps:
+            raise ValueError(
+                f"`n_steps` must be 1 or more and `capacity` at least that; not {n_steps} and"
+                f" {capacity}."
+            )
+        self.capacity, self.n_steps, self.gamma = capacity, n_steps, gamma
+        self.steps = 0
+        self._open = 0  # latest transitions of the running episode that the next reward belongs to
+        self._columns = {
+            "observations": torch.zeros(capacity, observation_size),
+            "actions": torch.zeros(capacity, dtype=torch.int64),
+            "returns": torch.zeros(capacity),
+            "next_observations": torch.zeros(capacity, observation_size),
+            "discounts": torch.zeros(capacity),
+        }
+        # The same memory for the environment's side: writing a number into a tensor takes 20 times
+        # as long as into an array.
+        self._arrays = {name: column.numpy() for name, column in self._columns.items()}
+
+    def add(
+        self,
+        observation: np.ndarray,
+        action: int,
+        reward: float,
+        next_observation: np.ndarray,
+        *,
+        terminated: bool,
+        truncated: bool,
+    ) -> None:
+        """Append one step of the environment.
+
+        Args:
+            observation: float32, (size,).
+            action: What was done there.
+            reward: What it brought.
+            next_observation: float32, (size,): where it led.
+            terminated: The episode ended in a terminal state, whose value is 0.
+            truncated: The episode was cut off; the value of its last state counts.
+        """
+        arrays, slot = self._arrays, self.steps % self.capacity
+        arrays["observations"][slot] = observation
+        arrays["actions"][slot] = action
+        arrays["returns"][slot] = 0.0
+        returns, discounts = arrays["returns"], arrays["discounts"]
+        next_observations = arrays["next_observations"]
+        for age in range(self._open + 1):
+            slot = (self.steps - age) % self.capacity
+            returns[slot] += self.gamma**age * reward
+            next_observations[slot] = next_observation
+            discounts[slot] = 0.0 if terminated else self.gamma ** (age + 1)
+        self.steps += 1
+        self._open = 0 if terminated or truncated else min(self._open + 1, self.n_steps - 1)
+
+    def samples_at(self, steps: int) -> range:
+        """Return the numbers of the transitions that could be sampled after `steps` steps."""
+        return range(max(0, steps - self.capacity), max(0, steps - self.n_steps + 1))
+
+    def batch(self, indices: Tensor, index: int) -> Transitions:
+        """Return the transitions with these numbers.
+
+        Args:
+            indices: int64, (b,), all within `samples_at(self.steps)`.
+            index: The fresh batch this is.
+        """
+        # Below its capacity, the buffer holds transition i at place i.
+        slots = indices if self.steps <= self.capacity else indices % self.capacity
+        return Transitions(*(c[slots] for c in self._columns.values()), indices, index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything the buffer holds, without the places that are still empty."""
+        filled = min(self.steps, self.capacity)
+        columns = {name: column[:filled].clone() for name, column in self._columns.items()}
+        return {"steps": self.steps, "open": self._open, "columns": columns}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()` of a buffer of the same capacity."""
+        self.steps, self._open = state["steps"], state["open"]
+        for name, column in state["columns"].items():
+            self._columns[name][: len(column)] = column
+
+
+def episode_transitions(
+    observations: np.ndarray,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    *,
+    terminated: bool,
+    n_steps: int,
+    gamma: float,
+) -> Transitions:
+    """Return the n-step transitions of one whole episode, as `ReplayBuffer` would hold them.
+
+    Args:
+        observations: (length + 1, size), the last one included.
+        actions: (length,).
+        rewards: (length,).
+        terminated: Whether the last observation is a terminal state.
+        n_steps: n.
+        gamma: Discount of one step.
+    """
+    length = len(actions)
+    first = np.arange(length)
+    last = np.minimum(first + n_steps, length)
+    padded = np.concatenate([rewards, np.zeros(n_steps)])
+    returns = sum(gamma**i * padded[i : i + length] for i in range(n_steps))
+    discounts = np.where((last == length) & terminated, 0.0, gamma ** (last - first))
+    return Transitions(
+        torch.as_tensor(observations[first], dtype=torch.float32),
+        torch.as_tensor(actions, dtype=torch.int64),
+        torch.as_tensor(returns, dtype=torch.float32),
+        torch.as_tensor(observations[last], dtype=torch.float32),
+        torch.as_tensor(discounts, dtype=torch.float32),
+        torch.from_numpy(first),
+        0,
+    )

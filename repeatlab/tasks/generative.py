@@ -1,0 +1,301 @@
+"""Adversarial generation: DCGAN on CIFAR-10, MNIST and digits.
+
+DCGAN (Radford et al. 2016, arXiv 1511.06434) with the non-saturating loss of Goodfellow et al. 2014
+(arXiv 1406.2661). One update is one step of the discriminator D, then one of the generator G, on
+the same generated images:
+
+    loss of D = mean -log D(x) + mean -log(1 - D(G(z)))      2 ln 2 = 1.386294 where D says 1/2
+    loss of G = mean -log D(G(z)), by the D just updated       ln 2 = 0.693147 where D says 1/2
+
+The driver loss is `driver`: "discriminator" (default), "generator" or their "sum" (3 ln 2). D's is
+known before any backward, G's and the sum only after D's step. At equilibrium none of them says how
+good the samples are: FID does.
+
+Convolutions and BatchNorm start from N(0, 0.02) and N(1, 0.02), as in the paper; Adam 2e-4 with
+betas (0.5, 0.999). Images are scaled to [-1, 1], and those whose width is no power of two are
+framed in black (MNIST: 32 pixels), the frame being cut off before FID and pictures.
+
+Under repetition: a repeat redraws z, so D meets the same real images beside new generated ones;
+`redraw_noise: false` keeps one z for all visits of a fresh batch. BatchNorm's running statistics
+move at every visit, G's once, D's once for the real images and twice for the generated ones, each
+in a pass of its own. There is no augmentation: `fresh_views` changes nothing. `weights` weigh the
+real images in D's loss; generated images belong to no sample.
+
+An update passes `batch_size` images through G once and through D three times (real, generated,
+generated again after D's step), forward and backward alike: the ledger counts 4 each per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn.functional import pad, softplus
+
+from repeatlab.data import DATASETS, Batch, ImageSet, TrainStream, iter_batches, load_splits
+from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
+from repeatlab.schema import did_you_mean
+from repeatlab.seeding import derive, generator
+from repeatlab.tasks import TaskConfig
+
+EVALUATION_BATCH = 500
+PICTURES = 64
+
+
+class GenerativeConfig(TaskConfig):
+    """Settings of the generative task; the defaults are the plan's, on the embedded data."""
+
+    name: Literal["generative"] = "generative"
+    dataset: str = "digits"
+    width: Annotated[int, Field(ge=1)] = 32
+    """Channels next to the image; 64 on CIFAR-10 is the plan's pair of about 2 M parameters."""
+    latent: Annotated[int, Field(ge=1)] = 100
+    """Dimensions of z, standard normal."""
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Field(strict=False),
+    ] = (0.5, 0.999)
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    driver: Literal["discriminator", "generator", "sum"] = "discriminator"
+    redraw_noise: bool = True
+    """Whether a repeat draws z anew; otherwise it is a function of (seed, fresh batch)."""
+    extractor: Extractor = "classifier"
+    """Whose features FID is taken in; see `repeatlab.fid`."""
+    fid_samples: Annotated[int, Field(ge=2)] = 1000
+    """How many images are generated for FID."""
+
+    def prepare(self) -> None:
+        prepare(self.extractor, self.dataset)
+
+    @field_validator("dataset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in DATASETS:
+            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
+        return value
+
+
+class Generative:
+    """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
+
+    Config: ClassVar[type[TaskConfig]] = GenerativeConfig
+    environment_steps = 0
+
+    def __init__(self, config: GenerativeConfig, *, seed: int, device: str) -> None:
+        self.config, self.seed, self.device = config, seed, device
+        self.data = load_splits(config.dataset, device=device)
+        channels, pixels = self.data.train.images.shape[1:3]
+        size = 1 << (pixels - 1).bit_length()  # the next power of two
+        self.frame = (size - pixels) // 2
+        self.scale = {"mean": (0.5,) * channels, "std": (0.5,) * channels}  # to [-1, 1]
+        self.stream = TrainStream(
+            self.data.train, batch_size=config.batch_size, seed=seed, **self.scale
+        )
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(derive(seed, "weights"))
+            shape = {"channels": channels, "size": size, "width": config.width}
+            self.g = build_generator(**shape, latent=config.latent).apply(initialize).to(device)
+            self.d = build_discriminator(**shape).apply(initialize).to(device)
+        self.g_optimizer, self.d_optimizer = (
+            torch.optim.Adam(
+                model.parameters(), lr=config.lr, betas=config.betas, fused=device != "mps"
+            )
+            for model in (self.g, self.d)
+        )
+        self.optimizers = [self.d_optimizer, self.g_optimizer]
+        self.noise = generator(seed, "noise")
+        self.fid = Fid(self.data, config.extractor)
+        self.forward_samples = self.backward_samples = 4 * config.batch_size
+
+    def fresh_batch(self, index: int) -> Batch:
+        return self._framed(self.stream.fresh_batch(index))
+
+    def refresh(self, batch: Batch, visit: int) -> Batch:
+        return batch
+
+    def _framed(self, batch: Batch) -> Batch:
+        if not self.frame:
+            return batch
+        return batch._replace(images=pad(batch.images, (self.frame,) * 4, value=-1.0))
+
+    def step(
+        self, batch: Batch, report: Callable[[Tensor], None], weights: Tensor | None = None
+    ) -> None:
+        driver = self.config.driver
+        fake = self.g(self._latents(batch, self.noise))
+
+        real_losses, fake_losses = softplus(-self.d(batch.images)), softplus(self.d(fake.detach()))
+        d_loss = real_losses.mean() + fake_losses.mean()
+        if driver == "discriminator":
+            report(d_loss)
+        if weights is None:
+            objective = d_loss
+        else:
+            objective = (weights * real_losses).mean() + fake_losses.mean()
+        self.d_optimizer.zero_grad()
+        objective.backward()
+        self.d_optimizer.step()
+
+        self.d.requires_grad_(False)  # G's gradient passes through D, and leaves nothing there
+        g_loss = softplus(-self.d(fake)).mean()
+        if driver != "discriminator":
+            report(g_loss if driver == "generator" else g_loss + d_loss.detach())
+        self.g_optimizer.zero_grad()
+        g_loss.backward()
+        self.g_optimizer.step()
+        self.d.requires_grad_(True)
+
+    def _latents(self, batch: Batch, noise: torch.Generator) -> Tensor:
+        """Return one draw for every sample, made on the CPU: (batch, latent, 1, 1)."""
+        if not self.config.redraw_noise:
+            noise = generator(self.seed, "noise", batch.index)
+        shape = (len(batch.images), self.config.latent, 1, 1)
+        return torch.randn(shape, generator=noise).to(self.device)
+
+    @torch.no_grad()
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """Return the driver loss of every pair of a real image and an upcoming generated one.
+
+        Their mean is not the next update's driver loss: models are in evaluation mode here, and
+        train with the batch's own BatchNorm statistics. With `driver: generator` a loss depends on
+        z alone, so it says nothing about the real image.
+        """
+        upcoming = torch.Generator()
+        upcoming.set_state(self.noise.get_state())
+        self._evaluating(True)
+        fake_logits = self.d(self.g(self._latents(batch, upcoming)))
+        d_losses = softplus(-self.d(batch.images)) + softplus(fake_logits)
+        self._evaluating(False)
+        return self._driver(d_losses, softplus(-fake_logits))
+
+    def _driver(self, d_loss: Tensor, g_loss: Tensor) -> Tensor:
+        if self.config.driver == "sum":
+            return d_loss + g_loss
+        return d_loss if self.config.driver == "discriminator" else g_loss
+
+    def _evaluating(self, on: bool) -> None:
+        self.g.train(not on)
+        self.d.train(not on)
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Return the driver loss, the losses of D and G (nats), and FID.
+
+        `fid_samples` images from fixed z against the split's real ones, with BatchNorm's running
+        statistics. FID on validation and test.
+        """
+        self._evaluating(True)
+        real = [self.d(self._framed(batch).images) for batch in self._batches(split)]
+        fakes = self._samples(self.config.fid_samples)
+        logits = torch.cat([self.d(piece) for piece in fakes.split(EVALUATION_BATCH)]).double()
+        self._evaluating(False)
+        d_loss = softplus(-torch.cat(real).double()).mean() + softplus(logits).mean()
+        g_loss = softplus(-logits).mean()
+        metrics = {
+            "loss": self._driver(d_loss, g_loss).item(),
+            "discriminator_loss": d_loss.item(),
+            "generator_loss": g_loss.item(),
+        }
+        if split != "train":
+            metrics[self.fid.name] = self.fid(self._to_pixels(fakes), split)
+        return metrics
+
+    def _batches(self, split: str) -> Any:
+        data: ImageSet = self.data.evaluated(split)
+        return iter_batches(data, EVALUATION_BATCH, **self.scale)
+
+    def _samples(self, count: int) -> Tensor:
+        """Return G's images for fixed z, always the same, in [-1, 1]: (count, ...)."""
+        shape = (count, self.config.latent, 1, 1)
+        latents = torch.randn(shape, generator=generator(0, "latents")).to(self.device)
+        return torch.cat([self.g(z) for z in latents.split(EVALUATION_BATCH)])
+
+    def _to_pixels(self, images: Tensor) -> Tensor:
+        """Return images in [-1, 1] as uint8 at the dataset's own resolution."""
+        inside = slice(self.frame, images.shape[-1] - self.frame)
+        return to_uint8((images[..., inside, inside] + 1) / 2)
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Return validation images, and G's for the z that FID begins with."""
+        self._evaluating(True)
+        samples = self._to_pixels(self._samples(PICTURES))
+        self._evaluating(False)
+        images = {"data": self.data.validation.images[:PICTURES], "samples": samples}
+        return {name: as_pictures(value) for name, value in images.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator": self.g.state_dict(),
+            "discriminator": self.d.state_dict(),
+            "g_optimizer": self.g_optimizer.state_dict(),
+            "d_optimizer": self.d_optimizer.state_dict(),
+            "noise": self.noise.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.g.load_state_dict(state["generator"])
+        self.d.load_state_dict(state["discriminator"])
+        self.g_optimizer.load_state_dict(state["g_optimizer"])
+        self.d_optimizer.load_state_dict(state["d_optimizer"])
+        self.noise.set_state(state["noise"])
+
+
+def stages(size: int, width: int) -> list[int]:
+    """Return the channels at 4, 8, ... and size / 2 pixels; images of 8 pixels begin at 2.
+
+    >>> stages(32, 64)
+    [256, 128, 64]
+    >>> stages(8, 32)
+    [64, 32]
+
+    Raises:
+        ValueError: `size` is not a power of two from 8.
+    """
+    if size < 8 or size & (size - 1):
+        raise ValueError(f"images must be 8, 16, 32, ... pixels wide; not {size}.")
+    doublings = (size // (4 if size > 8 else 2)).bit_length() - 1
+    return [width << place for place in reversed(range(doublings))]
+
+
+def build_generator(*, channels: int, size: int, width: int, latent: int) -> nn.Sequential:
+    """Return G, (batch, latent, 1, 1) to images in [-1, 1]; 1.07 M parameters at 32 px, width 64.
+
+    From one pixel to the first stage, then transposed 4x4 convolutions that double the size.
+    """
+    maps = stages(size, width)
+    layers: list[nn.Module] = [nn.ConvTranspose2d(latent, maps[0], size >> len(maps), bias=False)]
+    for inputs, outputs in pairwise([*maps, channels]):
+        layers += [nn.BatchNorm2d(inputs), nn.ReLU()]
+        layers.append(nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False))
+    return nn.Sequential(*layers, nn.Tanh())
+
+
+def build_discriminator(*, channels: int, size: int, width: int) -> nn.Sequential:
+    """Return D, images to logits (batch,); 0.66 M parameters at 32 px, width 64.
+
+    4x4 convolutions that halve the size, without BatchNorm at the image, then all to one logit.
+    """
+    maps = stages(size, width)[::-1]
+    layers: list[nn.Module] = []
+    for place, (inputs, outputs) in enumerate(pairwise([channels, *maps])):
+        layers.append(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False))
+        layers += [nn.BatchNorm2d(outputs)] if place else []
+        layers.append(nn.LeakyReLU(0.2))
+    logit = nn.Conv2d(maps[-1], 1, size >> len(maps), bias=False)
+    return nn.Sequential(*layers, logit, nn.Flatten(0))
+
+
+def initialize(layer: nn.Module) -> None:
+    """Draw a layer's weights as the DCGAN paper does."""
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(layer.weight, 0.0, 0.02)
+    elif isinstance(layer, nn.BatchNorm2d):
+        nn.init.normal_(layer.weight, 1.0, 0.02)
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,326 @@
+"""FixMatch (Sohn et al. 2020, arXiv 2001.07685): few labelled images, many without labels.
+
+A fresh batch holds B labelled images, weakly augmented (mirror and crop), and `mu` unlabelled ones
+for each of them, each in a weak and a strong view (RandAugment and Cutout). With p = softmax of the
+logits, CE the cross-entropy in nats and tau the confidence threshold, one update is one SGD step on
+
+    total = supervised + lambda_u * unsupervised
+    supervised = mean over labelled images of CE(label, p(weak))
+    unsupervised = mean over unlabelled images of [max p(weak) >= tau] CE(argmax p(weak), p(strong))
+
+without gradient through the pseudo-label. All B (1 + 2 mu) images go forward together, so that
+BatchNorm sees one batch, and all go backward. `driver` chooses which of the three losses drives the
+repetition; the gradient is always the total's. The driver need not fall: the mask is nearly empty
+at first, so that `unsupervised` starts at 0 and rises, and `total` starts at ln(classes).
+
+One *sample* of the sampling methods is a labelled image with its mu unlabelled companions: its loss
+is its supervised loss + lambda_u times the mean over its companions. The mean over samples is the
+driver (with BatchNorm up to the mode of the network, which is evaluation in `sample_losses`).
+`mu: 0` trains on the labels alone. The ledger's distinct samples are labelled ones.
+
+Under repetition: pseudo-labels and mask are computed anew at every visit, from weights that have
+moved; the views stay the same unless the method asks for `fresh_views`; the evaluated network, an
+exponential moving average (EMA) of the weights, moves once per update and so N times on a batch
+repeated N times (`ema_clock: fresh_batches` moves it at the first visit alone); BatchNorm's
+running statistics see the batch at every visit, and the EMA network has a copy of them.
+
+The paper takes B = 64, mu = 7, tau = 0.95, lambda_u = 1 and an EMA of 0.999, a learning rate of
+0.03 and 2^20 updates. mu = 7 makes an update 15 forwards of B images; the embedded default is 3.
+Public reference, error on CIFAR-10 with 4,000 labels, WRN-28-2: 4.26 +- 0.05 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+from sklearn.metrics import f1_score
+from torch import Tensor
+from torch.nn import functional
+
+from repeatlab.data import DATASETS, ImageSet, TrainStream, iter_batches, load_splits, stl10
+from repeatlab.data.augment import normalize, random_crop_flip
+from repeatlab.data.randaugment import strong_augment
+from repeatlab.data.unlabelled import EpochOrder, labelled_subset
+from repeatlab.models import build_classifier
+from repeatlab.schema import did_you_mean
+from repeatlab.seeding import derive, generator
+from repeatlab.tasks import TaskConfig
+
+# Zero pixels around the weak view's random crop (an eighth of the side), and whether to mirror.
+WEAK = {"digits": (1, False), "mnist": (2, False), "cifar10": (4, True), "stl10": (12, True)}
+EVALUATION_BATCH = 500
+PICTURES = 16
+
+
+class SemiSupervisedConfig(TaskConfig):
+    """Settings of the semi-supervised task; the defaults are for the embedded data."""
+
+    name: Literal["semisupervised"] = "semisupervised"
+    dataset: str = "digits"
+    labels: Annotated[int, Field(ge=1)] | None = 100
+    """Labelled images, the same number of every class; all others lose their label. Null keeps
+    all labels of the train split, for `stl10`, which has unlabelled images of its own."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Which images keep their label; never the run's seed."""
+    model: Literal["cnn", "norm_cnn", "resnet18"] = "cnn"
+    width: Annotated[int, Field(ge=1)] = 16
+    """Channels of the CNNs' first layer; without effect on ResNet-18."""
+    driver: Literal["total", "supervised", "unsupervised"] = "total"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """B, the labelled images of a batch."""
+    mu: Annotated[int, Field(ge=0)] = 3
+    """Unlabelled images for each labelled one; 0 trains on the labels alone."""
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """tau: the confidence from which a pseudo-label counts."""
+    unlabelled_weight: Annotated[float, Field(ge=0)] = 1.0
+    """lambda_u."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Of the evaluated weights; 0 evaluates the trained ones."""
+    ema_clock: Literal["updates", "fresh_batches"] = "updates"
+    bfloat16: bool = False
+    """Whether to run the network under bfloat16 autocast, channels last."""
+
+    def prepare(self) -> None:
+        load_splits(self.dataset)
+        if self.dataset == "stl10" and self.mu:
+            stl10.unlabelled()
+
+    @field_validator("dataset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in DATASETS:
+            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if not self.mu and self.driver == "unsupervised":
+            raise ValueError("mu: 0 leaves no unsupervised loss to drive with")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        if self.labels is not None and self.labels < self.batch_size:
+            raise ValueError(f"batch_size {self.batch_size} exceeds the {self.labels} labels")
+        return self
+
+
+class SemiBatch(NamedTuple):
+    """B labelled images and their mu companions each; images are float32, normalised.
+
+    Attributes:
+        labelled: (B, channels, height, width), weakly augmented.
+        labels: int64, (B,).
+        weak: (B mu, channels, height, width): the companions of image i at i mu to (i + 1) mu.
+        strong: The same images under strong augmentation.
+        indices: int64, (B,), into the labelled images.
+        unlabelled: int64, (B mu,), into the unlabelled ones.
+        index: Which fresh batch this is, from 0.
+    """
+
+    labelled: Tensor
+    labels: Tensor
+    weak: Tensor
+    strong: Tensor
+    indices: Tensor
+    unlabelled: Tensor
+    index: int
+
+
+class SemiSupervised:
+    """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
+
+    Config: ClassVar[type[TaskConfig]] = SemiSupervisedConfig
+    environment_steps = 0
+
+    def __init__(self, config: SemiSupervisedConfig, *, seed: int, device: str) -> None:
+        self.config, self.seed, self.device = config, seed, torch.device(device)
+        self.data = load_splits(config.dataset, device=device)
+        self.labelled = labelled_subset(self.data.train, config.labels, config.split_seed)
+        self.padding, self.flip = WEAK.get(config.dataset, (0, False))
+        self.stream = TrainStream(
+            self.labelled,
+            batch_size=config.batch_size,
+            seed=seed,
+            mean=self.data.mean,
+            std=self.data.std,
+            crop_padding=self.padding,
+            flip=self.flip,
+        )
+        # Images without labels: those of the train split, labelled ones included as in the paper,
+        # or STL-10's own, which stay in their file.
+        mapped = config.dataset == "stl10" and config.mu > 0
+        self.unlabelled = stl10.unlabelled() if mapped else self.data.train.images
+        self.order = EpochOrder(
+            len(self.unlabelled),
+            config.batch_size * config.mu,
+            seed=seed,
+            name="unlabelled order",
+        )
+        _, channels, side, _ = self.labelled.images.shape
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(derive(seed, "weights"))
+            self.model, _ = build_classifier(
+                config.model, channels, self.data.classes, side=side, width=config.width
+            )
+        layout = torch.channels_last if config.bfloat16 else torch.contiguous_format
+        self.model.to(device, memory_format=layout)
+        self.ema = deepcopy(self.model).requires_grad_(False).eval()
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+            fused=device != "mps",
+        )
+        self.optimizers = [self.optimizer]
+        self.forward_samples = self.backward_samples = config.batch_size * (1 + 2 * config.mu)
+        self.last_index = -1  # of the last update's fresh batch
+
+    # --- batches ------------------------------------------------------------------------------
+
+    def fresh_batch(self, index: int) -> SemiBatch:
+        return self._batch(self.stream.indices(index), self.order.piece(index), index, 0)
+
+    def refresh(self, batch: SemiBatch, visit: int) -> SemiBatch:
+        return self._batch(batch.indices, batch.unlabelled, batch.index, visit)
+
+    def _batch(self, indices: Tensor, unlabelled: Tensor, index: int, view: int) -> SemiBatch:
+        labelled = self.stream.batch_of(indices, index, view)
+        if isinstance(self.unlabelled, Tensor):
+            images = self.unlabelled.index_select(0, unlabelled.to(self.unlabelled.device))
+        else:
+            images = self.unlabelled.take(unlabelled).to(self.device, non_blocking=True)
+        weak, strong = (
+            random_crop_flip(
+                images,
+                generator(self.seed, f"{name}/{view}", index),
+                padding=self.padding,
+                flip=self.flip,
+            )
+            for name in ("weak", "strong crop")
+        )
+        strong = strong_augment(strong, generator(self.seed, f"strong/{view}", index))
+        views = normalize(torch.cat([weak, strong]), self.data.mean, self.data.std)
+        weak, strong = views.chunk(2) if len(views) else (views, views)
+        return SemiBatch(labelled.images, labelled.labels, weak, strong, indices, unlabelled, index)
+
+    # --- one update ---------------------------------------------------------------------------
+
+    def step(
+        self, batch: SemiBatch, report: Callable[[Tensor], None], weights: Tensor | None = None
+    ) -> None:
+        config = self.config
+        supervised, unsupervised = self._losses(batch)
+        total = supervised + config.unlabelled_weight * unsupervised
+        loss = total.mean()
+        report(self._choose(supervised.mean(), unsupervised.mean(), loss).detach())
+        if weights is not None:
+            loss = (weights * total).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if config.ema_clock == "updates" or batch.index != self.last_index:
+            self._move_ema()
+        self.last_index = batch.index
+
+    def _losses(self, batch: SemiBatch) -> tuple[Tensor, Tensor]:
+        """Return supervised and unsupervised loss of every sample, (B,) each."""
+        logits = self._logits(self.model, torch.cat([batch.labelled, batch.weak, batch.strong]))
+        sizes = [len(batch.labelled), len(batch.weak), len(batch.strong)]
+        labelled, weak, strong = logits.split(sizes)
+        supervised = functional.cross_entropy(labelled, batch.labels, reduction="none")
+        if not len(weak):
+            return supervised, torch.zeros_like(supervised)
+        confidence, guess = weak.detach().softmax(1).max(1)
+        mask = confidence >= self.config.threshold
+        losses = functional.cross_entropy(strong, guess, reduction="none") * mask
+        return supervised, losses.view(len(supervised), -1).mean(1)
+
+    def _choose(self, supervised: Tensor, unsupervised: Tensor, total: Tensor) -> Tensor:
+        losses = {"supervised": supervised, "unsupervised": unsupervised, "total": total}
+        return losses[self.config.driver]
+
+    def _logits(self, model: torch.nn.Module, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
+            return model(images).float()
+
+    @torch.no_grad()
+    def _move_ema(self) -> None:
+        averaged, trained = list(self.ema.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(averaged, trained, 1 - self.config.ema_decay)
+        for copy, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            copy.copy_(buffer)
+
+    @torch.no_grad()
+    def sample_losses(self, batch: SemiBatch) -> Tensor:
+        self.model.eval()
+        supervised, unsupervised = self._losses(batch)
+        self.model.train()
+        total = supervised + self.config.unlabelled_weight * unsupervised
+        return self._choose(supervised, unsupervised, total)
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Return loss (nats), accuracy, macro-averaged F1 and mask rate of the EMA network.
+
+        The mask rate is the share of images, unaugmented, that it is sure enough of. "train" means
+        the labelled images, at most as many as the validation split has.
+        """
+        data = getattr(self.data, split) if split != "train" else self._train_subset()
+        batches = iter_batches(data, EVALUATION_BATCH, self.data.mean, self.data.std)
+        logits = torch.cat([self._logits(self.ema, batch.images) for batch in batches]).double()
+        labels, guesses = data.labels.cpu(), logits.argmax(1).cpu()
+        sure = logits.softmax(1).amax(1) >= self.config.threshold
+        return {
+            "loss": functional.cross_entropy(logits, data.labels).item(),
+            "accuracy": (guesses == labels).double().mean().item(),
+            "macro_f1": float(f1_score(labels, guesses, average="macro", zero_division=0.0)),
+            "mask_rate": sure.double().mean().item(),
+        }
+
+    def _train_subset(self) -> ImageSet:
+        order = torch.randperm(len(self.labelled), generator=generator(0, "train subset"))
+        return self.labelled.subset(order[: len(self.data.validation)].numpy())
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Return weak and strong views of the first unlabelled images, uint8."""
+        if not self.config.mu:
+            return {}
+        batch = self.fresh_batch(0)
+        mean, std = (
+            torch.tensor(v, device=self.device).view(-1, 1, 1)
+            for v in (self.data.mean, self.data.std)
+        )
+        views = {"weak": batch.weak[:PICTURES], "strong": batch.strong[:PICTURES]}
+        return {name: to_bytes(images * std + mean) for name, images in views.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "last_index": self.last_index,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.last_index = state["last_index"]
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Return images in [0, 1], (n, channels, height, width), as uint8 (n, height, width[, 3])."""
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels

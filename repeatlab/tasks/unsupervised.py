@@ -1,0 +1,272 @@
+"""Density modelling: a convolutional variational autoencoder on MNIST and digits.
+
+A VAE (Kingma and Welling 2014, arXiv 1312.6114) with a Gaussian posterior of diagonal covariance, a
+standard normal prior, and one Bernoulli per pixel. One update is one Adam step on the batch mean of
+the negative ELBO, in nats per image, with one draw of epsilon:
+
+    -ELBO(x) = -log p(x | z) + KL(q(z | x) || p(z)),    z = mean(x) + std(x) * epsilon
+
+The update's loss is always the negative ELBO. The driver loss is `driver`: "elbo" (default, the
+same), or its part "reconstruction" or "kl". A decoder that says p = 0.5 everywhere reconstructs at
+pixels * ln 2: 543.4274 nats for 28 x 28, 44.3614 for 8 x 8; a fresh network starts there.
+
+Pixels are grey levels in [0, 1], taken as the Bernoulli's target as they are (the loss then has a
+floor above 0, and is no likelihood); `binarize` draws each pixel as 0 or 1 with its grey level for
+every fresh batch, the field's dynamic binarisation, on which likelihoods are compared.
+
+Under repetition: a repeat redraws epsilon, so its loss differs also where nothing was learned;
+`redraw_epsilon: false` keeps one draw for all visits of a fresh batch. A repeat sees the same
+binarised pixels unless the method asks for `fresh_views`. There is no BatchNorm and no dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repeatlab.data import DATASETS, Batch, TrainStream, iter_batches, load_splits
+from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
+from repeatlab.schema import did_you_mean
+from repeatlab.seeding import derive, generator
+from repeatlab.tasks import TaskConfig
+
+EVALUATION_BATCH = 500
+PICTURES = 16  # of each kind
+
+
+class UnsupervisedConfig(TaskConfig):
+    """Settings of the unsupervised task; the defaults are the plan's, on the embedded data."""
+
+    name: Literal["unsupervised"] = "unsupervised"
+    dataset: str = "digits"
+    width: Annotated[int, Field(ge=1)] = 16
+    """Channels of the first layer; 32 on MNIST is the plan's network of about 1 M parameters."""
+    latent: Annotated[int, Field(ge=1)] = 20
+    """Dimensions of z."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    driver: Literal["elbo", "reconstruction", "kl"] = "elbo"
+    binarize: bool = False
+    redraw_epsilon: bool = True
+    """Whether a repeat draws epsilon anew; otherwise it is a function of (seed, fresh batch)."""
+    extractor: Extractor = "classifier"
+    """Whose features FID is taken in; see `repeatlab.fid`."""
+    fid_samples: Annotated[int, Field(ge=2)] = 1000
+    """How many images are generated for FID."""
+
+    def prepare(self) -> None:
+        prepare(self.extractor, self.dataset)
+
+    @field_validator("dataset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in DATASETS:
+            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
+        return value
+
+
+class Unsupervised:
+    """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
+
+    Config: ClassVar[type[TaskConfig]] = UnsupervisedConfig
+    environment_steps = 0
+
+    def __init__(self, config: UnsupervisedConfig, *, seed: int, device: str) -> None:
+        self.config, self.seed, self.device = config, seed, device
+        self.data = load_splits(config.dataset, device=device)
+        channels, size = self.data.train.images.shape[1:3]
+        # Pixels stay in [0, 1]: they are the Bernoulli's targets.
+        self.scale = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+        self.stream = TrainStream(
+            self.data.train, batch_size=config.batch_size, seed=seed, **self.scale
+        )
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(derive(seed, "weights"))
+            self.model = VAE(channels, size, width=config.width, latent=config.latent).to(device)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=config.lr, fused=device != "mps"
+        )
+        self.optimizers = [self.optimizer]
+        self.noise = generator(seed, "epsilon")
+        self.fid = Fid(self.data, config.extractor)
+        self.forward_samples = self.backward_samples = config.batch_size
+
+    def fresh_batch(self, index: int) -> Batch:
+        return self._binarized(self.stream.fresh_batch(index))
+
+    def refresh(self, batch: Batch, visit: int) -> Batch:
+        return self._binarized(self.stream.batch_of(batch.indices, batch.index), visit)
+
+    def _binarized(self, batch: Batch, visit: int = 0) -> Batch:
+        if not self.config.binarize:
+            return batch
+        draws = generator(self.seed, f"binarize/{visit}" if visit else "binarize", batch.index)
+        return batch._replace(images=binarize(batch.images, draws))
+
+    def step(
+        self, batch: Batch, report: Callable[[Tensor], None], weights: Tensor | None = None
+    ) -> None:
+        parts = self.model.losses(batch.images, self._epsilon(batch, self.noise))
+        report(self._driver(*parts).mean())
+        losses = sum(parts)
+        loss = losses.mean() if weights is None else (weights * losses).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def _driver(self, reconstruction: Tensor, divergence: Tensor) -> Tensor:
+        if self.config.driver == "elbo":
+            return reconstruction + divergence
+        return reconstruction if self.config.driver == "reconstruction" else divergence
+
+    def _epsilon(self, batch: Batch, noise: torch.Generator) -> Tensor:
+        """Return one draw for every sample, made on the CPU: (batch, latent)."""
+        if not self.config.redraw_epsilon:
+            noise = generator(self.seed, "epsilon", batch.index)
+        shape = (len(batch.images), self.config.latent)
+        return torch.randn(shape, generator=noise).to(self.device)
+
+    @torch.no_grad()
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """Return the driver loss of every sample, with the epsilon that the next update will draw.
+
+        On the same batch their mean is then the next update's driver loss.
+        """
+        upcoming = torch.Generator()
+        upcoming.set_state(self.noise.get_state())
+        return self._driver(*self.model.losses(batch.images, self._epsilon(batch, upcoming)))
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Return the driver loss, the negative ELBO and its parts (nats per image), and FID.
+
+        One draw of epsilon per image, always the same. FID is that of the decoder's means at fixed
+        z, on validation and test.
+        """
+        data = self.data.evaluated(split)
+        draws = generator(0, "evaluation")
+        pieces = []
+        for batch in iter_batches(data, EVALUATION_BATCH, **self.scale):
+            images = binarize(batch.images, draws) if self.config.binarize else batch.images
+            epsilon = torch.randn((len(images), self.config.latent), generator=draws)
+            pieces.append(torch.stack(self.model.losses(images, epsilon.to(self.device))))
+        reconstruction, divergence = torch.cat(pieces, dim=1).double().mean(dim=1)
+        metrics = {
+            "loss": self._driver(reconstruction, divergence).item(),
+            "negative_elbo": (reconstruction + divergence).item(),
+            "reconstruction": reconstruction.item(),
+            "kl": divergence.item(),
+        }
+        if split != "train":
+            metrics[self.fid.name] = self.fid(self._samples(self.config.fid_samples), split)
+        return metrics
+
+    def _samples(self, count: int) -> Tensor:
+        """Return the decoder's means at fixed draws from the prior: uint8, (count, ...)."""
+        latents = torch.randn((count, self.config.latent), generator=generator(0, "latents"))
+        pieces = [self.model.decoder(z).sigmoid() for z in latents.to(self.device).split(500)]
+        return to_uint8(torch.cat(pieces))
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Return validation images, their reconstructions at the posterior's mean, and samples."""
+        originals = self.data.validation.images[:PICTURES]
+        means, _ = self.model.encode(originals.float() / 255)
+        images = {
+            "originals": originals,
+            "reconstructions": to_uint8(self.model.decoder(means).sigmoid()),
+            "samples": self._samples(PICTURES),
+        }
+        return {name: as_pictures(value) for name, value in images.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "noise": self.noise.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.noise.set_state(state["noise"])
+
+
+class VAE(nn.Module):
+    """Two 4x4 convolutions, each halving the image, and a hidden layer; the decoder mirrors them.
+
+    1.08 million parameters for 28 x 28 grey pixels at width 32 and 20 latent dimensions.
+
+    Args:
+        channels: Of the images.
+        size: Height and width of the images, a multiple of 4.
+        width: Channels of the first layer; the second has twice as many.
+        latent: Dimensions of z.
+
+    Raises:
+        ValueError: `size` is not a multiple of 4.
+    """
+
+    def __init__(self, channels: int, size: int, *, width: int, latent: int) -> None:
+        super().__init__()
+        if size % 4:
+            raise ValueError(f"images must be a multiple of 4 pixels wide; not {size}.")
+        maps, hidden = (2 * width, size // 4, size // 4), 5 * width
+        flat = maps[0] * maps[1] * maps[2]
+        self.encoder = nn.Sequential(
+            nn.Conv2d(channels, width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(flat, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 2 * latent),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latent, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, flat),
+            nn.ReLU(),
+            nn.Unflatten(1, maps),
+            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1),
+        )
+        # Every pixel starts at p = 0.5. torch's own draw for a transposed convolution onto one
+        # channel is wide enough to start a tenth above that.
+        nn.init.zeros_(self.decoder[-1].weight)
+        nn.init.zeros_(self.decoder[-1].bias)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the posterior's mean and log-variance, each (batch, latent)."""
+        mean, log_variance = self.encoder(images).chunk(2, dim=1)
+        return mean, log_variance
+
+    def losses(self, images: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        """Return reconstruction loss and KL divergence in nats per image, each (batch,).
+
+        Args:
+            images: (batch, channels, size, size), in [0, 1].
+            epsilon: (batch, latent), standard normal.
+        """
+        mean, log_variance = self.encode(images)
+        logits = self.decoder(mean + (0.5 * log_variance).exp() * epsilon)
+        reconstruction = functional.binary_cross_entropy_with_logits(
+            logits, images, reduction="none"
+        )
+        # Kingma and Welling 2014, appendix B.
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        return reconstruction.flatten(1).sum(dim=1), divergence.sum(dim=1)
+
+
+def binarize(images: Tensor, draws: torch.Generator) -> Tensor:
+    """Return each pixel as 1 with the probability of its grey level in [0, 1], else 0."""
+    uniform = torch.rand(images.shape, generator=draws).to(images.device)
+    return (uniform < images).to(images.dtype)
