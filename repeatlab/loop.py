@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -24,12 +24,7 @@ from repeatlab.tasks import TASKS, Task, load_task
 FLUSH_UPDATES = 500
 
 
-def train(
-    config: RunConfig,
-    runs: str | Path | Store = "runs",
-    *,
-    on_update: Callable[[int], None] | None = None,
-) -> Run:
+def train(config: RunConfig, runs: str | Path | Store = "runs") -> Run:
     """Make the run that `config` describes, unless the store has it, and return its record.
 
     A non-finite loss ends the run as `diverged` with its data kept. Any other error marks it
@@ -38,7 +33,6 @@ def train(
     Args:
         config: The run.
         runs: The run store, or its directory.
-        on_update: Called with the number of updates made, about every 500 updates and at the end.
 
     Raises:
         StoreError: the store cannot be written.
@@ -54,7 +48,7 @@ def train(
     try:
         with _torch_settings(config):
             task = load_task(TASKS[config.task.name])(config.task, seed=config.seed, device=device)
-            Training(config, task, writer, calibration, on_update).run()
+            Training(config, task, writer, calibration).run()
     except BaseException as error:
         writer.fail(error)
         raise
@@ -151,10 +145,9 @@ class Training:
         task: Task,
         writer: RunWriter,
         calibration: dict[str, Any],
-        on_update: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.task, self.writer = config, task, writer
-        self.calibration, self.on_update = calibration, on_update
+        self.calibration = calibration
         self.batches = FreshBatches(task)
         self.repeater = BatchRepeater(
             self.batches,
@@ -237,8 +230,6 @@ class Training:
             self.writer.updates(rows)
         # The loss that ends a diverged run went forward, but drove no update.
         self._update_ledger(len(updates), int(np.isfinite(rows["loss"]).sum()))
-        if self.on_update is not None:
-            self.on_update(self.repeater.updates)
 
     def _update_ledger(self, forwards: int, updates: int) -> None:
         ledger, repeater = self.ledger, self.repeater

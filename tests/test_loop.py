@@ -572,13 +572,6 @@ def test_the_clock_counts_updates_and_never_an_evaluation(tmp_path, monkeypatch,
     assert (evals["seconds"] == evals["update"]).all()
 
 
-def test_progress_is_told_up_to_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "FLUSH_UPDATES", 4)
-    told = []
-    train(run_config(), tmp_path, on_update=told.append)
-    assert told == [4, 8, 10, 14, 18, 20, 23]
-
-
 # --- the ledger ---------------------------------------------------------------------------------
 
 
