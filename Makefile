@@ -1,5 +1,5 @@
 # Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
-.PHONY: figures test notebooks bench lab
+.PHONY: figures test notebooks bench bench-tasks lab
 .DEFAULT_GOAL := figures
 SHELL := /bin/bash
 
@@ -27,8 +27,12 @@ notebooks: $(STAMP)
 	$(NBVAL) -n 2 --dist loadfile notebooks/[01]*.ipynb
 	$(NBVAL) notebooks/[2]*.ipynb
 
+# Ratios of interleaved runs in one process; bench-tasks trains every task on real data.
 bench: $(STAMP)
-	$(BIN)/pytest tests/benchmarks -s
+	$(BIN)/pytest tests/benchmarks -s --ignore-glob '*/test_task_*.py'
+
+bench-tasks: $(STAMP)
+	$(BIN)/pytest tests/benchmarks/test_task_*.py -s
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir .

@@ -22,7 +22,14 @@ AXES = {
     "seconds": "training time (s)",
 }
 # Metrics of which less is better; of all others more is.
-LOWER_IS_BETTER = {"loss", "error"}
+LOWER_IS_BETTER = {
+    "loss",
+    "error",
+    "negative_elbo",
+    "reconstruction",
+    "fid_classifier",
+    "fid_inception",
+}
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,47 @@ def repeats_over_time(updates: pd.DataFrame) -> Figure:
     return figure
 
 
+def picture_grid(pictures: Mapping[str, np.ndarray], *, columns: int = 16) -> Figure:
+    """Draw a run's pictures, one block of rows for each kind.
+
+    Args:
+        pictures: What `records.Run.pictures` holds: name to uint8 images (n, height, width[, 3]).
+        columns: Images in a row.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not pictures:
+        raise ValueError("the run has left no pictures: it is not complete, or its task makes none")
+    sheets = {name: _sheet(images, columns) for name, images in pictures.items()}
+    # Blocks as wide as the page: the height follows from each sheet's own proportions.
+    heights = [FULL_WIDTH * sheet.shape[0] / sheet.shape[1] for sheet in sheets.values()]
+    with style():
+        figure, axes = plt.subplots(
+            len(sheets),
+            1,
+            figsize=(FULL_WIDTH, sum(heights) + 0.25 * len(sheets)),
+            height_ratios=heights,
+            squeeze=False,
+        )
+        for block, (name, sheet) in zip(axes[:, 0], sheets.items(), strict=True):
+            block.imshow(sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            block.set_title(label(name), loc="left")
+            block.axis("off")
+    return figure
+
+
+def _sheet(images: np.ndarray, columns: int) -> np.ndarray:
+    """Return images side by side in rows of `columns`, a white pixel between them."""
+    rows = -(-len(images) // columns)
+    height, width = images.shape[1] + 1, images.shape[2] + 1
+    sheet = np.full((rows * height - 1, columns * width - 1, *images.shape[3:]), 255, np.uint8)
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        sheet[row * height :, column * width :][: image.shape[0], : image.shape[1]] = image
+    return sheet
+
+
 def save_figure(
     figure: Figure,
     name: str,

@@ -11,6 +11,7 @@ same whether the loss arrives as float32 or float64.
 from __future__ import annotations
 
 import struct
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -39,9 +40,9 @@ def _check_count(field: str, value: int) -> None:
 
 
 def _check_positive(field: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{field} must be a positive, finite number, not {value!r}")
-    if not isfinite(value) or value <= 0:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # An integer beyond the range of floats is no usable number either.
+    if not number or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{field} must be a positive, finite number, not {value!r}")
 
 

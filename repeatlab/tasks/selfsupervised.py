@@ -52,7 +52,7 @@ EVALUATION_BATCH = 500
 LOSS_BATCHES = 8  # batches of a split over which the evaluated loss is averaged
 KNN_TEMPERATURE = 0.1  # Wu et al. 2018: a neighbour at similarity s has exp(s / 0.1) votes
 PROBE_ITERATIONS = 200
-PICTURES = 8
+PICTURES = 16
 
 
 class SelfSupervisedConfig(TaskConfig):

@@ -1,0 +1,304 @@
+"""DQN on CartPole-v1: does it learn, and how fast is it beside loops written out.
+
+Everything on one CPU thread. The table `results/reinforcement.csv` keeps what was measured last; low
+and high are 95 % t-limits of the mean, and of a ratio the least and the largest of its rounds.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from repeatlab.analysis import mean_interval, to_target
+from repeatlab.config import RunConfig
+from repeatlab.environment import processor
+from repeatlab.loop import train
+from repeatlab.schema import parse
+from repeatlab.tasks.reinforcement import Reinforcement, ReinforcementConfig
+
+RESULTS = Path(__file__).with_name("results") / "reinforcement.csv"
+COLUMNS = "task,data,scale,arm,metric,n,mean,low,high,updates,seconds per run,processor".split(",")
+HEAD = {"task": "reinforcement", "data": "CartPole-v1", "scale": "paper"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def keep(row: dict[str, object]) -> None:
+    """Enter a row in the table, in place of the one with the same arm and metric."""
+    row = {key: str(value) for key, value in (HEAD | row | {"processor": processor()}).items()}
+    rows = list(csv.DictReader(RESULTS.open(encoding="utf-8"))) if RESULTS.exists() else []
+    rows = [old for old in rows if (old["arm"], old["metric"]) != (row["arm"], row["metric"])]
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted([*rows, row], key=lambda r: (r["arm"], r["metric"])))
+
+
+def run_config(updates: int, seed: int, evaluation: dict) -> RunConfig:
+    data = {
+        "task": {"name": "reinforcement"},
+        "method": {"schedule": {"name": "linear"}},
+        "max_updates": updates,
+        "seed": seed,
+        "evaluation": evaluation,
+        "device": "cpu",
+    }
+    return parse(RunConfig, data)
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+UPDATES = 14_500  # the plan's; 15,000 environment steps
+SEEDS = range(1000, 1005)  # seeds on which nothing else was ever run
+SOLVED = 475
+
+
+def test_solves_cartpole_in_four_of_five_seeds(tmp_path, benchmark, capsys):
+    def runs() -> list:
+        return [train(run_config(UPDATES, s, {"every": 500}), tmp_path) for s in SEEDS]
+
+    done = benchmark.pedantic(runs, rounds=1, iterations=1)
+    returns = np.array([run.summary["final"]["test.return"] for run in done])
+    steps = {run.summary["ledger"]["environment_steps"] for run in done}
+    seconds = mean(run.summary["ledger"]["seconds"] for run in done)
+    solved = int((returns >= SOLVED).sum())
+    average, low, high = mean_interval(returns)
+    shared = {"arm": "standard", "n": len(done), "updates": UPDATES}
+    shared |= {"seconds per run": round(seconds, 1)}
+    values = {"mean": round(float(average), 1), "low": round(float(low), 1)}
+    keep(shared | values | {"metric": "test.return", "high": round(float(high), 1)})
+    keep(shared | {"metric": f"runs with test.return >= {SOLVED}", "mean": solved})
+    lines = [
+        f"CartPole-v1, DQN, {UPDATES} updates, {steps} environment steps: greedy test return"
+        f" {average:.1f} (n = {len(done)} seeds: {sorted(returns)}), {solved} of {len(done)} at"
+        f" {SOLVED} or more, {seconds:.1f} s of training a run ({processor()})"
+    ]
+    for target in (200, SOLVED):
+        axes = ("update", "environment_steps", "seconds")
+        hits = [
+            to_target(run.evals.assign(task="", method="", seed=0), "return", target).iloc[0]
+            for run in done
+        ]
+        # A run that missed counts as infinite, so the median of all is one of the hits, or none.
+        medians = {x: median(h[x] if h["reached"] else np.inf for h in hits) for x in axes}
+        reached = sum(bool(h["reached"]) for h in hits)
+        for axis, value in medians.items():
+            keep(shared | {"metric": f"median {axis} to return {target}", "mean": round(value, 1)})
+        lines.append(f"  {reached} of {len(done)} evaluated to {target}; medians {medians}")
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+    assert steps == {UPDATES + 500}
+    assert solved >= 4
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+TIMED_UPDATES = 2000
+ROUNDS = 7
+
+
+def in_turns(ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[list, list]:
+    """Return the seconds of both sides, round by round; the first warms up and is left out."""
+    done: list[dict[int, float]] = []
+    for number in range(ROUNDS + 1):
+        order = (0, 1) if number % 2 else (1, 0)
+        done.append({which: (ours, theirs)[which]() for which in order})
+    return [d[0] for d in done[1:]], [d[1] for d in done[1:]]
+
+
+class QNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(4, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 2)
+        )
+
+    def forward(self, x):
+        return self.network(x)
+
+
+class NumpyReplay:
+    """One-step transitions of several environments in numpy, copied to torch when sampled."""
+
+    def __init__(self, size: int, environments: int = 1) -> None:
+        self.size, self.environments, self.place, self.full = size, environments, 0, False
+        self.observations = np.zeros((size, environments, 4), dtype=np.float32)
+        self.next_observations = np.zeros((size, environments, 4), dtype=np.float32)
+        self.actions = np.zeros((size, environments, 1), dtype=np.int64)
+        self.rewards = np.zeros((size, environments), dtype=np.float32)
+        self.terminations = np.zeros((size, environments), dtype=np.float32)
+
+    def add(self, observation, next_observation, action, reward, termination) -> None:
+        self.observations[self.place] = np.array(observation)
+        self.next_observations[self.place] = np.array(next_observation)
+        self.actions[self.place] = np.array(action).reshape(self.environments, 1)
+        self.rewards[self.place] = np.array(reward)
+        self.terminations[self.place] = np.array(termination)
+        self.place += 1
+        if self.place == self.size:
+            self.place, self.full = 0, True
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        rows = np.random.randint(0, self.size if self.full else self.place, batch_size)  # noqa: NPY002
+        columns = np.random.randint(0, self.environments, batch_size)  # noqa: NPY002
+        data = (
+            self.observations[rows, columns],
+            self.actions[rows, columns],
+            self.next_observations[rows, columns],
+            self.terminations[rows, columns].reshape(-1, 1),
+            self.rewards[rows, columns].reshape(-1, 1),
+        )
+        return tuple(torch.tensor(array) for array in data)
+
+
+def plain_loop() -> float:
+    """Return the seconds of `TIMED_UPDATES` updates of DQN as single-file libraries write it.
+
+    One environment behind the vector interface with episode statistics, numpy replay, unfused Adam.
+    It does less than ours: one-step targets without double Q, no record of the losses, no logging.
+    """
+    environments = gymnasium.vector.SyncVectorEnv(
+        [lambda: gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make("CartPole-v1"))]
+    )
+    network, target = QNetwork(), QNetwork()
+    target.load_state_dict(network.state_dict())
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-4)
+    replay = NumpyReplay(100_000)
+    observations, _ = environments.reset(seed=1)
+    start = 0.0
+    for step in range(500 + TIMED_UPDATES):
+        if step == 500:
+            start = perf_counter()
+        epsilon = max(0.02, 1 - 0.98 * step / 6000)
+        if random.random() < epsilon:
+            actions = np.array([environments.single_action_space.sample()])
+        else:
+            actions = torch.argmax(network(torch.Tensor(observations)), dim=1).cpu().numpy()
+        following, rewards, terminations, _, _ = environments.step(actions)
+        replay.add(observations, following.copy(), actions, rewards, terminations)
+        observations = following
+        if step >= 500:
+            here, acted, there, ended, reward = replay.sample(32)
+            with torch.no_grad():
+                best, _ = target(there).max(dim=1)
+                goal = reward.flatten() + 0.99 * best * (1 - ended.flatten())
+            value = network(here).gather(1, acted).squeeze()
+            loss = functional.mse_loss(goal, value)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 100 == 0:
+                for copy, weight in zip(target.parameters(), network.parameters(), strict=True):
+                    copy.data.copy_(1.0 * weight.data + 0.0 * copy.data)
+    seconds = perf_counter() - start
+    environments.close()
+    return seconds
+
+
+def report_ratio(arm: str, ratios: list[float], updates: int, seconds: float) -> None:
+    keep(
+        {
+            "arm": arm,
+            "metric": "ratio of seconds to ours" if arm == "plain loop" else "ratio of our seconds",
+            "n": len(ratios),
+            "mean": round(median(ratios), 3),
+            "low": round(min(ratios), 3),
+            "high": round(max(ratios), 3),
+            "updates": updates,
+            "seconds per run": round(seconds, 2),
+        }
+    )
+
+
+def test_updates_a_second_against_a_plain_loop(tmp_path, benchmark, capsys):
+    rounds = iter(range(1000))
+
+    def ours() -> float:
+        """Seconds of a whole run with its records, environment and sampling included."""
+        number = next(rounds)
+        config = run_config(TIMED_UPDATES, number, {"splits": [], "test": False})
+        return train(config, tmp_path).summary["ledger"]["seconds"]
+
+    fast, slow = benchmark.pedantic(in_turns, args=(ours, plain_loop), rounds=1, iterations=1)
+    ratios = [b / a for a, b in zip(fast, slow, strict=True)]
+    report_ratio("plain loop", ratios, TIMED_UPDATES, median(slow))
+    with capsys.disabled():
+        print(
+            f"\nDQN, {TIMED_UPDATES} updates with their environment steps, {ROUNDS} rounds: ours"
+            f" {TIMED_UPDATES / median(fast):.0f} updates/s, plain loop"
+            f" {TIMED_UPDATES / median(slow):.0f}, ratio {median(ratios):.2f}"
+            f" ({min(ratios):.2f} to {max(ratios):.2f}; {processor()})"
+        )
+    assert median(ratios) >= 1.2
+
+
+def test_an_update_against_the_leanest_one_by_hand(benchmark, capsys):
+    """On the same batches; bit for bit the same training."""
+    tasks = [Reinforcement(ReinforcementConfig(), seed=0, device="cpu") for _ in range(2)]
+    batches = [tasks[0].fresh_batch(k) for k in range(200)]
+
+    def by_task() -> float:
+        step, losses = tasks[0].step, []
+        start = perf_counter()
+        for batch in batches:
+            step(batch, losses.append)
+        return perf_counter() - start
+
+    made = iter(range(10**9))
+
+    def by_hand() -> float:
+        model, target, optimizer = tasks[1].model, tasks[1].target, tasks[1].optimizer
+        pairs = list(zip(target.parameters(), model.parameters(), strict=True))
+        losses = []
+        start = perf_counter()
+        for s, a, r, s2, discount, _, _ in batches:
+            with torch.no_grad():
+                best = model(s2).argmax(1, keepdim=True)
+                goal = r + discount * target(s2).gather(1, best).squeeze(1)
+            value = model(s).gather(1, a.unsqueeze(1)).squeeze(1)
+            loss = functional.smooth_l1_loss(value, goal)
+            losses.append(loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if (next(made) + 1) % 100 == 0:
+                with torch.no_grad():
+                    for copy, weight in pairs:
+                        copy.copy_(weight)
+        return perf_counter() - start
+
+    def several() -> tuple[list, list]:
+        sides = [in_turns(by_task, by_hand) for _ in range(5)]
+        return [s for side in sides for s in side[0]], [s for side in sides for s in side[1]]
+
+    ours, theirs = benchmark.pedantic(several, rounds=1, iterations=1)
+    weights = [torch.cat([p.flatten() for p in task.model.parameters()]) for task in tasks]
+    assert torch.equal(*weights)
+    ratio = median(ours) / median(theirs)
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    report_ratio("update by hand", [*ratios], len(batches), median(theirs))
+    with capsys.disabled():
+        print(
+            f"\nDQN update: {median(ours) / len(batches) * 1e6:.0f} us, by hand"
+            f" {median(theirs) / len(batches) * 1e6:.0f} us, ratio of medians {ratio:.3f},"
+            f" {len(ratios)} rounds ({processor()})"
+        )
+    assert ratio < 1.1
