@@ -100,4 +100,4 @@ def test_every_parameter_file_fits_its_notebook_and_its_study_is_valid(path):
     if "study" in job.parameters:
         study = Study.of(**job.parameters["study"])
         assert study.planned()
-        assert study.name == f"{path.parent.name}-{path.stem}"
+        assert study.name == f"{path.parent.name}-{path.stem}".replace("_", "-")
