@@ -1,8 +1,13 @@
-"""What a run has spent, in counts that do not depend on the machine, and in seconds."""
+"""What a run costs: `Ledger` counts what it has spent, `CostModel` predicts seconds from parts.
+
+Symbols: t is the time of one sample's forward, k the backward's time in forwards, b the batch, s
+the optimizer's step, d the time to make a fresh batch, p the presample in batches (B = p b).
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 
 
 @dataclass
@@ -38,3 +43,122 @@ class Ledger:
     def to_json(self) -> dict[str, int | float]:
         """Return the counts by name."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Predicted training time from the times of its parts, all in seconds.
+
+    Attributes:
+        forward: t, one sample forward with its graph.
+        backward_ratio: k, the backward's time in forwards.
+        batch_size: b.
+        optimizer: s, one optimizer step.
+        data: d, one fresh batch.
+        scoring: Time of one sample's forward without a graph; by default `forward`.
+    """
+
+    forward: float
+    backward_ratio: float
+    batch_size: int
+    optimizer: float = 0.0
+    data: float = 0.0
+    scoring: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("forward", "backward_ratio", "batch_size"):
+            if not 0 < getattr(self, field) < inf:
+                raise ValueError(f"{field} must be positive and finite, not {getattr(self, field)}")
+        for field in ("optimizer", "data", "scoring"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < inf:
+                raise ValueError(f"{field} must not be negative, not {value}")
+
+    @property
+    def update(self) -> float:
+        """(1 + k) b t + s: forward, backward and step on a batch that is there."""
+        return (1 + self.backward_ratio) * self.batch_size * self.forward + self.optimizer
+
+    def fresh_batch(self, repeats: float = 1, *, prefetch: bool = False) -> float:
+        """Return the time of a fresh batch with its `repeats` updates.
+
+        N update + d one after the other; max(d, N update) if data is made meanwhile (Choi et al.
+        2019, data echoing).
+        """
+        if prefetch:
+            return max(self.data, repeats * self.update)
+        return repeats * self.update + self.data
+
+    def run(self, updates: int, fresh_batches: int, *, prefetch: bool = False) -> float:
+        """Return the time of a run of so many updates on so many fresh batches."""
+        return fresh_batches * self.fresh_batch(updates / fresh_batches, prefetch=prefetch)
+
+    def importance_update(self, presample: float) -> float:
+        """p d + p b t_scoring + update: one update of importance sampling with B = p b scored."""
+        scoring = self.forward if self.scoring is None else self.scoring
+        return presample * (self.data + self.batch_size * scoring) + self.update
+
+    def free_repeats(self) -> float:
+        """Return up to how many updates a fresh batch are free under perfect prefetch: d / update.
+
+        Below 1 nothing is: the loader is faster than the updates.
+        """
+        return self.data / self.update
+
+
+def backward_ratio(presample: float, score_cost: float) -> float:
+    """Return k = p / a - 1, given a, the time to score B samples over that to train on b.
+
+    >>> round(backward_ratio(2, 0.55), 2), backward_ratio(5, 1.25)
+    (2.64, 3.0)
+    """
+    return presample / score_cost - 1
+
+
+def score_cost(presample: float, k: float) -> float:
+    """Return a = p / (1 + k), the time to score B = p b samples over that to train on b."""
+    return presample / (1 + k)
+
+
+def tau_threshold(presample: float, k: float) -> float:
+    """Return tau_th = (p + 1 + k) / (1 + k): an importance update over a uniform one.
+
+    Katharopoulos and Fleuret 2018, arXiv 1803.00942: sampling pays where the variance reduction
+    tau exceeds it.
+
+    >>> tau_threshold(3, 2)
+    2.0
+    """
+    return (presample + 1 + k) / (1 + k)
+
+
+def cost_ratio(presample: float, k: float) -> float:
+    """Return u = (p + k + 1) / (p (1 + k)): cost against training on all B samples.
+
+    A ratio of times, no speed-up: below 1 importance sampling is the cheaper.
+
+    >>> [round(cost_ratio(p, k), 5) for p, k in ((3, 2), (5, 2), (1.5, 2), (3, 1.4265))]
+    [0.66667, 0.53333, 1.0, 0.74545]
+    """
+    return tau_threshold(presample, k) / presample
+
+
+def break_even_presample(k: float) -> float:
+    """Return the p above which `cost_ratio` is below 1: (k + 1) / k."""
+    return (k + 1) / k
+
+
+def expected_keep(beta: float) -> float:
+    """Return the share of samples that selective backprop keeps: 1 / (beta + 1).
+
+    The keep probability is percentile^beta (Jiang et al. 2019), and percentiles are uniform.
+    """
+    return 1 / (beta + 1)
+
+
+def break_even_keep(k: float) -> float:
+    """Return the share kept below which selective backprop is the cheaper: k / (1 + k).
+
+    Every sample is forwarded once to be selected and, if kept, once more to be trained on.
+    """
+    return k / (1 + k)

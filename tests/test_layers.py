@@ -32,6 +32,7 @@ BELOW: dict[str, set[str]] = {
     "analysis": {"records"},
     # Nothing below: usable alone.
     "__init__": set(),
+    "controls": set(),
     "cost": set(),
     "endless_loader": set(),
     "environment": set(),

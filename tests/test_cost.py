@@ -1,0 +1,86 @@
+"""The cost model against the closed forms that it stands for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from repeatlab.cost import (
+    CostModel,
+    backward_ratio,
+    break_even_keep,
+    break_even_presample,
+    cost_ratio,
+    expected_keep,
+    score_cost,
+    tau_threshold,
+)
+
+MODEL = CostModel(forward=1e-3, backward_ratio=2.0, batch_size=10, optimizer=0.01, data=0.1)
+positive = st.floats(0.1, 100)
+
+
+@pytest.mark.parametrize(
+    ("presample", "k", "u"), [(3, 2, 0.6667), (5, 2, 0.5333), (1.5, 2, 1), (3, 1.4265, 0.74545)]
+)
+def test_the_table_of_cost_ratios(presample, k, u):
+    assert cost_ratio(presample, k) == pytest.approx(u, abs=5e-5)
+
+
+def test_the_threshold_of_the_papers_setting():
+    assert tau_threshold(3, 2) == 2
+
+
+@pytest.mark.parametrize(("a", "presample", "k"), [(0.55, 2, 2.64), (1.25, 5, 3.0)])
+def test_the_earlier_measurements(a, presample, k):
+    assert backward_ratio(presample, a) == pytest.approx(k, abs=5e-3)
+    assert score_cost(presample, backward_ratio(presample, a)) == pytest.approx(a)
+
+
+@given(positive, positive)
+def test_break_even_is_where_the_cost_ratio_is_one(presample, k):
+    assert cost_ratio(break_even_presample(k), k) == pytest.approx(1)
+    assert (cost_ratio(presample, k) < 1 - 1e-9) <= (presample > break_even_presample(k))
+
+
+@given(positive, positive)
+def test_tau_th_is_the_importance_update_over_the_uniform_one(presample, k):
+    model = CostModel(forward=0.2, backward_ratio=k, batch_size=7)
+    assert model.importance_update(presample) / model.update == pytest.approx(
+        tau_threshold(presample, k)
+    )
+
+
+def test_the_parts_by_hand():
+    # (1 + 2) * 10 * 1 ms + 10 ms = 40 ms
+    assert MODEL.update == pytest.approx(0.04)
+    assert MODEL.fresh_batch(3) == pytest.approx(0.22)
+    assert MODEL.fresh_batch(2, prefetch=True) == pytest.approx(0.1)
+    assert MODEL.fresh_batch(3, prefetch=True) == pytest.approx(0.12)
+    assert MODEL.run(30, 10) == pytest.approx(2.2)
+    assert MODEL.free_repeats() == pytest.approx(2.5)
+    # 2 * (0.1 + 10 ms) + 40 ms
+    assert MODEL.importance_update(2) == pytest.approx(0.26)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1, 2, 3])
+def test_selective_backprop_keeps_what_uniform_percentiles_keep(beta):
+    percentiles = (np.arange(100_000) + 0.5) / 100_000
+    assert expected_keep(beta) == pytest.approx((percentiles**beta).mean(), rel=1e-4)
+
+
+@given(positive)
+def test_selective_backprop_breaks_even(k):
+    forwards_and_backward = 1 + break_even_keep(k) * (1 + k)
+    assert forwards_and_backward == pytest.approx(1 + k)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("forward", 0), ("backward_ratio", -1), ("data", -0.1), ("batch_size", 0)]
+)
+def test_a_bad_part_is_named(field, value):
+    parts = {"forward": 1.0, "backward_ratio": 2.0, "batch_size": 8} | {field: value}
+    with pytest.raises(ValueError, match=f"^{field} must"):
+        CostModel(**parts)
