@@ -102,7 +102,7 @@ def curves_against_standard(
         )
         for axes, method in zip(grid.flat, methods, strict=False):
             for name in ("standard", method):
-                _curve(axes, frame[frame["method"] == name], x, name)
+                _curve(axes, frame[frame["method"] == name], x, name, log)
             axes.set_title(label(method), color=colour(method), loc="left", fontweight="bold")
         for place, axes in enumerate(grid.flat):
             axes.set_visible(place < len(methods))
@@ -116,10 +116,12 @@ def curves_against_standard(
     return figure
 
 
-def _curve(axes: Axes, curve: pd.DataFrame, x: str, method: str) -> None:
+def _curve(axes: Axes, curve: pd.DataFrame, x: str, method: str, log: bool) -> None:
     axes.plot(curve[x], curve["mean"], color=colour(method), zorder=3)
-    # A t-interval can reach below zero, where a logarithmic axis has nothing: cut at a tenth.
-    low = np.maximum(curve["low"], curve["mean"].abs() * 0.1)
+    low = curve["low"]
+    if log:
+        # A t-interval can reach below zero, where this axis has nothing: cut at a tenth.
+        low = np.maximum(low, curve["mean"] * 0.1)
     axes.fill_between(curve[x], low, curve["high"], color=colour(method), alpha=0.2, lw=0)
 
 

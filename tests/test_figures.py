@@ -61,6 +61,15 @@ def test_a_band_below_zero_stays_on_a_logarithmic_axis():
     plt.close(figure)
 
 
+def test_a_band_keeps_its_place_on_a_linear_axis_also_below_zero():
+    frame = _curves("standard", "linear").assign(mean=-1.0, low=-1.5, high=-0.5)
+    figure = curves_against_standard(frame, x="update", ylabel="q value")
+    for band in _visible(figure)[0].collections:
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == (-1.5, -0.5)
+    plt.close(figure)
+
+
 def test_misses_are_open_triangles_and_have_no_median():
     times = pd.DataFrame(
         {
