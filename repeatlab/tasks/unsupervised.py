@@ -113,9 +113,11 @@ class Unsupervised:
         self, batch: Batch, report: Callable[[Tensor], None], weights: Tensor | None = None
     ) -> None:
         parts = self.model.losses(batch.images, self._epsilon(batch, self.noise))
-        report(self._driver(*parts).mean())
-        losses = sum(parts)
-        loss = losses.mean() if weights is None else (weights * losses).mean()
+        losses = parts[0] + parts[1]
+        loss = losses.mean()
+        report(loss if self.config.driver == "elbo" else self._driver(*parts).mean())
+        if weights is not None:
+            loss = (weights * losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
