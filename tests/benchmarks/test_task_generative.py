@@ -29,7 +29,7 @@ from repeatlab.tasks.generative import Generative, GenerativeConfig
 
 RESULTS = Path(__file__).parent / "results" / "generative.csv"
 UPDATES, SEEDS = 2000, 2
-SCALE = "width 32 (0.59 M parameters), 2.8 of the plan's 100 epochs"
+SCALE = "width 32 (0.54 M parameters), 2.8 of the plan's 100 epochs"
 ROUNDS, BLOCK = 15, 20
 
 
