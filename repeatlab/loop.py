@@ -159,7 +159,10 @@ class Training:
         self.schedule = schedule.build() if schedule else None
         # (group, base rate) of every optimizer; a schedule scales them all alike.
         self.rates = [(g, g["lr"]) for o in task.optimizers for g in o.param_groups]
-        self.ledger = Ledger(**{k: v for k, v in calibration.items() if k.startswith("calib")})
+        self.ledger = Ledger(
+            environment_steps=task.environment_steps,
+            **{k: v for k, v in calibration.items() if k.startswith("calib")},
+        )
         self.seconds: list[float] = []
         self.elapsed = 0.0
         self.last_evaluation: dict[str, dict[str, float]] = {}

@@ -20,10 +20,10 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.data import DATASETS, Batch, ImageSet, TrainStream, iter_batches, load_splits
+from repeatlab.data import DATASETS, Batch, TrainStream, iter_batches, load_splits
 from repeatlab.models import resnet18, small_cnn
 from repeatlab.schema import did_you_mean
-from repeatlab.seeding import derive, generator
+from repeatlab.seeding import derive
 from repeatlab.tasks import TaskConfig
 
 # Zero pixels around the random crop, and whether to mirror: what the field uses for each dataset.
@@ -121,7 +121,7 @@ class Supervised:
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
         """Return mean cross-entropy (nats), accuracy and macro-averaged F1."""
-        data = self._train_subset() if split == "train" else getattr(self.data, split)
+        data = self.data.evaluated(split)
         self.model.eval()
         batches = iter_batches(data, EVALUATION_BATCH, self.data.mean, self.data.std)
         logits = torch.cat([self.model(batch.images) for batch in batches])
@@ -132,12 +132,6 @@ class Supervised:
             "accuracy": (guesses == labels).double().mean().item(),
             "macro_f1": float(f1_score(labels, guesses, average="macro", zero_division=0.0)),
         }
-
-    def _train_subset(self) -> ImageSet:
-        """As many training samples as the validation split has, always the same, unaugmented."""
-        order = torch.randperm(len(self.data.train), generator=generator(0, "train subset"))
-        chosen = order[: len(self.data.validation)].to(self.data.train.labels.device)
-        return ImageSet(self.data.train.images[chosen], self.data.train.labels[chosen])
 
     def pictures(self) -> dict[str, np.ndarray]:
         return {}
