@@ -179,25 +179,33 @@ class SelfSupervised:
     def step(
         self, batch: ViewBatch, report: Callable[[Tensor], None], weights: Tensor | None = None
     ) -> None:
-        losses = self._losses(batch.views)
-        loss = losses.mean()
-        report(loss.detach())
-        if weights is not None:
+        projected = self._project(batch.views)
+        if weights is None:
+            loss = nt_xent(projected, self.config.temperature).mean()
+            report(loss)
+        else:
+            losses = self._by_image(projected)
+            report(losses.detach().mean())
             loss = (weights * losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
-    def _losses(self, views: Tensor) -> Tensor:
+    def _project(self, views: Tensor) -> Tensor:
+        """Return z of every view: float32, (2 b, projection)."""
+        if not self.config.bfloat16:
+            return self.head(self.encoder(views))
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.head(self.encoder(views)).float()
+
+    def _by_image(self, projected: Tensor) -> Tensor:
         """Return NT-Xent of every image, the mean over its two views: (b,)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
-            projected = self.head(self.encoder(views)).float()
         return nt_xent(projected, self.config.temperature).view(2, -1).mean(0)
 
     @torch.no_grad()
     def sample_losses(self, batch: ViewBatch) -> Tensor:
         self.encoder.eval()
-        losses = self._losses(batch.views)
+        losses = self._by_image(self._project(batch.views))
         self.encoder.train()
         return losses
 
@@ -251,7 +259,9 @@ class SelfSupervised:
         size = min(self.config.batch_size, len(data))
         batches = data.images[: LOSS_BATCHES * size].split(size)
         losses = [
-            self._losses(self._two_views(images, generator(0, "evaluation views", i))).mean()
+            self._by_image(
+                self._project(self._two_views(images, generator(0, "evaluation views", i)))
+            ).mean()
             for i, images in enumerate(batches)
             if len(images) == size
         ]

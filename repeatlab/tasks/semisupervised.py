@@ -250,7 +250,9 @@ class SemiSupervised:
         return losses[self.config.driver]
 
     def _logits(self, model: torch.nn.Module, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
+        if not self.config.bfloat16:
+            return model(images)
+        with torch.autocast(self.device.type, torch.bfloat16):
             return model(images).float()
 
     @torch.no_grad()
