@@ -15,7 +15,6 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -69,7 +68,9 @@ def colour(method: str) -> Any:
     """Return the method's colour; a method that has none of its own gets one from its name."""
     if method in COLOURS:
         return COLOURS[method]
-    return sns.husl_palette(12, l=0.5)[sum(method.encode()) % 12]
+    from seaborn import husl_palette
+
+    return husl_palette(12, l=0.5)[sum(method.encode()) % 12]
 
 
 def label(name: str) -> str:
@@ -254,6 +255,9 @@ def save_figure(
     directory.mkdir(parents=True, exist_ok=True)
     safe_name("figure name", name)
     with style():
+        # One layout for all formats, and for the notebook that shows the figure.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         # Without dates, the same figure is the same file.
         figure.savefig(directory / f"{name}.pdf", metadata={"CreationDate": None})
         figure.savefig(directory / f"{name}.png", metadata={"Software": None})

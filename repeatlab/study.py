@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, PlainValidator, field_validator
 from tqdm.auto import tqdm
 
 from repeatlab.calibration import calibration_run
@@ -24,7 +24,8 @@ from repeatlab.config import (
     RunConfig,
     TaskChoice,
 )
-from repeatlab.records import Run, Store, safe_name
+from repeatlab.environment import commit
+from repeatlab.records import Run, Store, StoreError, safe_name
 from repeatlab.schema import Model, parse
 from repeatlab.tasks import TaskConfig
 
@@ -42,6 +43,18 @@ class Planned(NamedTuple):
     config: RunConfig
 
 
+def _seeds(value: Any) -> int | tuple[int, ...]:
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    valid = numbers and all(
+        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers
+    )
+    if not valid or value == 0 or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"must be a count of at least 1 or a list of different seeds, not {value!r}"
+        )
+    return tuple(numbers) if isinstance(value, (list, tuple)) else value
+
+
 class Study(Model):
     """Every method with every seed on every task, all under the same budget of updates."""
 
@@ -49,7 +62,7 @@ class Study(Model):
     tasks: Annotated[dict[str, TaskChoice], Field(min_length=1)]
     """What tables and figures call the task -> its configuration."""
     methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
-    seeds: PositiveInt | tuple[int, ...] = 5
+    seeds: Annotated[Any, PlainValidator(_seeds)] = 5
     """How many seeds, counted from 0, or which."""
     max_updates: PositiveInt
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -110,6 +123,32 @@ class Report:
         return f"{len(self.status)} {runs}: {ended} {now}"
 
 
+def run_study(
+    fields: dict[str, Any], runs: str | Path = "runs", *, workers: int | None = None
+) -> Report:
+    """Make the runs of the study with these fields that the store lacks; see `run_studies`.
+
+    Where the same study was run by this very code and the store has all of it, that is found out
+    from its manifest, without loading torch: a notebook that only draws starts at once.
+    """
+    return _in_store(fields, Store(runs)) or Study.of(**fields).run(runs, workers=workers)
+
+
+def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
+    """Return the report of a study that is there as a whole, made by this commit, else None."""
+    code = commit()
+    if code is None or code.endswith("+changes"):
+        return None  # other code could give the same fields other runs
+    try:
+        study = store.read_study(fields["name"])
+    except (KeyError, TypeError, ValueError, StoreError):
+        return None  # whatever is wrong with them, `Study.of` says it
+    handles = [store.run(*run["run"]) for run in study["runs"]]
+    if study["commit"] != code or study["study"] != fields or not all(h.done for h in handles):
+        return None
+    return Report({handle.path.name: handle.status["status"] for handle in handles}, trained=0)
+
+
 def run_studies(
     studies: Sequence[Study], runs: str | Path = "runs", *, workers: int | None = None
 ) -> Report:
@@ -160,7 +199,8 @@ def _manifest(study: Study) -> dict[str, Any]:
             }
             for p in study.planned()
         ],
-        "study": study.model_dump(mode="json"),
+        "study": study.model_dump(mode="json", exclude_unset=True),
+        "commit": commit(),
     }
 
 

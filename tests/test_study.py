@@ -9,8 +9,8 @@ import torch
 
 from repeatlab import tasks
 from repeatlab.records import Store
-from repeatlab.schema import ConfigError
-from repeatlab.study import Report, StudyError, run_studies
+from repeatlab.schema import ConfigError, parse
+from repeatlab.study import Report, StudyError, run_studies, run_study
 
 NOT_TIMES = ["seconds", "calibration_seconds"]
 
@@ -143,7 +143,11 @@ def _no_network(*args, **kwargs):
         ({"methods": {}}, "methods: "),
         ({"methods": {"a": {"maping": {}}}}, "methods.a.maping: unknown key; did you mean 'map"),
         ({"tasks": {"x": {"name": "superwised"}}}, "tasks.x: unknown task 'superwised'; did you"),
-        ({"seeds": 0}, "seeds"),
+        ({"seeds": 0}, "seeds: must be a count of at least 1 or a list of different seeds, not 0"),
+        ({"seeds": [1, 1]}, "seeds: must be a count of at least 1 or a list of different seeds"),
+        ({"seeds": []}, "seeds: must be a count"),
+        ({"seeds": True}, "seeds: must be a count"),
+        ({"seeds": [-1]}, "seeds: must be a count"),
         ({"max_updates": 0}, "max_updates: Input should be greater than or equal to 1, not 0"),
         ({"seed": 3}, "seed: unknown key; did you mean 'seeds'?"),
     ],
@@ -152,6 +156,35 @@ def test_bad_fields_are_named(small_study, changes, message):
     with pytest.raises(ConfigError) as error:
         small_study(**changes)
     assert str(error.value).startswith(message)
+
+
+FIELDS = {
+    "name": "again",
+    "tasks": {"digits": {"name": "supervised", "lr": 0.05}},
+    "methods": {"linear": {"mapping": {"name": "linear", "t": 1}}},
+    "seeds": [4],
+    "max_updates": 5,
+    "evaluation": {"every": 5},
+}
+
+
+@pytest.mark.parametrize(
+    "commits", [("abc", "abc"), ("abc", "abd"), ("a+changes",) * 2, (None,) * 2]
+)
+def test_a_stored_study_is_recognised_only_by_the_code_that_made_it(tmp_path, monkeypatch, commits):
+    made, asked = commits
+    monkeypatch.setattr("repeatlab.study.commit", lambda: made)
+    assert run_study(FIELDS, tmp_path, workers=0).trained == 1
+    parsed = []
+    monkeypatch.setattr("repeatlab.study.commit", lambda: asked)
+    monkeypatch.setattr("repeatlab.study.parse", lambda *a: parsed.append(a) or parse(*a))
+    assert run_study(FIELDS, tmp_path, workers=0).trained == 0
+    assert bool(parsed) == (commits != ("abc", "abc"))
+    # What differs, or is not all there, is looked at in full.
+    assert run_study(FIELDS | {"seeds": [4, 5]}, tmp_path, workers=0).trained == 1
+    first, _ = Store(tmp_path).read_study("again")["runs"]
+    (Store(tmp_path).run(*first["run"]).path / "summary.json").unlink()
+    assert run_study(FIELDS | {"seeds": [4, 5]}, tmp_path, workers=0).trained == 1
 
 
 def test_the_report_says_how_the_runs_ended():
