@@ -24,37 +24,31 @@ class LossReader:
 
     def __init__(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self._reduce = reduce
-        self._value: float | None = None
         self._tensor: torch.Tensor | None = None
         self._work: Any = None
         self._cuda: _PinnedCopy | None = None
         self.host_reads = 0
 
-    def start(self, loss: torch.Tensor | float) -> None:
-        """Begin to read `loss`, a 0-d tensor or a float."""
+    def start(self, loss: torch.Tensor | float) -> float | None:
+        """Begin to read `loss`, a 0-d tensor or a float.
+
+        Returns:
+            The value, where the host has it already; else None, and `wait` returns it.
+        """
         if self._reduce is not None:
             loss = self._reduce(torch.as_tensor(loss).detach())
         elif in_process_group():
-            self._start_all_reduce(loss)
-            return
+            return self._start_all_reduce(loss)
         if not isinstance(loss, torch.Tensor):
-            self._value = loss
-        elif loss.is_cuda:
-            self._cuda = self._cuda or _PinnedCopy(loss.device)
-            self._cuda.start(loss.detach())
-        else:
-            self._value = loss.item()
+            return loss
+        if not loss.is_cuda:
+            return loss.item()
+        self._cuda = self._cuda or _PinnedCopy(loss.device)
+        self._cuda.start(loss.detach())
+        return None
 
-    @property
-    def ready(self) -> bool:
-        """Whether the value is on the host already, so that reading it waits for nothing."""
-        return self._value is not None
-
-    def value(self) -> float:
-        """Return the loss that `start` was given, averaged over the ranks; waits for it."""
-        if self._value is not None:
-            value, self._value = self._value, None
-            return value
+    def wait(self) -> float:
+        """Return the loss that `start` could not, averaged over the ranks."""
         if self._work is not None:
             self._work.wait()
             self._work = None

@@ -118,7 +118,7 @@ class BatchRepeater:
     def __iter__(self) -> Iterator[Any]:
         while self.updates < self.max_updates:
             if not self.repeats and self.repeat:
-                self._decide()
+                self._decide(self._reader.wait())
             if self._batch is None or 0 < self.repeats <= self.repeat:
                 self._next_fresh_batch()
             batch = self._batch
@@ -159,9 +159,9 @@ class BatchRepeater:
         self.repeat += 1
         if not self.repeats:
             self._visits.losses.append(nan)
-            self._reader.start(loss)
-            if self._reader.ready:
-                self._decide()
+            value = self._reader.start(loss)
+            if value is not None:
+                self._decide(value)
         elif is_tensor and loss.is_cuda:
             # A copy: a CUDA graph, for one, writes its next loss over this one.
             self._visits.defer(loss.detach().clone())
@@ -176,9 +176,8 @@ class BatchRepeater:
         """Whether all visits to the current batch are made."""
         return 0 < self.repeats <= self.repeat
 
-    def _decide(self) -> None:
+    def _decide(self, loss: float) -> None:
         """Turn the first loss of the current batch into its N."""
-        loss = self._reader.value()
         self._visits.losses[-1] = loss
         # Should anything raise, this visit stays undecided and the batch's last one.
         self.repeats = self.repeat
@@ -214,7 +213,7 @@ class BatchRepeater:
     def _settle(self) -> None:
         """Decide what is undecided, and fetch the losses that are still on the device."""
         if self.repeat and not self.repeats:
-            self._decide()
+            self._decide(self._reader.wait())
         self._visits.fetch()
 
     def drain(self) -> dict[str, np.ndarray]:
