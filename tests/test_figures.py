@@ -14,6 +14,7 @@ from repeatlab.figures import (
     COLOURS,
     colour,
     curves_against_standard,
+    picture_grid,
     repeats_over_time,
     save_figure,
     time_to_target,
@@ -97,6 +98,19 @@ def test_repeats_over_time_draws_fresh_batches_only():
     top, bottom = figure.axes
     assert top.lines[0].get_ydata().tolist() == [2, 1]
     assert [segment[1][1] for segment in bottom.collections[0].get_segments()] == [2, 1]
+    plt.close(figure)
+
+
+def test_pictures_are_shown_under_their_names_pixel_by_pixel():
+    grey = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
+    coloured = np.full((2, 4, 4, 3), 7, dtype=np.uint8)
+    figure = picture_grid({"originals": grey, "samples": coloured}, columns=2)
+    panels = _visible(figure)
+    assert [axes.get_title(loc="left") for axes in panels] == ["originals", "samples"]
+    sheet = panels[0].images[0].get_array()
+    for image in grey:
+        windows = np.lib.stride_tricks.sliding_window_view(np.asarray(sheet), (4, 4))
+        assert (windows == image).all(axis=(2, 3)).sum() == 1
     plt.close(figure)
 
 
