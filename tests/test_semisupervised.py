@@ -18,7 +18,7 @@ from repeatlab.data.unlabelled import EpochOrder, labelled_subset
 from repeatlab.loop import train
 from repeatlab.models import build_classifier
 from repeatlab.schema import ConfigError, parse
-from repeatlab.tasks import semisupervised
+from repeatlab.tasks import dataset, semisupervised
 from repeatlab.tasks.semisupervised import SemiBatch, SemiSupervised, SemiSupervisedConfig
 
 
@@ -357,7 +357,8 @@ def test_stl10_s_unlabelled_images_are_taken_from_their_file(tmp_path, monkeypat
     monkeypatch.setattr(stl10, "STL10", stl10.Source("stl10", "", sums, {}))
     monkeypatch.setenv("REPEATLAB_DATA", str(tmp_path))
     loaded = semisupervised.load_splits("stl10", validation=20)
-    monkeypatch.setattr(semisupervised, "load_splits", lambda *_, **__: loaded)
+    for module in (semisupervised, dataset):
+        monkeypatch.setattr(module, "load_splits", lambda *_, **__: loaded)
 
     config = {"dataset": "stl10", "labels": None, "model": "resnet18", "batch_size": 2, "mu": 1}
     task = build(**config)

@@ -16,12 +16,18 @@ from torch import nn
 from torch.nn import functional
 
 from repeatlab.config import RunConfig
-from repeatlab.data import Batch
+from repeatlab.data import DATASETS, Batch
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.loop import train
 from repeatlab.schema import parse
 from repeatlab.tasks import supervised
-from repeatlab.tasks.supervised import Supervised, SupervisedConfig, resnet18, small_cnn
+from repeatlab.tasks.supervised import (
+    AUGMENTATION,
+    Supervised,
+    SupervisedConfig,
+    resnet18,
+    small_cnn,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -359,3 +365,7 @@ def test_a_few_updates_on_real_data(tmp_path, dataset, marker, model):
     assert len(losses) == 3
     ledger = run.summary["ledger"]
     assert (ledger["forward_samples"], ledger["distinct_samples"]) == (3 * 64, 2 * 64)
+
+
+def test_every_dataset_has_its_augmentation():
+    assert AUGMENTATION.keys() == DATASETS.keys()

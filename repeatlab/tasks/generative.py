@@ -33,25 +33,24 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
-from repeatlab.data import DATASETS, Batch, ImageSet, TrainStream, iter_batches, load_splits
+from repeatlab.data import Batch, ImageSet, TrainStream, iter_batches, load_splits
 from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
-from repeatlab.schema import did_you_mean
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.dataset import DatasetTaskConfig
 
 EVALUATION_BATCH = 500
 PICTURES = 64
 
 
-class GenerativeConfig(TaskConfig):
+class GenerativeConfig(DatasetTaskConfig):
     """Settings of the generative task; the defaults are the plan's, on the embedded data."""
 
     name: Literal["generative"] = "generative"
-    dataset: str = "digits"
     width: Annotated[int, Field(ge=1)] = 32
     """Channels next to the image; 64 on CIFAR-10 is the plan's pair of about 2 M parameters."""
     latent: Annotated[int, Field(ge=1)] = 100
@@ -72,13 +71,6 @@ class GenerativeConfig(TaskConfig):
 
     def prepare(self) -> None:
         prepare(self.extractor, self.dataset)
-
-    @field_validator("dataset")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in DATASETS:
-            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
-        return value
 
 
 class Generative:

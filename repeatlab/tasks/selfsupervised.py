@@ -33,7 +33,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -42,13 +42,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.data import DATASETS, ImageSet, TrainStream, iter_batches, load_splits
+from repeatlab.data import ImageSet, TrainStream, iter_batches, load_splits
 from repeatlab.data.augment import normalize
 from repeatlab.data.views import ContrastiveViews
 from repeatlab.models import build_encoder
-from repeatlab.schema import did_you_mean
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.dataset import DatasetTaskConfig
 
 EVALUATION_BATCH = 500
 LOSS_BATCHES = 8  # batches of a split over which the evaluated loss is averaged
@@ -57,11 +57,10 @@ PROBE_ITERATIONS = 200
 PICTURES = 16
 
 
-class SelfSupervisedConfig(TaskConfig):
+class SelfSupervisedConfig(DatasetTaskConfig):
     """Settings of the self-supervised task; the defaults are for the embedded data."""
 
     name: Literal["selfsupervised"] = "selfsupervised"
-    dataset: str = "digits"
     model: Literal["cnn", "norm_cnn", "resnet18"] = "cnn"
     width: Annotated[int, Field(ge=1)] = 16
     """Channels of the CNNs' first layer; without effect on ResNet-18."""
@@ -90,16 +89,6 @@ class SelfSupervisedConfig(TaskConfig):
     """Training images among which neighbours are looked for; null takes all."""
     bfloat16: bool = False
     """Whether to run the network under bfloat16 autocast, channels last."""
-
-    def prepare(self) -> None:
-        load_splits(self.dataset)
-
-    @field_validator("dataset")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in DATASETS:
-            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
-        return value
 
 
 class ViewBatch(NamedTuple):

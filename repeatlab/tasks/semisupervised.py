@@ -37,19 +37,19 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional
 
-from repeatlab.data import DATASETS, ImageSet, TrainStream, iter_batches, load_splits, stl10
+from repeatlab.data import ImageSet, TrainStream, iter_batches, load_splits, stl10
 from repeatlab.data.augment import normalize, random_crop_flip
 from repeatlab.data.randaugment import strong_augment
 from repeatlab.data.unlabelled import EpochOrder, labelled_subset
 from repeatlab.models import build_classifier
-from repeatlab.schema import did_you_mean
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.dataset import DatasetTaskConfig
 
 # Zero pixels around the weak view's random crop (an eighth of the side), and whether to mirror.
 WEAK = {"digits": (1, False), "mnist": (2, False), "cifar10": (4, True), "stl10": (12, True)}
@@ -57,11 +57,10 @@ EVALUATION_BATCH = 500
 PICTURES = 16
 
 
-class SemiSupervisedConfig(TaskConfig):
+class SemiSupervisedConfig(DatasetTaskConfig):
     """Settings of the semi-supervised task; the defaults are for the embedded data."""
 
     name: Literal["semisupervised"] = "semisupervised"
-    dataset: str = "digits"
     labels: Annotated[int, Field(ge=1)] | None = 100
     """Labelled images, the same number of every class; all others lose their label. Null keeps
     all labels of the train split, for `stl10`, which has unlabelled images of its own."""
@@ -90,16 +89,9 @@ class SemiSupervisedConfig(TaskConfig):
     """Whether to run the network under bfloat16 autocast, channels last."""
 
     def prepare(self) -> None:
-        load_splits(self.dataset)
+        super().prepare()
         if self.dataset == "stl10" and self.mu:
             stl10.unlabelled()
-
-    @field_validator("dataset")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in DATASETS:
-            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
-        return value
 
     @model_validator(mode="after")
     def _fit(self) -> Self:

@@ -15,27 +15,31 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.data import DATASETS, Batch, TrainStream, iter_batches, load_splits
+from repeatlab.data import Batch, TrainStream, iter_batches, load_splits
 from repeatlab.models import resnet18, small_cnn
-from repeatlab.schema import did_you_mean
 from repeatlab.seeding import derive
 from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.dataset import DatasetTaskConfig
 
 # Zero pixels around the random crop, and whether to mirror: what the field uses for each dataset.
-AUGMENTATION = {"digits": (1, False), "mnist": (2, False), "cifar10": (4, True)}
+AUGMENTATION = {
+    "digits": (1, False),
+    "mnist": (2, False),
+    "cifar10": (4, True),
+    "stl10": (12, True),
+}
 EVALUATION_BATCH = 500
 
 
-class SupervisedConfig(TaskConfig):
+class SupervisedConfig(DatasetTaskConfig):
     """Settings of the supervised task; the defaults are the plan's, on the embedded data."""
 
     name: Literal["supervised"] = "supervised"
-    dataset: str = "digits"
     model: Literal["cnn", "resnet18"] = "cnn"
     width: Annotated[int, Field(ge=1)] = 16
     """Channels of the CNN's first layer; without effect on ResNet-18."""
@@ -44,16 +48,6 @@ class SupervisedConfig(TaskConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Annotated[int, Field(ge=1)] = 64
     augment: bool = True
-
-    def prepare(self) -> None:
-        load_splits(self.dataset)
-
-    @field_validator("dataset")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in DATASETS:
-            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
-        return value
 
 
 class Supervised:

@@ -26,25 +26,24 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.data import DATASETS, Batch, TrainStream, iter_batches, load_splits
+from repeatlab.data import Batch, TrainStream, iter_batches, load_splits
 from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
-from repeatlab.schema import did_you_mean
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.dataset import DatasetTaskConfig
 
 EVALUATION_BATCH = 500
 PICTURES = 16  # of each kind
 
 
-class UnsupervisedConfig(TaskConfig):
+class UnsupervisedConfig(DatasetTaskConfig):
     """Settings of the unsupervised task; the defaults are the plan's, on the embedded data."""
 
     name: Literal["unsupervised"] = "unsupervised"
-    dataset: str = "digits"
     width: Annotated[int, Field(ge=1)] = 16
     """Channels of the first layer; 32 on MNIST is the plan's network of about 1 M parameters."""
     latent: Annotated[int, Field(ge=1)] = 20
@@ -62,13 +61,6 @@ class UnsupervisedConfig(TaskConfig):
 
     def prepare(self) -> None:
         prepare(self.extractor, self.dataset)
-
-    @field_validator("dataset")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in DATASETS:
-            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
-        return value
 
 
 class Unsupervised:
