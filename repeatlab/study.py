@@ -144,7 +144,7 @@ def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
     except (KeyError, TypeError, ValueError, StoreError):
         return None  # whatever is wrong with them, `Study.of` says it
     handles = [store.run(*run["run"]) for run in study["runs"]]
-    if study["commit"] != code or study["study"] != fields or not all(h.done for h in handles):
+    if study.get("commit") != code or study.get("study") != fields or not all(h.done for h in handles):
         return None
     return Report({handle.path.name: handle.status["status"] for handle in handles}, trained=0)
 
