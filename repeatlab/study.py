@@ -143,8 +143,10 @@ def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
         study = store.read_study(fields["name"])
     except (KeyError, TypeError, ValueError, StoreError):
         return None  # whatever is wrong with them, `Study.of` says it
+    if (study.get("commit"), study.get("study")) != (code, fields):
+        return None
     handles = [store.run(*run["run"]) for run in study["runs"]]
-    if study.get("commit") != code or study.get("study") != fields or not all(h.done for h in handles):
+    if not all(handle.done for handle in handles):
         return None
     return Report({handle.path.name: handle.status["status"] for handle in handles}, trained=0)
 
