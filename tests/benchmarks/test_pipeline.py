@@ -16,7 +16,6 @@ from statistics import median
 from time import perf_counter
 
 import pytest
-import torch
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -26,14 +25,6 @@ from repeatlab.data.sources import DIRECTORY_VARIABLE
 BATCH_SIZE = 64
 BATCHES = 40
 ROUNDS = 9
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def data_root(marker: str) -> Path:

@@ -9,10 +9,8 @@ the test split at 32 pixels: not comparable with published values. The result is
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean, median
-from time import process_time
+from statistics import mean
 
 import pandas as pd
 import pytest
@@ -33,15 +31,7 @@ SCALE = "width 32 (0.54 M parameters), 2.8 of the plan's 100 epochs"
 ROUNDS, BLOCK = 15, 20
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_dcgan_learns_cifar_10(tmp_path, capsys):
+def test_dcgan_learns_cifar_10(tmp_path, capsys, record):
     root = os.environ.get(DIRECTORY_VARIABLE)
     if not root or not (Path(root) / "cifar-10-batches-py").exists():
         pytest.skip(f"set {DIRECTORY_VARIABLE} to a directory that holds cifar-10-batches-py")
@@ -64,7 +54,7 @@ def test_dcgan_learns_cifar_10(tmp_path, capsys):
         row("CIFAR-10 validation, untrained", metric, before, 0, seconds),
         row("CIFAR-10 test", metric, after, UPDATES, seconds),
     ]
-    record(table)
+    record(RESULTS, table)
     with capsys.disabled():
         print(f"\n{pd.DataFrame(table).to_string()}\nvalidation:\n{pd.concat(traces, axis=1)}")
     for first, last in zip(before, after, strict=True):
@@ -89,17 +79,7 @@ def row(data: str, metric: str, values: list[float], updates: int, seconds: floa
     }
 
 
-def record(rows: list[dict]) -> None:
-    """Put `rows` into the table in the place of those of the same arm, metric and scale."""
-    keys = ["task", "data", "scale", "arm", "metric"]
-    RESULTS.parent.mkdir(exist_ok=True)
-    table = pd.DataFrame(rows)
-    if RESULTS.exists():
-        table = pd.concat([pd.read_csv(RESULTS), table]).drop_duplicates(keys, keep="last")
-    table.to_csv(RESULTS, index=False)
-
-
-def test_an_update_costs_what_a_loop_written_out_costs(capsys):
+def test_an_update_costs_what_a_loop_written_out_costs(capsys, interleaved):
     """Processor time of the smallest networks, where overhead shows most; median over rounds.
 
     The loop written out lets D's parameters gather gradients in G's step, as scripts do.
@@ -125,20 +105,7 @@ def test_an_update_costs_what_a_loop_written_out_costs(capsys):
             g_loss.backward()
             theirs.g_optimizer.step()
 
-    ratio = interleaved(package, by_hand)
+    ratio = interleaved(package, by_hand, ROUNDS)
     with capsys.disabled():
         print(f"\nDCGAN, width 8, digits: update / loop written out = {ratio:.3f} ({processor()})")
     assert ratio < 1.05
-
-
-def interleaved(ours: Callable[[], None], theirs: Callable[[], None]) -> float:
-    """Return the median over rounds of the ratio of processor times, both sides in turn."""
-    ratios = []
-    for turn in range(ROUNDS + 1):
-        times = {}
-        for side in (ours, theirs) if turn % 2 else (theirs, ours):
-            start = process_time()
-            side()
-            times[side] = process_time() - start
-        ratios.append(times[ours] / times[theirs])
-    return median(ratios[1:])  # the first round warms up

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 from time import process_time
 
 import gymnasium
 import numpy as np
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional
@@ -32,14 +31,6 @@ RESULTS = Path(__file__).with_name("results") / "reinforcement.csv"
 COLUMNS = ["task", "data", "scale", "arm", "metric", "n", "mean", "low", "high", "updates"]
 COLUMNS += ["seconds per run", "processor"]
 HEAD = {"task": "reinforcement", "data": "CartPole-v1", "scale": "paper"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def keep(row: dict[str, object]) -> None:

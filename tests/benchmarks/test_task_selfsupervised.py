@@ -34,14 +34,6 @@ SCALE = "CNN 32-64-128 bf16, B 64"
 RESULTS = Path(__file__).parent / "results" / "selfsupervised.csv"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(seed: int) -> RunConfig:
     return parse(
         RunConfig,

@@ -41,14 +41,6 @@ RESULTS = Path(__file__).parent / "results" / "semisupervised.csv"
 ARMS = {"FixMatch, mu 1": 1, "labels alone": 0}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(mu: int, seed: int) -> RunConfig:
     return parse(
         RunConfig,

@@ -7,10 +7,8 @@ plan's hyperparameters, fewer updates. The result is a row of `results/unsupervi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean, median
-from time import process_time
+from statistics import mean
 
 import pandas as pd
 import pytest
@@ -31,15 +29,7 @@ SCALE = "width 32 (1.08 M parameters), 4.7 of the plan's 100 epochs"
 ROUNDS, BLOCK = 15, 40
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_the_vae_learns_mnist(tmp_path, capsys):
+def test_the_vae_learns_mnist(tmp_path, capsys, record):
     root = os.environ.get(DIRECTORY_VARIABLE)
     if not root or not (Path(root) / "MNIST").exists():
         pytest.skip(f"set {DIRECTORY_VARIABLE} to a directory that holds MNIST")
@@ -58,7 +48,7 @@ def test_the_vae_learns_mnist(tmp_path, capsys):
     for metric in ("negative_elbo", "reconstruction", "kl", "fid_classifier"):
         values = [run.summary["final"][f"test.{metric}"] for run in runs]
         table.append(row(metric, values, seconds))
-    record(table)
+    record(RESULTS, table)
     traces = [run.evals.pivot_table("value", "update", "metric") for run in runs]
     with capsys.disabled():
         print(f"\n{pd.DataFrame(table).to_string()}\nvalidation, first seed:\n{traces[0].round(2)}")
@@ -87,17 +77,7 @@ def row(metric: str, values: list[float], seconds: float) -> dict:
     }
 
 
-def record(rows: list[dict]) -> None:
-    """Put `rows` into the table in the place of those of the same arm, metric and scale."""
-    keys = ["task", "data", "scale", "arm", "metric"]
-    RESULTS.parent.mkdir(exist_ok=True)
-    table = pd.DataFrame(rows)
-    if RESULTS.exists():
-        table = pd.concat([pd.read_csv(RESULTS), table]).drop_duplicates(keys, keep="last")
-    table.to_csv(RESULTS, index=False)
-
-
-def test_an_update_costs_what_a_loop_written_out_costs(capsys):
+def test_an_update_costs_what_a_loop_written_out_costs(capsys, interleaved):
     """Processor time of the smallest network, where overhead shows most; median over rounds."""
     ours, theirs = (
         Unsupervised(UnsupervisedConfig(width=8), seed=0, device="cpu") for _ in range(2)
@@ -124,20 +104,7 @@ def test_an_update_costs_what_a_loop_written_out_costs(capsys):
             loss.backward()
             optimizer.step()
 
-    ratio = interleaved(package, by_hand)
+    ratio = interleaved(package, by_hand, ROUNDS)
     with capsys.disabled():
         print(f"\nVAE, width 8, digits: update / loop written out = {ratio:.3f} ({processor()})")
     assert ratio < 1.05
-
-
-def interleaved(ours: Callable[[], None], theirs: Callable[[], None]) -> float:
-    """Return the median over rounds of the ratio of processor times, both sides in turn."""
-    ratios = []
-    for turn in range(ROUNDS + 1):
-        times = {}
-        for side in (ours, theirs) if turn % 2 else (theirs, ours):
-            start = process_time()
-            side()
-            times[side] = process_time() - start
-        ratios.append(times[ours] / times[theirs])
-    return median(ratios[1:])  # the first round warms up

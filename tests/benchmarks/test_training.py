@@ -7,14 +7,12 @@ in turn, in one process; the processor is printed beside it, as seconds mean not
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from math import floor
 from pathlib import Path
 from statistics import mean, median, stdev
 from time import perf_counter
 
 import pytest
-import torch
 from torch.nn import functional
 
 from repeatlab.config import RunConfig
@@ -28,14 +26,6 @@ from repeatlab.tasks.supervised import Supervised
 UPDATES = 1000
 ROUNDS = 11
 T = 0.8  # of the linear mapping: first losses are near 2.3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- a run with its record against a loop without -------------------------------------------------

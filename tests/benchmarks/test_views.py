@@ -10,7 +10,6 @@ from __future__ import annotations
 from statistics import median
 from time import perf_counter
 
-import pytest
 import torch
 from torchvision import transforms
 
@@ -23,14 +22,6 @@ IMAGES = 64
 BATCHES = 4
 ROUNDS = 15
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seconds(make) -> float:
