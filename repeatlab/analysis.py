@@ -40,15 +40,9 @@ class Records:
         runs: One row per planned run, whatever became of it: task, method, seed, id, path, status
             ("missing" where there is nothing), max_updates and, for runs that are done, the ledger
             and the final metrics ("validation.accuracy", ...).
-        methods: Methods in the order the studies name them.
     """
 
     runs: pd.DataFrame
-    methods: list[str]
-
-    @property
-    def tasks(self) -> list[str]:
-        return list(self.runs["task"].unique())
 
     @property
     def run_ids(self) -> list[str]:
@@ -98,10 +92,8 @@ def load(runs: str | Path, studies: str | Sequence[str]) -> Records:
     """
     store = Store(runs)
     rows: list[dict] = []
-    methods: list[str] = []
     for name in [studies] if isinstance(studies, str) else studies:
         study = store.read_study(name)
-        methods += [method for method in study["methods"] if method not in methods]
         for planned in study["runs"]:
             run = store.run(*planned["run"])
             summary = run.summary
@@ -118,7 +110,7 @@ def load(runs: str | Path, studies: str | Sequence[str]) -> Records:
                     **summary.get("final", {}),
                 }
             )
-    return Records(pd.DataFrame(rows), methods)
+    return Records(pd.DataFrame(rows))
 
 
 def _unfinished(run: Run) -> str:

@@ -21,7 +21,7 @@ from repeatlab.figures import (
 )
 
 RECORDS = Records(
-    pd.DataFrame({"id": ["b", "a", "c"], "status": ["complete", "diverged", "missing"]}), ["x"]
+    pd.DataFrame({"id": ["b", "a", "c"], "status": ["complete", "diverged", "missing"]})
 )
 
 

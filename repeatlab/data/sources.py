@@ -111,7 +111,7 @@ def read(source: Source, root: str | Path | None = None) -> dict[str, bytes]:
             try:
                 _fetch(source.url + Path(download).name, directory / download, checksum)
             except (OSError, HTTPException, DataError) as error:
-                raise DataError(_advice(source, directory, missing, error)) from None
+                raise DataError(advice(source, directory, missing, error)) from None
         packed = _verified(directory / download, checksum)
         unpacked = _untar(packed, missing) if is_archive else _gunzip(packed, download)
         for file, content in unpacked.items():
@@ -163,7 +163,7 @@ def _untar(packed: bytes, members: list[str]) -> dict[str, bytes]:
         return {member: archive.extractfile(member).read() for member in members}
 
 
-def _advice(source: Source, directory: Path, missing: list[str], error: Exception) -> str:
+def advice(source: Source, directory: Path, missing: list[str], error: Exception) -> str:
     """Say what is missing, why it could not be fetched, and where to put which file."""
 
     def listing(files: Mapping[str, str]) -> str:

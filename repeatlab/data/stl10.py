@@ -103,7 +103,7 @@ def prepare(root: str | Path | None = None) -> Path:
             try:
                 _fetch(STL10.url + download, archive)
             except (OSError, HTTPException) as error:
-                raise DataError(sources._advice(STL10, directory, missing, error)) from None
+                raise DataError(sources.advice(STL10, directory, missing, error)) from None
         _verify(archive, checksum)
         _unpack(archive, missing, directory)
     for file, checksum in STL10.files.items():
