@@ -35,7 +35,7 @@ def calibrate(config: RunConfig, losses: np.ndarray) -> float:
         ValueError: the mapping has no rule for t, or the losses do not determine one.
     """
     mapping = config.method.mapping
-    if mapping.name == "threshold":
+    if mapping.name in ("threshold", "until"):
         return mean_plus_std(losses)
     if mapping.name == "linear":
         settings = config.calibration or CalibrationConfig()

@@ -4,35 +4,150 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from repeatlab.mappings import MAPPINGS
+from repeatlab.mappings import MAPPINGS, Trace
+from repeatlab.sampling import SAMPLERS
 from repeatlab.schedules import SCHEDULES
-from repeatlab.schema import Model, choice, named, parse
+from repeatlab.schema import Model, choice, choices, named, parse
 from repeatlab.tasks import TASKS, load_task
 
 # Part of every run's identity: raise it when the same configuration would give other records.
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Control = Literal[
+    "replay",
+    "permuted",
+    "windowed",
+    "time_only",
+    "anti_hard",
+    "spaced",
+    "falling_linear",
+    "falling_cosine",
+]
 TaskChoice = named("task", TASKS, lambda target: load_task(target).Config)
 
 
-class MethodConfig(Model):
-    """How batches are repeated and the learning rate moves; `{}` is standard training."""
+class TraceConfig(Model):
+    """The mapping `trace`: counts that are given, or those of another method's run as a control.
 
-    mapping: choice("mapping", MAPPINGS, without=("seed",)) | None = None
+    The source is the run of `of` on the same task with the same seed and budget; it is found in the
+    store or made first.
+    """
+
+    name: Literal["trace"]
+    counts: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    of: str | MethodConfig | None = None
+    """The source: in a study the name of one of its methods."""
+    control: Control = "replay"
+    """What is changed, see `repeatlab.controls`; `replay` changes nothing."""
+    window: PositiveInt = 50
+    """Fresh batches in a window of `windowed`, `time_only` and `anti_hard`."""
+    gap: PositiveInt = 5
+    """Fresh batches between two visits of `spaced`."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.counts is None) == (self.of is None):
+            raise ValueError("give either counts, or of: the method whose counts are replayed")
+        if self.counts is not None:
+            self.build()
+            if self.control != "replay":
+                raise ValueError("control needs of: the method whose counts it changes")
+        if isinstance(self.of, MethodConfig):
+            self.of.check_source()
+        return self
+
+    def build(self) -> Trace:
+        """Return the mapping of counts that are given."""
+        return Trace(self.counts)
+
+
+class MethodConfig(Model):
+    """Which samples make a batch, how often it is visited and at what rate; `{}` is standard."""
+
+    sampler: choice("sampler", SAMPLERS) | None = None
+    mapping: (
+        named(
+            "mapping",
+            choices(MAPPINGS, without=("seed",)) | {"trace": TraceConfig},
+            lambda model: model,
+        )
+        | None
+    ) = None
     schedule: choice("schedule", SCHEDULES) | None = None
+    apply: Literal["repeat", "step_size", "fresh_samples"] = "repeat"
+    """What N does: N visits of the batch; one update at N times the learning rate; or N updates on
+    samples drawn anew each time (from the replay buffer, without another environment step)."""
     fresh_views: bool = False
     """Whether a repeat draws its augmentation anew; by default it sees the same view."""
 
     @property
-    def needs_calibration(self) -> bool:
+    def source(self) -> MethodConfig | None:
+        """The method whose recorded counts this one replays."""
+        return self.mapping.of if isinstance(self.mapping, TraceConfig) else None
+
+    @property
+    def calibrated(self) -> bool:
         """Whether the mapping has a field that says `auto`."""
         return self.mapping is not None and "auto" in dict(self.mapping).values()
+
+    @property
+    def depends_on_calibration(self) -> bool:
+        """Whether it, or the method that it replays, is calibrated."""
+        return self.calibrated or (
+            isinstance(self.source, MethodConfig) and self.source.depends_on_calibration
+        )
+
+    def check_source(self) -> None:
+        """Raise a ValueError unless a trace can be taken of this method."""
+        if self.mapping is None or self.mapping.name == "trace" or self.apply == "step_size":
+            raise ValueError(
+                "of must be a method with a mapping of its own: no control, and not step_size"
+            )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.apply != "repeat" and self.mapping is None:
+            raise ValueError(f"apply: {self.apply} needs a mapping, whose N it applies")
+        if self.apply == "fresh_samples" and self.fresh_views:
+            raise ValueError("fresh_views has no effect with apply: fresh_samples")
+        if self.apply == "step_size" and self.mapping.name in ("trace", "until"):
+            raise ValueError(f"apply: step_size has no visits for the mapping {self.mapping.name}")
+        spaced = getattr(self.mapping, "control", None) == "spaced"
+        if spaced and (self.sampler or self.apply != "repeat" or self.fresh_views):
+            raise ValueError("control: spaced stands alone: no sampler, apply or fresh_views")
+        return self
+
+
+class BudgetConfig(Model):
+    """What ends a run before `max_updates`: what was spent on the arm, calibration included."""
+
+    unit: Literal["cost", "seconds"]
+    """`cost` counts forward equivalents; a run may spend as many as `max_updates` standard ones."""
+    k: Annotated[float, Field(gt=0)] = 2.0
+    """For `cost`: a backward's time in forwards, as `repeatlab measure` finds it."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """For `seconds`: of training."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.unit == "seconds") != (self.seconds is not None):
+            raise ValueError("seconds must be given for unit: seconds, and only for it")
+        return self
+
+
+class LoaderConfig(Model):
+    """An artificially slow loader, as over a network (data echoing, Choi et al. 2019)."""
+
+    delay_ms: Annotated[float, Field(ge=0)] = 0.0
+    """Milliseconds that every batch takes, on top of its making."""
+    prefetch: bool = False
+    """Whether the next batch is made while updates run."""
 
 
 class CalibrationConfig(Model):
@@ -65,11 +180,37 @@ class RunConfig(Model):
     method: MethodConfig = MethodConfig()
     max_updates: PositiveInt
     seed: Annotated[int, Field(ge=0)] = 0
+    budget: BudgetConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     calibration: CalibrationConfig | None = None
+    loader: LoaderConfig = LoaderConfig()
     device: Device = "auto"
     threads: PositiveInt = 1
     """CPU threads of torch: sums, and so the records, depend on their number."""
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        method, refusals = self.method, self.task.refusals()
+        if isinstance(method.source, str):
+            raise ValueError(
+                f"method.mapping.of: {method.source!r} names a method of a study; a single run "
+                "needs the method itself"
+            )
+        parts = {f"method.apply: {method.apply}": method.apply}
+        if method.sampler is not None:
+            name = method.sampler.name
+            parts[f"method.sampler: {name}"] = name
+            if name == "hard_mining":
+                weighted = "weighted" if method.sampler.beta else "unweighted"
+                parts[f"method.sampler: {weighted} {name}"] = weighted
+        if self.loader.prefetch:
+            parts["loader.prefetch"] = "prefetch"
+            if method.sampler is not None:
+                raise ValueError("loader.prefetch: a sampler chooses by the latest losses")
+        for path, part in parts.items():
+            if part in refusals:
+                raise ValueError(f"{path} is not for the task {self.task.name}: {refusals[part]}")
+        return self
 
     @property
     def run_id(self) -> str:

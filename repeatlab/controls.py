@@ -11,6 +11,7 @@ broken thing was worth.
 | `time_only`   | time trend                    | batch association, dispersion |
 | `anti_hard`   | histogram, time trend         | sign of the association       |
 | `spaced`      | visits of each batch          | that they are consecutive     |
+| `falling`     | mean                          | all else: N falls by a clock  |
 
 A trace is an int array (fresh batches,) of counts N >= 1 in the order of the fresh batches.
 """
@@ -100,6 +101,27 @@ def spaced(counts: np.ndarray, *, gap: int) -> np.ndarray:
     due = batch + visit * gap
     # At one time the fresh batch goes first, then the repeats that have waited longest.
     return batch[np.lexsort((batch, visit > 0, due))]
+
+
+def falling(counts: np.ndarray, *, shape: str) -> np.ndarray:
+    """Return counts that fall by a clock from high to low around the trace's mean, with its total.
+
+    The loss-free schedule of the same mean: with m the mean, N goes from 2 m - 1 to 1, linearly or
+    by a half cosine, over as many fresh batches; rounding is carried on, so that the total is kept.
+
+    Args:
+        counts: The trace.
+        shape: "linear" or "cosine".
+    """
+    counts = _trace(counts)
+    place = (np.arange(len(counts)) + 0.5) / len(counts)
+    if shape not in ("linear", "cosine"):
+        raise ValueError(f"shape must be 'linear' or 'cosine', not {shape!r}")
+    share = 1 - place if shape == "linear" else (1 + np.cos(np.pi * place)) / 2
+    targets = 1 + 2 * (counts.mean() - 1) * share
+    totals = np.floor(np.cumsum(targets) + 0.5).astype(np.int64)
+    totals[-1] = counts.sum()  # whatever the cosine's sum was rounded to
+    return np.diff(totals, prepend=0)
 
 
 def effective_rate(rate: float, repeats: int) -> float:

@@ -6,6 +6,7 @@ the optimizer's step, d the time to make a fresh batch, p the presample in batch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 
@@ -20,12 +21,16 @@ class Ledger:
         distinct_samples: Different training samples seen so far.
         forward_samples: Samples that went forward in training.
         backward_samples: Samples that went backward.
+        scoring_samples: Samples that went forward without a graph, for a sampler to choose by.
         environment_steps: Steps made in a simulator.
         seconds: Training time; evaluation is outside the clock.
         host_reads: How often the host waited for a loss on the device.
         calibration_updates: Updates of the short run that `t: auto` needed, on top of the above.
         calibration_samples: Samples of that run, each once forward and once backward.
         calibration_seconds: Its training time.
+        holdout_updates: Updates of the models that a sampler trained beforehand (RHO-LOSS).
+        holdout_samples: Samples of these, each once forward and once backward.
+        holdout_seconds: Their training time, with that of their scoring.
     """
 
     updates: int = 0
@@ -33,16 +38,31 @@ class Ledger:
     distinct_samples: int = 0
     forward_samples: int = 0
     backward_samples: int = 0
+    scoring_samples: int = 0
     environment_steps: int = 0
     seconds: float = 0.0
     host_reads: int = 0
     calibration_updates: int = 0
     calibration_samples: int = 0
     calibration_seconds: float = 0.0
+    holdout_updates: int = 0
+    holdout_samples: int = 0
+    holdout_seconds: float = 0.0
 
     def to_json(self) -> dict[str, int | float]:
         """Return the counts by name."""
         return asdict(self)
+
+    def charge(self, prepared: Mapping[str, float]) -> None:
+        """Enter what was spent before the first update, by the names of the attributes."""
+        for name, amount in prepared.items():
+            setattr(self, name, getattr(self, name) + amount)
+
+    def cost_units(self, k: float) -> float:
+        """Return what was spent in forward equivalents: a backward costs `k` forwards."""
+        prepared = self.calibration_samples + self.holdout_samples
+        trained = self.forward_samples + k * self.backward_samples
+        return trained + self.scoring_samples + (1 + k) * prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +76,7 @@ class CostModel:
         optimizer: s, one optimizer step.
         data: d, one fresh batch.
         scoring: Time of one sample's forward without a graph; by default `forward`.
+        recording: c, what the loop itself takes of an update.
     """
 
     forward: float
@@ -64,20 +85,22 @@ class CostModel:
     optimizer: float = 0.0
     data: float = 0.0
     scoring: float | None = None
+    recording: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("forward", "backward_ratio", "batch_size"):
             if not 0 < getattr(self, field) < inf:
                 raise ValueError(f"{field} must be positive and finite, not {getattr(self, field)}")
-        for field in ("optimizer", "data", "scoring"):
+        for field in ("optimizer", "data", "scoring", "recording"):
             value = getattr(self, field)
             if value is not None and not 0 <= value < inf:
                 raise ValueError(f"{field} must not be negative, not {value}")
 
     @property
     def update(self) -> float:
-        """(1 + k) b t + s: forward, backward and step on a batch that is there."""
-        return (1 + self.backward_ratio) * self.batch_size * self.forward + self.optimizer
+        """(1 + k) b t + s + c: forward, backward and step on a batch that is there."""
+        passes = (1 + self.backward_ratio) * self.batch_size * self.forward
+        return passes + self.optimizer + self.recording
 
     def fresh_batch(self, repeats: float = 1, *, prefetch: bool = False) -> float:
         """Return the time of a fresh batch with its `repeats` updates.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,6 +17,18 @@ from repeatlab.calibration import calibrate, calibration_run
 from repeatlab.config import RunConfig
 from repeatlab.cost import Ledger
 from repeatlab.environment import describe
+from repeatlab.label_noise import NoiseLog
+from repeatlab.mappings import Constant, Mapping
+from repeatlab.method import (
+    FreshBatches,
+    Source,
+    SpacedBatches,
+    build_mapping,
+    is_spaced,
+    start_sampler,
+)
+from repeatlab.pacing import Budget, Rates, StepSize
+from repeatlab.prerequisites import source_run
 from repeatlab.records import Run, RunWriter, Store
 from repeatlab.repeater import BatchRepeater, NonFiniteLoss
 from repeatlab.seeding import derive
@@ -42,13 +55,13 @@ def train(config: RunConfig, runs: str | Path | Store = "runs") -> Run:
     if run.done:
         return run
     store.check_writable()
-    calibration = _calibrate(config, store)
+    calibration, source = _calibrate(config, store), _trace(config, store)
     device = pick_device(config.device)
     writer = store.begin(run, config.to_json(), describe(device))
     try:
         with _torch_settings(config):
             task = load_task(TASKS[config.task.name])(config.task, seed=config.seed, device=device)
-            Training(config, task, writer, calibration).run()
+            Training(config, task, writer, calibration=calibration, source=source).run()
     except BaseException as error:
         writer.fail(error)
         raise
@@ -88,14 +101,9 @@ def _torch_settings(config: RunConfig) -> Iterator[None]:
 
 def _calibrate(config: RunConfig, store: Store) -> dict[str, Any]:
     """Return t and what it cost where the method asks for it, else nothing."""
-    if not config.method.needs_calibration:
+    if not config.method.calibrated:
         return {}
-    source = train(calibration_run(config), store)
-    if source.summary["status"] != "complete":
-        raise RuntimeError(
-            f"the calibration run {source.path.name} {source.summary['status']}: `t: auto` needs a "
-            "standard run with finite losses (lower the learning rate, or give t)"
-        )
+    source = _completed(calibration_run(config), store, "`t: auto` needs a standard run")
     ledger = source.summary["ledger"]
     return {
         "t": calibrate(config, source.updates["loss"].to_numpy()),
@@ -106,34 +114,24 @@ def _calibrate(config: RunConfig, store: Store) -> dict[str, Any]:
     }
 
 
-class FreshBatches:
-    """The task's fresh batches as a loader without end, counting the samples it has handed out."""
+def _trace(config: RunConfig, store: Store) -> Source | None:
+    """Return the recorded counts that the method replays, if any; making them is not charged."""
+    needed = source_run(config)
+    if needed is None:
+        return None
+    updates = _completed(needed, store, "a control needs its source").updates
+    first = updates[updates["repeat"] == 0]
+    return Source(first["repeats"].to_numpy(), first["loss"].to_numpy())
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._indices: list[torch.Tensor] = []
-        self._seen = torch.zeros(0, dtype=torch.bool)
 
-    def __iter__(self) -> Iterator[Any]:
-        return self.iter_from(0)
-
-    def iter_from(self, position: int) -> Iterator[Any]:
-        while True:
-            batch = self._task.fresh_batch(position)
-            self._indices.append(batch.indices)
-            yield batch
-            position += 1
-
-    def distinct(self) -> int:
-        """Return how many different training samples have been handed out so far."""
-        if self._indices:
-            indices = torch.cat(self._indices).cpu()
-            self._indices.clear()
-            missing = int(indices.max()) + 1 - len(self._seen)
-            if missing > 0:
-                self._seen = torch.cat([self._seen, torch.zeros(missing, dtype=torch.bool)])
-            self._seen[indices] = True
-        return int(self._seen.sum())
+def _completed(config: RunConfig, store: Store, why: str) -> Run:
+    """Return a run that another one needs, made now if the store lacks it."""
+    run = train(config, store)
+    if run.summary["status"] != "complete":
+        raise RuntimeError(
+            f"the run {run.path.name} {run.summary['status']}: {why} with finite losses"
+        )
+    return run
 
 
 class Training:
@@ -144,31 +142,45 @@ class Training:
         config: RunConfig,
         task: Task,
         writer: RunWriter,
+        *,
         calibration: dict[str, Any],
+        source: Source | None = None,
     ) -> None:
         self.config, self.task, self.writer = config, task, writer
         self.calibration = calibration
-        self.batches = FreshBatches(task)
+        method = config.method
+        self.sampler = start_sampler(config, task)
+        self.noise = NoiseLog(getattr(task, "corrupted", None))
+        loader = {"settings": config.loader, "seen": self.noise.fresh_batch}
+        mapping: Mapping = Constant(1)
+        if is_spaced(config):
+            gap = method.mapping.gap
+            self.batches = SpacedBatches(task, source.counts, gap=gap, **loader)
+        else:
+            mapping = build_mapping(config, t=calibration.get("t"), source=source)
+            self.batches = FreshBatches(task, self.sampler, **loader)
+        # N scales the rate of a single visit, or it is the number of visits.
+        self.step_size = StepSize(mapping) if method.apply == "step_size" else None
         self.repeater = BatchRepeater(
             self.batches,
-            build_mapping(config, calibration),
+            1 if self.step_size else mapping,
             max_updates=config.max_updates,
-            refresh=self._refresh if config.method.fresh_views else None,
+            refresh=self._refresh if method.fresh_views or method.apply != "repeat" else None,
         )
-        schedule = config.method.schedule
-        self.schedule = schedule.build() if schedule else None
-        # (group, base rate) of every optimizer; a schedule scales them all alike.
-        self.rates = [(g, g["lr"]) for o in task.optimizers for g in o.param_groups]
+        self.rates = Rates(config, task.optimizers)
         self.ledger = Ledger(
             environment_steps=task.environment_steps,
             **{k: v for k, v in calibration.items() if k.startswith("calib")},
         )
+        self.budget = Budget(config, task)
         self.seconds: list[float] = []
-        self.elapsed = 0.0
+        self.elapsed, self.recorded = 0.0, 0
         self.last_evaluation: dict[str, dict[str, float]] = {}
 
     def run(self) -> None:
         """Make all updates and finish the record."""
+        if self.sampler is not None:
+            self.ledger.charge(self.sampler.prepare())
         self._evaluate()
         try:
             self._updates()
@@ -179,41 +191,77 @@ class Training:
             self._finish("complete")
 
     def _updates(self) -> None:
-        step, report, total = self.task.step, self.repeater.report, self.config.max_updates
+        visit, repeater, total = self._visit(), self.repeater, self.config.max_updates
         every, clock, seconds = self.config.evaluation.every, perf_counter, self.seconds
-        stop = min(every, FLUSH_UPDATES, total)
+        moving, budget, rates = self.rates.moving, self.config.budget, self.rates
+        left = min(every, FLUSH_UPDATES, total)
         start = clock() - self.elapsed
-        for batch in self.repeater:
-            if self.schedule is not None:
-                self._set_rates(self.repeater.updates)
-            step(batch, report)
+        for batch in repeater:
+            if moving:
+                rates.set(self._position(clock() - start))
+            visit(batch)
             seconds.append(clock() - start)
-            if len(seconds) == stop:
+            left -= 1
+            if budget and self._spent(seconds[-1]) >= self.budget.limit:
+                repeater.stop()
+                left = 0
+            if not left:
                 self._synchronize()
                 self.elapsed = seconds[-1] = clock() - start
                 self._pause()
-                done = self.repeater.updates
-                seconds = self.seconds
-                stop = min(FLUSH_UPDATES, every - done % every, max(1, total - done))
+                seconds, done = self.seconds, repeater.updates
+                left = min(FLUSH_UPDATES, every - done % every, max(1, total - done))
                 start = clock() - self.elapsed
+
+    def _visit(self) -> Callable[[Any], None]:
+        """Return what makes one update on a batch, as lean as the method allows."""
+        step, report, sampler, scaling = (
+            self.task.step,
+            self.repeater.report,
+            self.sampler,
+            self.step_size,
+        )
+        if sampler is None and scaling is None:
+            return partial(step, report=report)
+
+        def visit(item: Any) -> None:
+            batch, weights = (item, None) if sampler is None else item
+
+            def seen(driver: Any, losses: Any = None, bounds: Any = None) -> None:
+                report(driver)
+                if scaling is not None:
+                    self.rates.scale(scaling(driver, self.repeater.stats))
+                if sampler is not None:
+                    sampler.observe(batch, losses, bounds)
+
+            step(batch, seen, weights)
+
+        return visit
+
+    def _spent(self, seconds: float) -> float:
+        """Return how much of the budget is spent after `seconds` of training."""
+        scored = self.sampler.scored if self.sampler else 0
+        return self.budget.spent(self.ledger, self.repeater.updates, scored, seconds)
+
+    def _position(self, seconds: float) -> int:
+        """Return where the learning-rate schedule is: the update, or the spent share of T."""
+        if self.config.budget is None:
+            return self.repeater.updates
+        share = self._spent(seconds) / self.budget.limit
+        return int(min(1.0, share) * self.config.max_updates)
 
     def _pause(self) -> None:
         """Outside the clock: write what was recorded, and evaluate where it is due."""
         self._flush()
         done = self.repeater.updates
-        if done % self.config.evaluation.every == 0 or done == self.config.max_updates:
+        if done % self.config.evaluation.every == 0 or done == self.repeater.max_updates:
             self._evaluate()
 
-    def _factor(self, update: int) -> float:
-        return self.schedule(update, self.config.max_updates) if self.schedule else 1.0
-
-    def _set_rates(self, update: int) -> None:
-        factor = self._factor(update)
-        for group, base in self.rates:
-            group["lr"] = base * factor
-
-    def _refresh(self, batch: Any) -> Any:
-        return self.task.refresh(batch, self.repeater.repeat)
+    def _refresh(self, item: Any) -> Any:
+        batch = item if self.sampler is None else item.batch
+        draw = self.task.refresh if self.config.method.fresh_views else self.task.resample
+        batch = draw(batch, self.repeater.repeat)
+        return batch if self.sampler is None else item._replace(batch=batch)
 
     def _synchronize(self) -> None:
         if torch.cuda.is_available() and self.config.device != "cpu":
@@ -222,28 +270,45 @@ class Training:
     def _flush(self) -> None:
         """Move the visits since the last flush into the record."""
         rows = self.repeater.drain()
-        updates, seconds = rows["update"], self.seconds
-        self.seconds = []
-        if len(updates):
+        updates = rows["update"]
+        if len(updates) > len(self.seconds):
             # A loss that was not finite has no update after it, and so no time of its own.
-            seconds += seconds[-1:] or [self.elapsed]
-            self.elapsed = seconds[len(updates) - 1]
-            rows["seconds"] = np.array(seconds[: len(updates)])
-            rows["lr"] = self.rates[0][1] * np.array([self._factor(int(u)) for u in updates])
+            self.seconds += self.seconds[-1:] or [self.elapsed]
+        if len(updates):
+            seconds = self.seconds[: len(updates)]
+            self.elapsed = max(self.elapsed, seconds[-1])
+            rows["seconds"] = np.array(seconds)
+            rows["lr"] = self.rates.drain(updates)
+            if isinstance(self.batches, SpacedBatches):
+                rows |= self.batches.rows(updates)
             self.writer.updates(rows)
+        self.seconds = self.seconds[len(updates) :]
+        if self.sampler is not None:
+            self.writer.sampler(self.sampler.drain())
+        self.recorded += len(updates)
+        if len(updates):
+            self.noise.visits(rows["fresh_batch"])
         # The loss that ends a diverged run went forward, but drove no update.
-        self._update_ledger(len(updates), int(np.isfinite(rows["loss"]).sum()))
+        lost = len(updates) - int(np.isfinite(rows["loss"]).sum())
+        self._update_ledger(self.recorded + self.repeater.held, lost)
 
-    def _update_ledger(self, forwards: int, updates: int) -> None:
-        ledger, repeater = self.ledger, self.repeater
-        ledger.updates += updates
-        ledger.forward_samples += forwards * self.task.forward_samples
-        ledger.backward_samples += updates * self.task.backward_samples
-        ledger.fresh_batches = repeater.fresh_batch + 1
+    def _update_ledger(self, forwards: int, lost: int) -> None:
+        ledger, repeater, task = self.ledger, self.repeater, self.task
+        ledger.updates = forwards - lost
+        ledger.forward_samples = forwards * task.forward_samples
+        ledger.backward_samples = ledger.updates * task.backward_samples
+        ledger.fresh_batches = (
+            self.batches.fresh(forwards)
+            if isinstance(self.batches, SpacedBatches)
+            else repeater.fresh_batch + 1
+        )
         ledger.distinct_samples = self.batches.distinct()
-        ledger.environment_steps = self.task.environment_steps
+        ledger.environment_steps = task.environment_steps
         ledger.seconds = self.elapsed
         ledger.host_reads = repeater.host_reads
+        if self.sampler is not None:
+            ledger.scoring_samples = self.sampler.scored
+            ledger.host_reads += self.sampler.host_reads
 
     def _evaluate(self) -> None:
         splits = self.config.evaluation.splits
@@ -265,25 +330,13 @@ class Training:
                 "final": {f"{s}.{m}": v for s, values in final.items() for m, v in values.items()},
                 "ledger": self.ledger.to_json(),
                 "calibration": self.calibration or None,
+                "label_noise": self.noise.summary(),
                 "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
                 "state_sha256": digest(self.task.state_dict()),
                 **details,
             },
             **details,
         )
-
-
-def build_mapping(config: RunConfig, calibration: dict[str, Any]) -> Any:
-    """Return the run's mapping, with its calibrated t and its seed; an int where there is none."""
-    choice = config.method.mapping
-    if choice is None:
-        return 1
-    overrides: dict[str, Any] = {}
-    if config.method.needs_calibration:
-        overrides[type(choice).target.calibrated] = calibration["t"]
-    if "seed" in type(choice).target.__dataclass_fields__:
-        overrides["seed"] = derive(config.seed, "mapping")
-    return choice.build(**overrides)
 
 
 def digest(state: Any) -> str:

@@ -24,6 +24,7 @@ class LossStats:
 
     Attributes:
         index: Index of the fresh batch being decided on, from 0.
+        progress: Share of the run's updates made before it, in [0, 1).
         count: How many losses have been observed in all.
         mean: Mean of the recent losses; 0 before the first.
     """
@@ -32,6 +33,7 @@ class LossStats:
         if window < 0:
             raise ValueError(f"window must be 0 or more, not {window}")
         self.index = 0
+        self.progress = 0.0
         self.count = 0
         self.mean = 0.0
         self._squares = 0.0  # sum of squared deviations from the mean
@@ -99,6 +101,7 @@ class LossStats:
         """Return everything needed to go on, as plain numbers and lists."""
         return {
             "index": self.index,
+            "progress": self.progress,
             "count": self.count,
             "mean": self.mean,
             "squares": self._squares,
@@ -117,5 +120,6 @@ class LossStats:
                 f"the mapping asks for {len(self._ring)}: resume with the mapping it was saved with"
             )
         self.index, self.count = state["index"], state["count"]
+        self.progress = state["progress"]
         self.mean, self._squares = state["mean"], state["squares"]
         self._ring[:] = state["ring"]

@@ -15,7 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from math import floor, isfinite
+from math import cos, floor, isfinite, pi
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -52,12 +52,15 @@ class Mapping(ABC):
     Class attributes:
         needs_loss: False where N does not depend on the loss; the host then never waits for it.
         monotone: True where, for fixed stats, a larger loss never gives a smaller N.
+        asks_again: True where N is found visit by visit: each loss of a batch, until the mapping
+            returns 1 for it or `most` visits are made.
         window: How many recent losses the mapping reads from its `LossStats`.
         calibrated: Name of the field that `auto` may stand for in a configuration, if any.
     """
 
     needs_loss: ClassVar[bool] = True
     monotone: ClassVar[bool] = True
+    asks_again: ClassVar[bool] = False
     calibrated: ClassVar[str | None] = None
     window = 0
 
@@ -197,6 +200,84 @@ class Linear(Mapping):
 
 
 @dataclass(frozen=True)
+class Until(Mapping):
+    """Visit the batch again until its loss is not above t, `max_repeats` times at most.
+
+    Every visit's loss is asked for, before its update: 2 means one more visit, 1 that this was the
+    last. On CUDA the host waits once for each visit that may be followed by another.
+
+    >>> from repeatlab.loss_stats import LossStats
+    >>> [Until(t=1.0)(loss, LossStats()) for loss in (1.5, 1.0)]
+    [2, 1]
+    """
+
+    t: float
+    max_repeats: int = 5
+
+    asks_again: ClassVar[bool] = True
+    calibrated: ClassVar[str | None] = "t"
+
+    def __post_init__(self) -> None:
+        _check_positive("t", self.t)
+        _check_count("max_repeats", self.max_repeats)
+
+    @property
+    def most(self) -> int:
+        return self.max_repeats
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        return 2 if loss > _float32(self.t) and self.max_repeats > 1 else 1
+
+
+@dataclass(frozen=True)
+class Falling(Mapping):
+    """Base of N that falls from `high` to `low` over the run, whatever the losses are."""
+
+    high: int = 5
+    low: int = 1
+
+    needs_loss: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_count("high", self.high)
+        _check_count("low", self.low)
+        if self.low > self.high:
+            raise ValueError(f"low must not exceed high, but {self.low} > {self.high}")
+
+    @property
+    def most(self) -> int:
+        return self.high
+
+    @abstractmethod
+    def share(self, progress: float) -> float:
+        """Return how much of the way from `low` to `high` is left, from 1 to 0."""
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        return floor(self.low + (self.high - self.low) * self.share(stats.progress) + 0.5)
+
+
+@dataclass(frozen=True)
+class CosineRepeats(Falling):
+    """N = round(low + (high - low) (1 + cos(pi u / T)) / 2) at update u: repetition by the clock.
+
+    >>> from repeatlab.loss_stats import LossStats
+    >>> CosineRepeats()(9.9, LossStats())
+    5
+    """
+
+    def share(self, progress: float) -> float:
+        return (1 + cos(pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class LinearRepeats(Falling):
+    """N = round(high - (high - low) u / T) at update u: repetition by the clock."""
+
+    def share(self, progress: float) -> float:
+        return 1 - progress
+
+
+@dataclass(frozen=True)
 class ControlLimit(Mapping):
     """N = repeats if L > mean + k * std of the last `window` fresh-batch losses, else 1.
 
@@ -312,6 +393,9 @@ MAPPINGS: dict[str, type[Mapping]] = {
     "uniform": Uniform,
     "threshold": Threshold,
     "linear": Linear,
+    "until": Until,
+    "cosine": CosineRepeats,
+    "ramp": LinearRepeats,
     "control_limit": ControlLimit,
     "quantile": Quantile,
     "zscore": ZScore,

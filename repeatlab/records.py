@@ -5,6 +5,7 @@
         environment.json  versions, hardware, commit
         updates.parquet   one row per update (updates.arrow, a stream, while it trains)
         evals.parquet     one row per evaluated metric, with the ledger (evals.arrow meanwhile)
+        sampler.parquet   one row per fresh batch, where the method's sampler has something to say
         pictures.npz      uint8 images (n, height, width[, 3]) by name, where a task makes any
         status.json       running, complete, diverged or failed
         summary.json      final metrics, ledger, calibration: written last, so it marks *done*
@@ -175,6 +176,14 @@ class Run:
         return self._table("evals").to_pandas()
 
     @property
+    def sampler(self) -> pd.DataFrame:
+        """One row per fresh batch with `fresh_batch` and what the sampler recorded; maybe none."""
+        try:
+            return self._table("sampler").to_pandas()
+        except StoreError:
+            return pd.DataFrame()
+
+    @property
     def pictures(self) -> dict[str, np.ndarray]:
         """Images by name, uint8 (n, height, width[, 3]); empty where the task makes none."""
         path = self.path / "pictures.npz"
@@ -239,6 +248,11 @@ class RunWriter:
             for metric, value in values.items()
         ]
         self._append("evals", pa.Table.from_pylist(rows))
+
+    def sampler(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Append what the sampler says of its fresh batches: arrays of equal length, or nothing."""
+        if columns and len(next(iter(columns.values()))):
+            self._append("sampler", pa.table(dict(columns)))
 
     def pictures(self, pictures: Mapping[str, np.ndarray]) -> None:
         """Keep the images that a task shows at its end."""

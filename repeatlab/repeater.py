@@ -11,7 +11,7 @@ for batch in repeater:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite, nan
 from typing import Any
 
@@ -99,6 +99,7 @@ class BatchRepeater:
         if not callable(self._mapping):
             raise ValueError(f"repeats must be an integer or a mapping, not {repeats!r}")
         self._needs_loss = getattr(self._mapping, "needs_loss", True)
+        self._asks_again = getattr(self._mapping, "asks_again", False)
         self.stats = LossStats(getattr(self._mapping, "window", 1000))
         self._loader = EndlessLoader(loader)
         self._reader = LossReader(reduce)
@@ -106,6 +107,7 @@ class BatchRepeater:
         self._visits = _VisitLog(block)
         self._batch: Any = None  # the current one, held while visits to it are left
         self._awaiting_report = False
+        self._asking = False  # the last visit's loss will tell whether there is another
 
     def __len__(self) -> int:
         return self.max_updates
@@ -117,8 +119,7 @@ class BatchRepeater:
 
     def __iter__(self) -> Iterator[Any]:
         while self.updates < self.max_updates:
-            if not self.repeats and self.repeat:
-                self._decide(self._reader.wait())
+            self._read_pending()
             if self._batch is None or 0 < self.repeats <= self.repeat:
                 self._next_fresh_batch()
             batch = self._batch
@@ -133,6 +134,13 @@ class BatchRepeater:
                 )
         self._batch = None
         self._settle()
+
+    def stop(self) -> None:
+        """Make the visit under way the last one; the current batch's N is cut to its visits."""
+        self._settle()
+        self.max_updates = self.updates
+        if self.repeats > self.repeat:
+            self.repeats = self._visits.counts[-1] = self.repeat
 
     def report(self, loss: torch.Tensor | float) -> None:
         """Tell the loss of the batch just yielded: a 0-d tensor or a float, once per batch."""
@@ -162,6 +170,12 @@ class BatchRepeater:
             value = self._reader.start(loss)
             if value is not None:
                 self._decide(value)
+        elif self._asks_again and self._may_go_on:
+            self._visits.losses.append(nan)
+            self._asking = True
+            value = self._reader.start(loss)
+            if value is not None:
+                self._ask(value)
         elif is_tensor and loss.is_cuda:
             # A copy: a CUDA graph, for one, writes its next loss over this one.
             self._visits.defer(loss.detach().clone())
@@ -175,6 +189,29 @@ class BatchRepeater:
     def _finished(self) -> bool:
         """Whether all visits to the current batch are made."""
         return 0 < self.repeats <= self.repeat
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether this visit, the last one planned, may be followed by another."""
+        left = self.updates < self.max_updates
+        return left and self.repeat == self.repeats < self._mapping.most
+
+    def _read_pending(self) -> None:
+        """Wait for the loss on which the current batch's N still depends."""
+        if self.repeat and not self.repeats:
+            self._decide(self._reader.wait())
+        elif self._asking:
+            self._ask(self._reader.wait())
+
+    def _ask(self, loss: float) -> None:
+        """Plan one more visit if the mapping wants it for the loss of the last one."""
+        self._asking = False
+        self._visits.losses[-1] = loss
+        if not isfinite(loss):
+            raise NonFiniteLoss(loss, self.updates - 1, self.fresh_batch)
+        if self._mapping(loss, self.stats) > 1:
+            self.repeats += 1
+            self._visits.counts[-1] = self.repeats
 
     def _decide(self, loss: float) -> None:
         """Turn the first loss of the current batch into its N."""
@@ -205,6 +242,7 @@ class BatchRepeater:
             return
         self.fresh_batch += 1
         self.stats.index = self.fresh_batch
+        self.stats.progress = self.updates / self.max_updates
         self.repeat = self.repeats = 0
         if not self._needs_loss:
             self.repeats = self._count(self._mapping(0.0, self.stats), 0)
@@ -212,14 +250,19 @@ class BatchRepeater:
 
     def _settle(self) -> None:
         """Decide what is undecided, and fetch the losses that are still on the device."""
-        if self.repeat and not self.repeats:
-            self._decide(self._reader.wait())
+        self._read_pending()
         self._visits.fetch()
+
+    @property
+    def held(self) -> int:
+        """Visits of the current batch that `drain` keeps back, because its N may still grow."""
+        return self.repeat if self._asks_again and self.repeat < self.repeats else 0
 
     def drain(self) -> dict[str, np.ndarray]:
         """Return the visits since the last call, one row per update, and forget them.
 
-        Can be called after `NonFiniteLoss`: the last row is then the first non-finite loss.
+        Can be called after `NonFiniteLoss`: the last row is then the first non-finite loss. Where
+        the mapping asks again after every visit, those of a batch come when its N is known.
 
         Returns:
             Columns of equal length: `update`, `fresh_batch`, `repeat` (0 for the first visit),
@@ -228,7 +271,7 @@ class BatchRepeater:
             ranks, that of a repeat is this rank's.
         """
         self._settle()
-        return self._visits.drain()
+        return self._visits.drain(self.held)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, in the middle of a repeat too.
@@ -246,6 +289,7 @@ class BatchRepeater:
             "repeats": 0 if unreported else self.repeats,
             "loader": self._loader.state_dict(rewind=unfinished),
             "stats": self.stats.state_dict(),
+            "held": self._visits.losses[len(self._visits.losses) - self.held :],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -255,8 +299,11 @@ class BatchRepeater:
         self._loader.load_state_dict(state["loader"])
         self.stats.load_state_dict(state["stats"])
         self._batch, self._awaiting_report = None, False
+        held = list(state["held"])
         if self.repeats:
-            self._visits.restart(self.updates, self.fresh_batch, self.repeat, [self.repeats])
+            done = self.repeat - len(held)
+            first = self.updates - len(held)
+            self._visits.restart(first, self.fresh_batch, done, [self.repeats], held)
         else:
             self._visits.restart(self.updates, self.fresh_batch + 1, 0, [])
 
@@ -275,10 +322,17 @@ class _VisitLog:
         self.fetches = 0
         self.restart(0, 0, 0, [])
 
-    def restart(self, update: int, fresh_batch: int, repeat: int, counts: list[int]) -> None:
-        """Forget all visits; the next is number `repeat` to `fresh_batch`, where `counts` begin."""
+    def restart(
+        self,
+        update: int,
+        fresh_batch: int,
+        repeat: int,
+        counts: list[int],
+        losses: Sequence[float] = (),
+    ) -> None:
+        """Begin with visit number `repeat` to `fresh_batch`, where `counts` and `losses` do."""
         self._first_update, self._first_batch, self._skipped = update, fresh_batch, repeat
-        self.losses: list[float] = []
+        self.losses: list[float] = list(losses)
         self.counts = counts
         self._deferred: list[tuple[int, torch.Tensor]] = []
 
@@ -313,7 +367,9 @@ class _VisitLog:
         repeat = np.arange(len(batch)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return self._first_batch + batch[rows], repeat[rows], counts[batch[rows]]
 
-    def drain(self) -> dict[str, np.ndarray]:
+    def drain(self, held: int = 0) -> dict[str, np.ndarray]:
+        kept = self.losses[len(self.losses) - held :]
+        del self.losses[len(self.losses) - held :]
         batch, repeat, counts = self._expand()
         rows = {
             "update": self._first_update + np.arange(len(self.losses)),
@@ -328,5 +384,7 @@ class _VisitLog:
             next_batch = int(batch[-1]) + (not unfinished)
             next_repeat = int(repeat[-1]) + 1 if unfinished else 0
             left = self.counts[next_batch - self._first_batch :]
-            self.restart(update, next_batch, next_repeat, left)
+            self.restart(update, next_batch, next_repeat, left, kept)
+        else:
+            self.losses = kept
         return rows

@@ -117,8 +117,14 @@ def choice(what: str, registry: Mapping[str, type], *, without: tuple[str, ...] 
         registry: Name to frozen dataclass.
         without: Fields that are not configured, because the run provides them.
     """
-    models = {name: _choice_model(name, target, without) for name, target in registry.items()}
-    return named(what, models, lambda model: model)
+    return named(what, choices(registry, without=without), lambda model: model)
+
+
+def choices(
+    registry: Mapping[str, type], *, without: tuple[str, ...] = ()
+) -> dict[str, type[Choice]]:
+    """Return the model of every member of `registry`, by name; see `choice`."""
+    return {name: _choice_model(name, target, without) for name, target in registry.items()}
 
 
 def _choice_model(name: str, target: type, without: tuple[str, ...]) -> type[Choice]:
@@ -215,5 +221,6 @@ def parse(model: type[M], data: Any, *, source: str = "") -> M:
         lines = []
         for item in error.errors(include_url=False):
             path = ".".join(str(part) for part in item["loc"])
-            lines.append(": ".join(part for part in (source, path, item["msg"]) if part))
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(": ".join(part for part in (source, path, message) if part))
         raise ConfigError("\n".join(lines)) from None

@@ -9,24 +9,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import Field, PlainValidator, field_validator
+from pydantic import Field, PlainValidator, ValidationError, field_validator, model_validator
 from tqdm.auto import tqdm
 
-from repeatlab.calibration import calibration_run
 from repeatlab.config import (
+    BudgetConfig,
     CalibrationConfig,
     Device,
     EvaluationConfig,
+    LoaderConfig,
     MethodConfig,
     PositiveInt,
     RunConfig,
     TaskChoice,
 )
 from repeatlab.environment import commit
+from repeatlab.prerequisites import prerequisites
 from repeatlab.records import Run, Store, StoreError, safe_name
-from repeatlab.schema import Model, parse
+from repeatlab.schema import Model, did_you_mean, parse
 from repeatlab.tasks import TaskConfig
 
 
@@ -66,7 +68,9 @@ class Study(Model):
     """How many seeds, counted from 0, or which."""
     max_updates: PositiveInt
     evaluation: EvaluationConfig = EvaluationConfig()
+    budget: BudgetConfig | None = None
     calibration: CalibrationConfig = CalibrationConfig()
+    loader: LoaderConfig = LoaderConfig()
     device: Device = "auto"
     threads: PositiveInt = 1
 
@@ -92,10 +96,39 @@ class Study(Model):
 
     def _config(self, task: TaskConfig, method: MethodConfig, seed: int) -> RunConfig:
         fields = {name: value for name, value in self if name in RunConfig.model_fields}
+        method = self._with_source(method)
         # Only arms that are calibrated depend on how: the others keep their identity.
-        calibration = self.calibration if method.needs_calibration else None
+        calibration = self.calibration if method.depends_on_calibration else None
         varied = {"task": task, "method": method, "seed": seed, "calibration": calibration}
         return RunConfig(**fields | varied)
+
+    def _with_source(self, method: MethodConfig) -> MethodConfig:
+        """Return the method with the study's method in the place of its name in `of`."""
+        if not isinstance(method.source, str):
+            return method
+        mapping = method.mapping.model_copy(update={"of": self.methods[method.source]})
+        return method.model_copy(update={"mapping": mapping})
+
+    @model_validator(mode="after")
+    def _runs_mean_something(self) -> Self:
+        for name, method in self.methods.items():
+            if isinstance(method.source, str):
+                path = f"methods.{name}.mapping.of"
+                if method.source not in self.methods:
+                    hint = did_you_mean(method.source, self.methods)
+                    raise ValueError(f"{path}: unknown method {method.source!r}; {hint}")
+                try:
+                    self.methods[method.source].check_source()
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from None
+        for label, task in self.tasks.items():
+            for name, method in self.methods.items():
+                try:
+                    self._config(task, method, 0)
+                except ValidationError as error:
+                    message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
+        return self
 
     def run(self, runs: str | Path = "runs", *, workers: int | None = None) -> Report:
         """Make the runs that the store lacks; see `run_studies`."""
@@ -216,27 +249,32 @@ def _execute(configs: dict[str, RunConfig], store: Store, workers: int | None) -
         root = str(store.root)
         outcomes = ((i, train_job(config.to_json(), root)) for i, config in configs.items())
         return _collect(outcomes, len(configs))
-    calibrations = {c.run_id: c for c in map(_calibration_of, configs.values()) if c is not None}
-    jobs = len(configs) + len(calibrations)
-    with local_client(min(workers or os.cpu_count() or 1, jobs)) as client:
-        first = {i: _submit(client, c, store) for i, c in calibrations.items()}
-        futures = {}
-        for run_id, config in configs.items():
-            needed = _calibration_of(config)
-            after = first[needed.run_id] if needed is not None else None
-            futures[_submit(client, config, store, after)] = run_id
+    with local_client(min(workers or os.cpu_count() or 1, len(_with_needs(configs)))) as client:
+        jobs: dict[str, Any] = {}
+        futures = {_submit(client, config, store, jobs): i for i, config in configs.items()}
         return _collect(_completed(futures), len(configs))
 
 
-def _calibration_of(config: RunConfig) -> RunConfig | None:
-    return calibration_run(config) if config.method.needs_calibration else None
+def _with_needs(configs: dict[str, RunConfig]) -> dict[str, RunConfig]:
+    """Return these runs and all that they need, by run id."""
+    found = dict(configs)
+    for config in configs.values():
+        found |= _with_needs({needed.run_id: needed for needed in prerequisites(config)})
+    return found
 
 
-def _submit(client: Any, config: RunConfig, store: Store, after: Any = None) -> Any:
-    # The key makes a run that was submitted twice one job; retries cover a worker that died.
-    return client.submit(
-        train_job, config.to_json(), str(store.root.resolve()), after, key=f"run-{config.run_id}"
-    )
+def _submit(client: Any, config: RunConfig, store: Store, jobs: dict[str, Any]) -> Any:
+    """Return the future of a run that starts when those it needs are done; each is one job."""
+    if config.run_id not in jobs:
+        needs = [_submit(client, needed, store, jobs) for needed in prerequisites(config)]
+        jobs[config.run_id] = client.submit(
+            train_job,
+            config.to_json(),
+            str(store.root.resolve()),
+            needs,
+            key=f"run-{config.run_id}",
+        )
+    return jobs[config.run_id]
 
 
 def _completed(futures: dict[Any, str]) -> Iterator[tuple[str, str | None]]:
@@ -256,7 +294,7 @@ def train_job(config: dict[str, Any], runs: str, after: Any = None) -> str | Non
     """Train one run in a worker; return why it failed, or None.
 
     Idempotent, since Dask may execute a job twice: a run in the store is not made again. `after`
-    only makes the scheduler wait for the calibration run.
+    only makes the scheduler wait for the runs that this one needs.
     """
     from repeatlab.loop import train
 

@@ -18,6 +18,7 @@ BASE = {"task": {"name": "supervised"}, "max_updates": 100}
 REQUIRED = {
     "threshold": {"t": 1.5},
     "linear": {"t": 1.5},
+    "until": {"t": 1.5},
     "trace": {"counts": [3, 1, 2]},
 }
 
@@ -146,15 +147,15 @@ def test_configurations_that_differ_in_the_mapping_alone_are_not_equal():
 )
 def test_auto_is_understood_for_calibrated_fields_alone(name, field):
     method = mapping(name, **{field: "auto"})
-    if (name, field) in {("threshold", "t"), ("linear", "t")}:
-        assert run_config(method=method).method.needs_calibration
+    if (name, field) in {("threshold", "t"), ("linear", "t"), ("until", "t")}:
+        assert run_config(method=method).method.calibrated
     else:
         assert f"method.mapping.{field}: " in refusal(method=method)
 
 
 def test_only_auto_needs_a_calibration():
-    assert not MethodConfig().needs_calibration
-    assert not run_config(method=mapping("linear", t=2)).method.needs_calibration
+    assert not MethodConfig().calibrated
+    assert not run_config(method=mapping("linear", t=2)).method.calibrated
     assert "or 'auto', not 'automatic'" in refusal(method=mapping("linear", t="automatic"))
 
 

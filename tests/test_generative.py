@@ -243,7 +243,7 @@ def test_weights_act_on_the_real_images_in_d_s_gradient_and_not_on_the_driver_lo
         task.d_optimizer.register_step_pre_hook(
             lambda *_, task=task: gradients.append([p.grad.clone() for p in task.d.parameters()])
         )
-        task.step(batch, lambda loss: reports.append(loss.item()), chosen)
+        task.step(batch, lambda loss, *_: reports.append(loss.item()), chosen)
     assert reports[0] == reports[1]
 
     reference = build()

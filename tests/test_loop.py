@@ -25,7 +25,9 @@ from torch.nn import functional
 from repeatlab import loop
 from repeatlab.config import RunConfig
 from repeatlab.data import Batch, TrainStream, load_splits
-from repeatlab.loop import FreshBatches, build_mapping, digest, train
+from repeatlab.loop import digest, train
+from repeatlab.mappings import Constant
+from repeatlab.method import FreshBatches, build_mapping
 from repeatlab.records import Run, Store, StoreError, write_json
 from repeatlab.schema import parse
 from repeatlab.seeding import derive
@@ -815,11 +817,11 @@ def test_a_killed_run_is_made_anew(runs, tmp_path):
 
 
 def test_the_mapping_gets_its_t_and_its_seed():
-    assert build_mapping(run_config(), {}) == 1
-    mapping = build_mapping(run_config(METHODS["threshold auto"]), {"t": 1.25})
+    assert build_mapping(run_config()) == Constant(1)
+    mapping = build_mapping(run_config(METHODS["threshold auto"]), t=1.25)
     assert (mapping.t, mapping.repeats) == (1.25, 3)
-    assert build_mapping(run_config(METHODS["linear"]), {}).t == 0.575
-    seeds = [build_mapping(run_config(METHODS["random"], seed=s), {}).seed for s in (0, 0, 1)]
+    assert build_mapping(run_config(METHODS["linear"])).t == 0.575
+    seeds = [build_mapping(run_config(METHODS["random"], seed=s)).seed for s in (0, 0, 1)]
     assert seeds[0] == seeds[1] != seeds[2]
 
 

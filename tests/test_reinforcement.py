@@ -407,10 +407,10 @@ def test_weights_act_on_the_gradient_and_not_on_the_driver(driver):
     batch = plain.fresh_batch(0)
     reports: dict[str, list[float]] = {"plain": [], "ones": [], "some": []}
     plain.step(batch, lambda loss: reports["plain"].append(loss.item()))
-    ones.step(batch, lambda loss: reports["ones"].append(loss.item()), torch.ones(32))
+    ones.step(batch, lambda loss, *_: reports["ones"].append(loss.item()), torch.ones(32))
     # Twice the weight on one half and none on the other is training on that half.
     halves = torch.cat([torch.full((16,), 2.0), torch.zeros(16)])
-    some.step(batch, lambda loss: reports["some"].append(loss.item()), halves)
+    some.step(batch, lambda loss, *_: reports["some"].append(loss.item()), halves)
     part.step(type(batch)(*(column[:16] for column in batch[:-1]), 0), ignore)
     assert reports["ones"] == pytest.approx(reports["plain"])
     assert reports["some"] == pytest.approx(reports["plain"])

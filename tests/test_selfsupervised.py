@@ -206,7 +206,7 @@ def test_weights_act_on_the_gradient_and_not_on_the_driver_loss():
     for weights in (None, chosen):
         task = build(lr=0.1, momentum=0.0)
         before = [p.detach().clone() for p in task.head.parameters()]
-        task.step(batch, reports.append, weights)
+        task.step(batch, lambda loss, *_: reports.append(loss), weights)
         moved = zip(before, task.head.parameters(), strict=True)
         gradients.append([(old - new.detach()) / 0.1 for old, new in moved])
     assert reports[1].item() == pytest.approx(reports[0].item(), rel=1e-6)

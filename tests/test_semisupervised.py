@@ -239,7 +239,7 @@ def test_weights_act_on_the_gradient_and_not_on_the_driver_loss():
     chosen = torch.tensor([2.0] * 4 + [0.0] * 4)
     for step_batch, sample_weights in ((batch, None), (batch, chosen), (half, None)):
         task = build(lr=0.1, threshold=0.1)
-        task.step(step_batch, reports.append, sample_weights)
+        task.step(step_batch, lambda loss, *_: reports.append(loss), sample_weights)
         ends.append(torch.cat([p.detach().flatten() for p in task.model.parameters()]))
     assert reports[0].item() == reports[1].item()
     torch.testing.assert_close(ends[1], ends[2], rtol=1e-4, atol=1e-6)

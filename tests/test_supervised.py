@@ -174,7 +174,7 @@ def test_weights_act_on_the_gradient_and_not_on_the_driver_loss():
     reports, ends = [], []
     for step_batch, sample_weights in ((batch, None), (batch, chosen), (part, None)):
         task = build(lr=0.1)
-        task.step(step_batch, reports.append, sample_weights)
+        task.step(step_batch, lambda loss, *_: reports.append(loss), sample_weights)
         ends.append(torch.cat([p.detach().flatten() for p in task.model.parameters()]))
     assert reports[1].item() == pytest.approx(reports[0].item(), rel=1e-6)
     assert not reports[1].requires_grad

@@ -173,7 +173,7 @@ def test_weights_act_on_the_gradient_and_not_on_the_driver_loss():
         # One epsilon for all samples: which of them are in the batch then makes no difference.
         task._epsilon = lambda b, noise: torch.arange(3.0).expand(len(b.images), 3)
         for _ in range(2):
-            task.step(given, lambda loss: reports.append(loss.item()), sample_weights)
+            task.step(given, lambda loss, *_: reports.append(loss.item()), sample_weights)
         ends.append(weights(task))
     assert reports[2] == pytest.approx(reports[0], rel=1e-6)
     torch.testing.assert_close(ends[1], ends[2], rtol=1e-4, atol=1e-6)

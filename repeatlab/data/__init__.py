@@ -1,6 +1,6 @@
 """Datasets as tensors in memory, and minibatches that are a function of (seed, index)."""
 
-from repeatlab.data.batches import Batch, TrainStream, iter_batches
+from repeatlab.data.batches import Batch, TrainStream, gather, iter_batches
 from repeatlab.data.datasets import DATASETS, ImageSet, Splits, load_splits
 from repeatlab.data.sources import DataError
 
@@ -11,6 +11,7 @@ __all__ = [
     "ImageSet",
     "Splits",
     "TrainStream",
+    "gather",
     "iter_batches",
     "load_splits",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,6 +121,19 @@ class TrainStream:
             indices,
             index,
         )
+
+
+def gather(batches: Sequence[Any], picks: Tensor, index: int) -> Any:
+    """Return the samples `picks` of several batches laid end to end, as fresh batch `index`.
+
+    Args:
+        batches: Named tuples of tensors, (b, ...) each, whose last field is the index.
+        picks: int64, (m,), from 0 to the samples of all `batches`, with repeats if so wished.
+        index: The fresh batch that they make up.
+    """
+    columns = zip(*(batch[:-1] for batch in batches), strict=True)
+    picked = (torch.cat(column).index_select(0, picks.to(column[0].device)) for column in columns)
+    return type(batches[0])(*picked, index)
 
 
 def iter_batches(

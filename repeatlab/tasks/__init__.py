@@ -49,6 +49,14 @@ class TaskConfig(Model):
             DataError: they are missing or damaged, and what to do about it.
         """
 
+    def refusals(self) -> dict[str, str]:
+        """Return the parts of a method that mean nothing on this task, each with the reason.
+
+        Parts are the names of samplers, "weighted" and "unweighted" (hard mining), "step_size",
+        "fresh_samples" and "prefetch".
+        """
+        return {}
+
 
 class Task(Protocol):
     """What `loop.train` needs of a task; constructed as `Task(config, seed=..., device=...)`.
@@ -59,15 +67,21 @@ class Task(Protocol):
     Attributes:
         Config: The task's configuration model.
         optimizers: Every optimizer of the task; the loop sets their learning rates.
+        batch_size: b, the samples of a fresh batch.
+        device: Where batches are.
         forward_samples: Samples that go forward in one update.
         backward_samples: Samples that go backward in one update.
+        scoring_samples: Samples that go forward when a batch is scored.
         environment_steps: Steps made in a simulator so far; 0 for tasks on a data set.
     """
 
     Config: ClassVar[type[TaskConfig]]
     optimizers: Sequence[Optimizer]
+    batch_size: int
+    device: Any
     forward_samples: int
     backward_samples: int
+    scoring_samples: int
     environment_steps: int
 
     def fresh_batch(self, index: int) -> Any:
@@ -76,20 +90,47 @@ class Task(Protocol):
     def refresh(self, batch: Any, visit: int) -> Any:
         """Return the same samples under a new augmentation, for visit 1, 2, ..."""
 
-    def step(
-        self, batch: Any, report: Callable[[Tensor], None], weights: Tensor | None = None
-    ) -> None:
+    def resample(self, batch: Any, visit: int) -> Any:
+        """Return other samples in place of the batch's; not where `fresh_samples` is refused."""
+
+    def population(self, index: int) -> range:
+        """Return the numbers of the samples that fresh batch `index` can hold."""
+
+    def candidates(self, index: int, block: int) -> Any:
+        """Return b samples that a sampler may choose fresh batch `index` from.
+
+        Block 0, 1, 2, ... of the whole run; block `index` is `fresh_batch(index)`.
+        """
+
+    def batch_of(self, indices: Tensor, index: int) -> Any:
+        """Return the fresh batch `index`, made of the samples that a sampler has chosen.
+
+        `indices` is int64, (batch,), of numbers in `population(index)`, with repeats or not.
+        """
+
+    def pick(self, blocks: Sequence[Any], picks: Tensor, index: int) -> Any:
+        """Return the samples `picks`, int64, (batch,), of batches laid end to end, as they are."""
+
+    def step(self, batch: Any, report: Callable[..., None], weights: Tensor | None = None) -> None:
         """Make ONE complete update, with any number of optimizers.
 
-        Calls `report` once with the 0-d driver loss, as soon as its forward is done. The mean over
-        samples is weighted with `weights`, shape (batch,), where they are given; the driver loss is
-        not.
+        Calls `report` once with the 0-d driver loss, as soon as its forward is done. Where
+        `weights`, shape (batch,), are given, the mean over samples is weighted with them, the
+        driver loss is not, and `report` is also given the samples' losses and, where the task has
+        them, gradient bounds, both (batch,).
         """
 
     def sample_losses(self, batch: Any) -> Tensor:
         """Return the driver loss of every sample, shape (batch,), without gradient or side effect.
 
         Models are in evaluation mode, so that BatchNorm and dropout are untouched.
+        """
+
+    def gradient_bounds(self, batch: Any) -> Tensor:
+        """Return an upper bound of every sample's gradient norm, up to a factor, as above.
+
+        The norm of the loss's gradient at the last pre-activation (Katharopoulos and Fleuret 2018,
+        arXiv 1803.00942). Not on tasks that refuse `importance`.
         """
 
     def evaluate(self, split: str) -> dict[str, float]:

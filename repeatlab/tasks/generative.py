@@ -41,7 +41,7 @@ from repeatlab.data import Batch, ImageSet, TrainStream, iter_batches, load_spli
 from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.dataset import DatasetTaskConfig
+from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
 
 EVALUATION_BATCH = 500
 PICTURES = 64
@@ -72,12 +72,20 @@ class GenerativeConfig(DatasetTaskConfig):
     def prepare(self) -> None:
         prepare(self.extractor, self.dataset)
 
+    def refusals(self) -> dict[str, str]:
+        refused = {"rho_loss": "the losses move against each other, so that none is irreducible"}
+        if self.driver == "generator":
+            by_loss = ("hard_mining", "online", "importance", "selective")
+            refused |= dict.fromkeys(by_loss, "the generator's loss belongs to no image")
+        if self.driver != "discriminator":
+            refused["step_size"] = "this driver is known only after the discriminator's step"
+        return super().refusals() | refused
 
-class Generative:
+
+class Generative(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = GenerativeConfig
-    environment_steps = 0
 
     def __init__(self, config: GenerativeConfig, *, seed: int, device: str) -> None:
         self.config, self.seed, self.device = config, seed, device
@@ -111,25 +119,30 @@ class Generative:
     def refresh(self, batch: Batch, visit: int) -> Batch:
         return batch
 
+    def batch_of(self, indices: Tensor, index: int) -> Batch:
+        return self._framed(self.stream.batch_of(indices, index))
+
     def _framed(self, batch: Batch) -> Batch:
         if not self.frame:
             return batch
         return batch._replace(images=pad(batch.images, (self.frame,) * 4, value=-1.0))
 
     def step(
-        self, batch: Batch, report: Callable[[Tensor], None], weights: Tensor | None = None
+        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
         driver = self.config.driver
         fake = self.g(self._latents(batch, self.noise))
 
-        real_losses, fake_losses = softplus(-self.d(batch.images)), softplus(self.d(fake.detach()))
+        real_logits = self.d(batch.images)
+        real_losses, fake_losses = softplus(-real_logits), softplus(self.d(fake.detach()))
         d_loss = real_losses.mean() + fake_losses.mean()
-        if driver == "discriminator":
-            report(d_loss)
         if weights is None:
-            objective = d_loss
+            objective, of_samples = d_loss, ()
         else:
             objective = (weights * real_losses).mean() + fake_losses.mean()
+            of_samples = real_losses.detach(), (-real_logits.detach()).sigmoid()
+        if driver == "discriminator":
+            report(d_loss, *of_samples)
         self.d_optimizer.zero_grad()
         objective.backward()
         self.d_optimizer.step()
@@ -137,7 +150,7 @@ class Generative:
         self.d.requires_grad_(False)  # G's gradient passes through D, and leaves nothing there
         g_loss = softplus(-self.d(fake)).mean()
         if driver != "discriminator":
-            report(g_loss if driver == "generator" else g_loss + d_loss.detach())
+            report(g_loss if driver == "generator" else g_loss + d_loss.detach(), *of_samples)
         self.g_optimizer.zero_grad()
         g_loss.backward()
         self.g_optimizer.step()
@@ -165,6 +178,14 @@ class Generative:
         d_losses = softplus(-self.d(batch.images)) + softplus(fake_logits)
         self._evaluating(False)
         return self._driver(d_losses, softplus(-fake_logits))
+
+    @torch.no_grad()
+    def gradient_bounds(self, batch: Batch) -> Tensor:
+        """Return 1 - D(x) of every real image, its part of the gradient at D's logit."""
+        self._evaluating(True)
+        bounds = (-self.d(batch.images)).sigmoid()
+        self._evaluating(False)
+        return bounds
 
     def _driver(self, d_loss: Tensor, g_loss: Tensor) -> Tensor:
         if self.config.driver == "sum":

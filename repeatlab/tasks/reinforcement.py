@@ -40,7 +40,7 @@ lie in [-1, 0]. Public reference: CleanRL's DQN reaches 488.69 +- 16.11 after 50
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -52,6 +52,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repeatlab.data import gather
 from repeatlab.replay import ReplayBuffer, Transitions, episode_transitions
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
@@ -106,6 +107,14 @@ class ReinforcementConfig(TaskConfig):
     """Factors on position, velocity, angle and angular velocity: all are then of the order of 1."""
     evaluation_episodes: Annotated[int, Field(ge=1)] = 20
 
+    def refusals(self) -> dict[str, str]:
+        return {
+            "rho_loss": "a TD error has no irreducible part: its target moves with the agent",
+            "unweighted": "here it is prioritized replay, which needs its weights: give it score: "
+            "gradient_norm, alpha: 0.6, beta: 0.4 and beta_end: 1.0",
+            "prefetch": "the agent acts with its latest weights, so no batch can be made ahead",
+        }
+
     @model_validator(mode="after")
     def _enough_to_sample(self) -> Self:
         if self.learning_starts < self.n_steps or self.capacity < self.n_steps:
@@ -128,7 +137,8 @@ class Reinforcement:
             self.model.parameters(), lr=config.lr, fused=device != "mps"
         )
         self.optimizers = [self.optimizer]
-        self.forward_samples = 3 * config.batch_size
+        self.batch_size = config.batch_size
+        self.forward_samples = self.scoring_samples = 3 * config.batch_size
         self.backward_samples = config.batch_size
         self.updates = 0
 
@@ -199,13 +209,16 @@ class Reinforcement:
 
         Asked again for a batch that it has made, it returns the same without acting.
         """
+        self._reach(index)
+        return self.replay(index)
+
+    def _reach(self, index: int) -> None:
         missing = self._steps_at(index) - self.environment_steps
         if missing > 0:
             config = self.config
             if config.target_clock == "fresh_batches" and index % config.target_every == 0:
                 self._copy_target()
             self._act(missing)
-        return self.replay(index)
 
     def _steps_at(self, index: int) -> int:
         return self.config.learning_starts + (index + 1) * self.config.train_frequency
@@ -231,19 +244,40 @@ class Reinforcement:
     def refresh(self, batch: Transitions, visit: int) -> Transitions:
         return batch
 
+    def resample(self, batch: Transitions, visit: int) -> Transitions:
+        return self.replay(batch.index, visit)
+
+    def population(self, index: int) -> range:
+        self._reach(index)
+        return self.buffer.samples_at(self._steps_at(index))
+
+    def candidates(self, index: int, block: int) -> Transitions:
+        if block == index:
+            return self.fresh_batch(index)
+        numbers = self.population(index)
+        draws = generator(self.seed, "candidates", block)
+        uniform = torch.rand(self.config.batch_size, generator=draws, dtype=torch.float64)
+        return self.batch_of((uniform * len(numbers)).long() + numbers.start, index)
+
+    def batch_of(self, indices: Tensor, index: int) -> Transitions:
+        return self.buffer.batch(indices.cpu(), index).to(self.device)
+
+    def pick(self, blocks: Sequence[Transitions], picks: Tensor, index: int) -> Transitions:
+        return gather(blocks, picks, index)
+
     def step(
-        self, batch: Transitions, report: Callable[[Tensor], None], weights: Tensor | None = None
+        self, batch: Transitions, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
         values, targets = self._values_and_targets(batch)
         if weights is None:
             loss = functional.smooth_l1_loss(values, targets)
+            huber = self.config.driver == "huber"
+            report(loss if huber else (values.detach() - targets).abs().mean())
         else:
             losses = functional.smooth_l1_loss(values, targets, reduction="none")
             loss = (weights * losses).mean()
-        if weights is None and self.config.driver == "huber":
-            report(loss)
-        else:
-            report(self._driver_losses(values.detach(), targets).mean())
+            drivers = self._driver_losses(values.detach(), targets)
+            report(drivers.mean(), drivers, huber_bounds(values.detach(), targets))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -275,6 +309,10 @@ class Reinforcement:
     def sample_losses(self, batch: Transitions) -> Tensor:
         """Return the driver loss of every transition, (batch,); their mean is the driver."""
         return self._driver_losses(*self._values_and_targets(batch))
+
+    @torch.no_grad()
+    def gradient_bounds(self, batch: Transitions) -> Tensor:
+        return huber_bounds(*self._values_and_targets(batch))
 
     # --- evaluating -------------------------------------------------------------------------------
 
@@ -388,6 +426,11 @@ class _Blocks:
             self._block = block
             self._rows = self._draw(generator(self._seed, self._stream, block))
         return self._rows[row]
+
+
+def huber_bounds(values: Tensor, targets: Tensor) -> Tensor:
+    """Return min(1, |delta|), (batch,): the Huber loss's gradient, and what replay ranks by."""
+    return (values - targets).abs().clamp(max=1.0)
 
 
 def q_network(hidden: tuple[int, ...]) -> nn.Sequential:

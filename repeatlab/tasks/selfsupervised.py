@@ -28,7 +28,7 @@ Public references, ResNet-18 on CIFAR-10: linear probe 90.74 % after 1,000 epoch
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -48,7 +48,7 @@ from repeatlab.data.views import ContrastiveViews
 from repeatlab.models import build_encoder
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.dataset import DatasetTaskConfig
+from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
 
 EVALUATION_BATCH = 500
 LOSS_BATCHES = 8  # batches of a split over which the evaluated loss is averaged
@@ -90,6 +90,15 @@ class SelfSupervisedConfig(DatasetTaskConfig):
     bfloat16: bool = False
     """Whether to run the network under bfloat16 autocast, channels last."""
 
+    def refusals(self) -> dict[str, str]:
+        reason = "the loss of an image depends on the others of its batch, so that "
+        return super().refusals() | {
+            **dict.fromkeys(
+                ("importance", "weighted"), reason + "no weights make its gradient unbiased"
+            ),
+            "rho_loss": reason + "it has no irreducible part",
+        }
+
 
 class ViewBatch(NamedTuple):
     """Two views of each of b images; no labels.
@@ -105,11 +114,10 @@ class ViewBatch(NamedTuple):
     index: int
 
 
-class SelfSupervised:
+class SelfSupervised(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = SelfSupervisedConfig
-    environment_steps = 0
 
     def __init__(self, config: SelfSupervisedConfig, *, seed: int, device: str) -> None:
         self.config, self.seed, self.device = config, seed, torch.device(device)
@@ -154,6 +162,16 @@ class SelfSupervised:
     def refresh(self, batch: ViewBatch, visit: int) -> ViewBatch:
         return self._batch(batch.indices, batch.index, visit)
 
+    def batch_of(self, indices: Tensor, index: int) -> ViewBatch:
+        return self._batch(indices, index, 0)
+
+    def pick(self, blocks: Sequence[ViewBatch], picks: Tensor, index: int) -> ViewBatch:
+        """Return the images `picks`, each with both its views."""
+        first, second = zip(*(block.views.chunk(2) for block in blocks), strict=True)
+        views = [torch.cat(side).index_select(0, picks) for side in (first, second)]
+        indices = torch.cat([block.indices for block in blocks])
+        return ViewBatch(torch.cat(views), indices.index_select(0, picks), index)
+
     def _batch(self, indices: Tensor, index: int, view: int) -> ViewBatch:
         images = self.data.train.images.index_select(0, indices)
         views = self._two_views(images, generator(self.seed, f"views/{view}", index))
@@ -166,7 +184,7 @@ class SelfSupervised:
     # --- one update ---------------------------------------------------------------------------
 
     def step(
-        self, batch: ViewBatch, report: Callable[[Tensor], None], weights: Tensor | None = None
+        self, batch: ViewBatch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
         projected = self._project(batch.views)
         if weights is None:
@@ -174,7 +192,7 @@ class SelfSupervised:
             report(loss)
         else:
             losses = self._by_image(projected)
-            report(losses.detach().mean())
+            report(losses.detach().mean(), losses.detach())
             loss = (weights * losses).mean()
         self.optimizer.zero_grad()
         loss.backward()

@@ -31,7 +31,7 @@ Public reference, error on CIFAR-10 with 4,000 labels, WRN-28-2: 4.26 +- 0.05 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -49,7 +49,7 @@ from repeatlab.data.unlabelled import EpochOrder, labelled_subset
 from repeatlab.models import build_classifier
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.dataset import DatasetTaskConfig
+from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig, cross_entropy_bounds
 
 # Zero pixels around the weak view's random crop (an eighth of the side), and whether to mirror.
 WEAK = {"digits": (1, False), "mnist": (2, False), "cifar10": (4, True), "stl10": (12, True)}
@@ -66,7 +66,7 @@ class SemiSupervisedConfig(DatasetTaskConfig):
     all labels of the train split, for `stl10`, which has unlabelled images of its own."""
     split_seed: Annotated[int, Field(ge=0)] = 0
     """Which images keep their label; never the run's seed."""
-    model: Literal["cnn", "norm_cnn", "resnet18"] = "cnn"
+    model: Literal["cnn", "norm_cnn", "strided_cnn", "resnet18"] = "cnn"
     width: Annotated[int, Field(ge=1)] = 16
     """Channels of the CNNs' first layer; without effect on ResNet-18."""
     driver: Literal["total", "supervised", "unsupervised"] = "total"
@@ -92,6 +92,11 @@ class SemiSupervisedConfig(DatasetTaskConfig):
         super().prepare()
         if self.dataset == "stl10" and self.mu:
             stl10.unlabelled()
+
+    def refusals(self) -> dict[str, str]:
+        return super().refusals() | {
+            "rho_loss": "pseudo-labels move with the network, so that no loss is irreducible"
+        }
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -126,11 +131,10 @@ class SemiBatch(NamedTuple):
     index: int
 
 
-class SemiSupervised:
+class SemiSupervised(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = SemiSupervisedConfig
-    environment_steps = 0
 
     def __init__(self, config: SemiSupervisedConfig, *, seed: int, device: str) -> None:
         self.config, self.seed, self.device = config, seed, torch.device(device)
@@ -185,6 +189,21 @@ class SemiSupervised:
     def refresh(self, batch: SemiBatch, visit: int) -> SemiBatch:
         return self._batch(batch.indices, batch.unlabelled, batch.index, visit)
 
+    def batch_of(self, indices: Tensor, index: int) -> SemiBatch:
+        return self._batch(indices, self.order.piece(index), index, 0)
+
+    def pick(self, blocks: Sequence[SemiBatch], picks: Tensor, index: int) -> SemiBatch:
+        """Return the labelled images `picks`, each with its own companions."""
+        mu = self.config.mu
+        companions = (picks.unsqueeze(1) * mu + torch.arange(mu, device=picks.device)).flatten()
+        columns = dict.fromkeys(SemiBatch._fields[:-1], picks)
+        columns |= dict.fromkeys(("weak", "strong", "unlabelled"), companions)
+        picked = {}
+        for name, rows in columns.items():
+            column = torch.cat([getattr(block, name) for block in blocks])
+            picked[name] = column.index_select(0, rows.to(column.device))
+        return SemiBatch(**picked, index=index)
+
     def _batch(self, indices: Tensor, unlabelled: Tensor, index: int, view: int) -> SemiBatch:
         labelled = self.stream.batch_of(indices, index, view)
         if isinstance(self.unlabelled, Tensor):
@@ -208,14 +227,19 @@ class SemiSupervised:
     # --- one update ---------------------------------------------------------------------------
 
     def step(
-        self, batch: SemiBatch, report: Callable[[Tensor], None], weights: Tensor | None = None
+        self, batch: SemiBatch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
         config = self.config
-        supervised, unsupervised = self._losses(batch)
+        outputs = self._outputs(batch)
+        supervised, unsupervised = self._losses(batch, *outputs)
         total = supervised + config.unlabelled_weight * unsupervised
         loss = total.mean()
-        report(self._choose(supervised.mean(), unsupervised.mean(), loss).detach())
-        if weights is not None:
+        driver = self._choose(supervised.mean(), unsupervised.mean(), loss).detach()
+        if weights is None:
+            report(driver)
+        else:
+            drivers = self._choose(supervised, unsupervised, total).detach()
+            report(driver, drivers, self._bounds(batch, *(o.detach() for o in outputs)))
             loss = (weights * total).mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -224,18 +248,36 @@ class SemiSupervised:
             self._move_ema()
         self.last_index = batch.index
 
-    def _losses(self, batch: SemiBatch) -> tuple[Tensor, Tensor]:
-        """Return supervised and unsupervised loss of every sample, (B,) each."""
+    def _outputs(self, batch: SemiBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logits of the labelled images, the weak and the strong views."""
         logits = self._logits(self.model, torch.cat([batch.labelled, batch.weak, batch.strong]))
-        sizes = [len(batch.labelled), len(batch.weak), len(batch.strong)]
-        labelled, weak, strong = logits.split(sizes)
+        return logits.split([len(batch.labelled), len(batch.weak), len(batch.strong)])
+
+    def _losses(
+        self, batch: SemiBatch, labelled: Tensor, weak: Tensor, strong: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return supervised and unsupervised loss of every sample, (B,) each."""
         supervised = functional.cross_entropy(labelled, batch.labels, reduction="none")
         if not len(weak):
             return supervised, torch.zeros_like(supervised)
-        confidence, guess = weak.detach().softmax(1).max(1)
-        mask = confidence >= self.config.threshold
+        mask, guess = self._pseudo_labels(weak)
         losses = functional.cross_entropy(strong, guess, reduction="none") * mask
         return supervised, losses.view(len(supervised), -1).mean(1)
+
+    def _pseudo_labels(self, weak: Tensor) -> tuple[Tensor, Tensor]:
+        """Return whether the network is sure enough of every weak view, and what it sees there."""
+        confidence, guess = weak.detach().softmax(1).max(1)
+        return confidence >= self.config.threshold, guess
+
+    def _bounds(self, batch: SemiBatch, labelled: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
+        """Return the norm of a sample's total gradient at all its logits, (B,)."""
+        squares = cross_entropy_bounds(labelled, batch.labels).square()
+        if len(weak):
+            mask, guess = self._pseudo_labels(weak)
+            scale = self.config.unlabelled_weight / self.config.mu
+            parts = scale * mask * cross_entropy_bounds(strong, guess)
+            squares = squares + parts.square().view(len(squares), -1).sum(1)
+        return squares.sqrt()
 
     def _choose(self, supervised: Tensor, unsupervised: Tensor, total: Tensor) -> Tensor:
         losses = {"supervised": supervised, "unsupervised": unsupervised, "total": total}
@@ -257,10 +299,17 @@ class SemiSupervised:
     @torch.no_grad()
     def sample_losses(self, batch: SemiBatch) -> Tensor:
         self.model.eval()
-        supervised, unsupervised = self._losses(batch)
+        supervised, unsupervised = self._losses(batch, *self._outputs(batch))
         self.model.train()
         total = supervised + self.config.unlabelled_weight * unsupervised
         return self._choose(supervised, unsupervised, total)
+
+    @torch.no_grad()
+    def gradient_bounds(self, batch: SemiBatch) -> Tensor:
+        self.model.eval()
+        bounds = self._bounds(batch, *self._outputs(batch))
+        self.model.train()
+        return bounds
 
     # --- evaluation ---------------------------------------------------------------------------
 

@@ -20,11 +20,11 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.data import Batch, TrainStream, iter_batches, load_splits
+from repeatlab.data import Batch, ImageSet, TrainStream, iter_batches, load_splits
 from repeatlab.models import resnet18, small_cnn
-from repeatlab.seeding import derive
+from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.dataset import DatasetTaskConfig
+from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig, cross_entropy_bounds
 
 # Zero pixels around the random crop, and whether to mirror: what the field uses for each dataset.
 AUGMENTATION = {
@@ -48,21 +48,26 @@ class SupervisedConfig(DatasetTaskConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Annotated[int, Field(ge=1)] = 64
     augment: bool = True
+    label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of training labels replaced by another class, each as likely; drawn from the seed."""
 
 
-class Supervised:
+class Supervised(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = SupervisedConfig
-    environment_steps = 0
 
     def __init__(self, config: SupervisedConfig, *, seed: int, device: str) -> None:
+        self.device = device
         self.data = load_splits(config.dataset, device=device)
+        train, self.corrupted = corrupt(
+            self.data.train, config.label_noise, self.data.classes, seed=seed
+        )
         padding, flip = (
             AUGMENTATION.get(config.dataset, (0, False)) if config.augment else (0, False)
         )
         self.stream = TrainStream(
-            self.data.train,
+            train,
             batch_size=config.batch_size,
             seed=seed,
             mean=self.data.mean,
@@ -91,7 +96,7 @@ class Supervised:
         return self.stream.batch_of(batch.indices, batch.index, view=visit)
 
     def step(
-        self, batch: Batch, report: Callable[[Tensor], None], weights: Tensor | None = None
+        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
         logits = self.model(batch.images)
         if weights is None:
@@ -99,7 +104,8 @@ class Supervised:
             report(loss)
         else:
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
-            report(losses.detach().mean())
+            bounds = cross_entropy_bounds(logits.detach(), batch.labels)
+            report(losses.detach().mean(), losses.detach(), bounds)
             loss = (weights * losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -111,6 +117,13 @@ class Supervised:
         losses = functional.cross_entropy(self.model(batch.images), batch.labels, reduction="none")
         self.model.train()
         return losses
+
+    @torch.no_grad()
+    def gradient_bounds(self, batch: Batch) -> Tensor:
+        self.model.eval()
+        bounds = cross_entropy_bounds(self.model(batch.images), batch.labels)
+        self.model.train()
+        return bounds
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
@@ -136,6 +149,26 @@ class Supervised:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def corrupt(
+    data: ImageSet, share: float, classes: int, *, seed: int
+) -> tuple[ImageSet, Tensor | None]:
+    """Return the data with symmetric label noise, and which samples have it: bool, (n,).
+
+    round(share n) samples, chosen at random, get one of the other classes; None without noise.
+    """
+    if not share:
+        return data, None
+    draws = generator(seed, "label noise")
+    chosen = torch.randperm(len(data), generator=draws)[: round(share * len(data))]
+    shift = torch.randint(1, classes, (len(chosen),), generator=draws)
+    labels = data.labels.cpu().clone()
+    labels[chosen] = (labels[chosen] + shift) % classes
+    corrupted = torch.zeros(len(data), dtype=torch.bool)
+    corrupted[chosen] = True
+    device = data.labels.device
+    return ImageSet(data.images, labels.to(device)), corrupted.to(device)
 
 
 def build_model(config: SupervisedConfig, channels: int, classes: int) -> nn.Module:

@@ -34,7 +34,7 @@ from repeatlab.data import Batch, TrainStream, iter_batches, load_splits
 from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.dataset import DatasetTaskConfig
+from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
 
 EVALUATION_BATCH = 500
 PICTURES = 16  # of each kind
@@ -63,11 +63,10 @@ class UnsupervisedConfig(DatasetTaskConfig):
         prepare(self.extractor, self.dataset)
 
 
-class Unsupervised:
+class Unsupervised(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = UnsupervisedConfig
-    environment_steps = 0
 
     def __init__(self, config: UnsupervisedConfig, *, seed: int, device: str) -> None:
         self.config, self.seed, self.device = config, seed, device
@@ -95,6 +94,9 @@ class Unsupervised:
     def refresh(self, batch: Batch, visit: int) -> Batch:
         return self._binarized(self.stream.batch_of(batch.indices, batch.index), visit)
 
+    def batch_of(self, indices: Tensor, index: int) -> Batch:
+        return self._binarized(self.stream.batch_of(indices, index))
+
     def _binarized(self, batch: Batch, visit: int = 0) -> Batch:
         if not self.config.binarize:
             return batch
@@ -102,13 +104,16 @@ class Unsupervised:
         return batch._replace(images=binarize(batch.images, draws))
 
     def step(
-        self, batch: Batch, report: Callable[[Tensor], None], weights: Tensor | None = None
+        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
-        parts = self.model.losses(batch.images, self._epsilon(batch, self.noise))
+        logits, *parts = self.model.terms(batch.images, self._epsilon(batch, self.noise))
         losses = parts[0] + parts[1]
         loss = losses.mean()
-        report(loss if self.config.driver == "elbo" else self._driver(*parts).mean())
-        if weights is not None:
+        if weights is None:
+            report(loss if self.config.driver == "elbo" else self._driver(*parts).mean())
+        else:
+            drivers = self._driver(*parts).detach()
+            report(drivers.mean(), drivers, bernoulli_bounds(logits.detach(), batch.images))
             loss = (weights * losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -135,6 +140,14 @@ class Unsupervised:
         upcoming = torch.Generator()
         upcoming.set_state(self.noise.get_state())
         return self._driver(*self.model.losses(batch.images, self._epsilon(batch, upcoming)))
+
+    @torch.no_grad()
+    def gradient_bounds(self, batch: Batch) -> Tensor:
+        """Return the norm of the reconstruction's gradient at the decoder's logits, (batch,)."""
+        upcoming = torch.Generator()
+        upcoming.set_state(self.noise.get_state())
+        logits, *_ = self.model.terms(batch.images, self._epsilon(batch, upcoming))
+        return bernoulli_bounds(logits, batch.images)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
@@ -250,6 +263,10 @@ class VAE(nn.Module):
             images: (batch, channels, size, size), in [0, 1].
             epsilon: (batch, latent), standard normal.
         """
+        return self.terms(images, epsilon)[1:]
+
+    def terms(self, images: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the decoder's logits, shaped as the images, and the two parts of `losses`."""
         mean, log_variance = self.encode(images)
         logits = self.decoder(mean + (0.5 * log_variance).exp() * epsilon)
         reconstruction = functional.binary_cross_entropy_with_logits(
@@ -257,7 +274,12 @@ class VAE(nn.Module):
         )
         # Kingma and Welling 2014, appendix B.
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return reconstruction.flatten(1).sum(dim=1), divergence.sum(dim=1)
+        return logits, reconstruction.flatten(1).sum(dim=1), divergence.sum(dim=1)
+
+
+def bernoulli_bounds(logits: Tensor, images: Tensor) -> Tensor:
+    """Return ||sigmoid(logits) - images||_2 of every image, (batch,)."""
+    return (logits.sigmoid() - images).flatten(1).norm(dim=1)
 
 
 def binarize(images: Tensor, draws: torch.Generator) -> Tensor:

@@ -1,0 +1,112 @@
+"""How fast a run goes and what ends it: learning rates, step sizes, the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf, isfinite
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from repeatlab.config import RunConfig
+from repeatlab.cost import Ledger
+from repeatlab.loss_stats import LossStats
+from repeatlab.mappings import Mapping
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from repeatlab.tasks import Task
+
+
+class Rates:
+    """The learning rates of all optimizers, scaled alike by schedule and step size.
+
+    Attributes:
+        moving: Whether they have to be set before every update.
+    """
+
+    def __init__(self, config: RunConfig, optimizers: Iterable[Optimizer]) -> None:
+        schedule = config.method.schedule
+        self._schedule = schedule.build() if schedule else None
+        self._total = config.max_updates
+        # What was set is kept where it does not follow from the update's index.
+        self._keep = config.budget is not None or config.method.apply == "step_size"
+        self.moving = self._schedule is not None or self._keep
+        self._groups = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
+        self._factors: list[float] = []
+
+    def set(self, position: int) -> None:
+        """Set the rates for an update, `position` of T on the schedule."""
+        factor = self._factor(position)
+        for group, base in self._groups:
+            group["lr"] = base * factor
+        if self._keep:
+            self._factors.append(factor)
+
+    def scale(self, factor: int) -> None:
+        """Multiply the rates of this update."""
+        for group, _ in self._groups:
+            group["lr"] *= factor
+        self._factors[-1] *= factor
+
+    def drain(self, updates: np.ndarray) -> np.ndarray:
+        """Return the first optimizer's rates at `updates`, (n,), and forget what was kept."""
+        if self._keep:
+            factors = self._factors[: len(updates)]
+            self._factors = self._factors[len(updates) :]
+        else:
+            factors = [self._factor(int(update)) for update in updates]
+        return self._groups[0][1] * np.array(factors)
+
+    def _factor(self, position: int) -> float:
+        return self._schedule(position, self._total) if self._schedule else 1.0
+
+
+class StepSize:
+    """N as a factor on the learning rate of the only update on each batch.
+
+    One step at N times the rate goes where N steps go to first order, without the gradients in
+    between: the control for "repetition is only a larger learning rate". The host waits for every
+    loss before the optimizer's step.
+    """
+
+    def __init__(self, mapping: Mapping) -> None:
+        self._mapping = mapping
+        self.stats = LossStats(mapping.window)
+
+    def __call__(self, loss: Tensor, of_run: LossStats) -> int:
+        """Return N for the batch's loss, 1 if that is not finite; `of_run` knows the index."""
+        value = float(loss.detach())
+        if not isfinite(value):
+            return 1
+        self.stats.index, self.stats.progress = of_run.index, of_run.progress
+        repeats = self._mapping(value, self.stats)
+        self.stats.observe(value)
+        return repeats
+
+
+class Budget:
+    """What a run may spend before it ends.
+
+    Attributes:
+        limit: In the budget's unit; infinite where only updates count.
+    """
+
+    def __init__(self, config: RunConfig, task: Task) -> None:
+        settings = config.budget
+        self._k = settings.k if settings else 0.0
+        self._by_cost = settings is not None and settings.unit == "cost"
+        self._update = task.forward_samples + self._k * task.backward_samples
+        if settings is None:
+            self.limit = inf
+        else:
+            self.limit = config.max_updates * self._update if self._by_cost else settings.seconds
+
+    def spent(self, ledger: Ledger, updates: int, scored: int, seconds: float) -> float:
+        """Return what is spent after `updates`, with what was prepared (see `ledger`) before."""
+        if self._by_cost:
+            prepared = ledger.calibration_samples + ledger.holdout_samples
+            return updates * self._update + scored + (1 + self._k) * prepared
+        return seconds + ledger.calibration_seconds + ledger.holdout_seconds
