@@ -4,6 +4,10 @@
     notebook: 10_supervised
     parameters: {...}          # every name must stand in the notebook's `parameters` cell
 
+Methods that many studies share are written once: in a study, `methods: {include: [FILES], without:
+[NAMES], defaults: {...}, NAME: {...}}` takes those of YAML files beside it, but for some, puts
+`defaults` into each that does not say otherwise, and adds or replaces others.
+
 Notebooks run one after another, in the order of their names; what they train runs in processes of
 their own.
 """
@@ -81,7 +85,41 @@ def read_job(path: Path, root: Path) -> Job:
                 f"{path}: parameters.{name}: {notebook.name} has no such parameter; "
                 f"{did_you_mean(name, known)}"
             )
-    return Job(path, notebook, entry.parameters)
+    return Job(path, notebook, _with_included(entry.parameters, path))
+
+
+class Included(Model):
+    """How a study takes its methods from another file."""
+
+    include: list[str]
+    without: list[str] = Field(default_factory=list)
+    defaults: dict[str, Any] = Field(default_factory=dict)
+
+
+def _with_included(parameters: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the parameters with the methods that their study includes written out."""
+    study = parameters.get("study")
+    methods = study.get("methods") if isinstance(study, dict) else None
+    if not isinstance(methods, dict) or "include" not in methods:
+        return parameters
+    where = f"{path}: parameters.study.methods"
+    own = {name: value for name, value in methods.items() if name not in Included.model_fields}
+    rule = {name: value for name, value in methods.items() if name in Included.model_fields}
+    settings = parse(Included, rule, source=where)
+    shared: dict[str, Any] = {}
+    for file in settings.include:
+        shared |= read_yaml(path.parent / file)
+    for name in settings.without:
+        if name not in shared:
+            raise ConfigError(
+                f"{where}.without: unknown method {name!r}; {did_you_mean(name, shared)}"
+            )
+    kept = {name: value for name, value in shared.items() if name not in settings.without}
+    for name, value in (kept | own).items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}.{name}: must be a mapping such as {{}}, not {value!r}")
+    together = {name: settings.defaults | value for name, value in (kept | own).items()}
+    return parameters | {"study": study | {"methods": together}}
 
 
 def parameter_names(notebook: Path) -> set[str]:
