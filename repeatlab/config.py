@@ -116,6 +116,8 @@ class MethodConfig(Model):
             raise ValueError(f"apply: {self.apply} needs a mapping, whose N it applies")
         if self.apply == "fresh_samples" and self.fresh_views:
             raise ValueError("fresh_views has no effect with apply: fresh_samples")
+        if self.apply == "fresh_samples" and self.sampler is not None:
+            raise ValueError("apply: fresh_samples draws uniformly, so it takes no sampler")
         if self.apply == "step_size" and self.mapping.name in ("trace", "until"):
             raise ValueError(f"apply: step_size has no visits for the mapping {self.mapping.name}")
         spaced = getattr(self.mapping, "control", None) == "spaced"
@@ -203,6 +205,8 @@ class RunConfig(Model):
             if name == "hard_mining":
                 weighted = "weighted" if method.sampler.beta else "unweighted"
                 parts[f"method.sampler: {weighted} {name}"] = weighted
+            score = getattr(method.sampler, "score", None)
+            parts[f"method.sampler.score: {score}"] = score
         if self.loader.prefetch:
             parts["loader.prefetch"] = "prefetch"
             if method.sampler is not None:

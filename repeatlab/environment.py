@@ -28,6 +28,26 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
+def pick_device(name: str) -> str:
+    """Return "cuda", "mps" or "cpu"; "auto" is the first of these that is there.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"device: '{name}' is not available here; use 'auto' or 'cpu'")
+    return name
+
+
 @cache
 def processor() -> str:
     """Return the processor's model name."""

@@ -13,7 +13,7 @@ import torch
 from repeatlab import controls
 from repeatlab.config import LoaderConfig, RunConfig, TraceConfig
 from repeatlab.mappings import Constant, Mapping, Trace
-from repeatlab.sampling.running import RunningSampler
+from repeatlab.sampling.running import RunningSampler, Selection
 from repeatlab.seeding import derive
 from repeatlab.tasks import Task
 
@@ -107,7 +107,10 @@ class FreshBatches:
         if delay:
             _slow_down(task, delay)
         self._make: Callable[[int], Any] = (sampler or task).fresh_batch
+        self._task, self._sampled = task, sampler is not None
+        self._latest: Any = None
         self._tell = seen
+        self._handed_out = 0
         self._indices: list[torch.Tensor] = []
         self._seen = torch.zeros(0, dtype=torch.bool)
 
@@ -116,12 +119,21 @@ class FreshBatches:
 
     def iter_from(self, position: int) -> Iterator[Any]:
         """Yield the fresh batches from number `position` on."""
+        if self._latest is not None and self._latest.batch.index == position:
+            # Resumed in mid-repeat: a sampler has moved on since it chose this one.
+            yield self._latest
+            position += 1
+        elif position < self._handed_out:
+            yield self._make(position)
+            position += 1
         for batch in self._made_from(position):
             self._note(batch.indices)
+            self._latest = batch if self._sampled else None
             yield batch
 
     def _note(self, indices: torch.Tensor) -> None:
         self._indices.append(indices)
+        self._handed_out += 1
         if self._tell is not None:
             self._tell(indices)
 
@@ -148,6 +160,25 @@ class FreshBatches:
                 self._seen = torch.cat([self._seen, torch.zeros(missing, dtype=torch.bool)])
             self._seen[indices] = True
         return int(self._seen.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was handed out, and the batch that a sampler chose last."""
+        self.distinct()
+        latest = self._latest
+        return {
+            "handed_out": self._handed_out,
+            "seen": self._seen,
+            "latest": None if latest is None else [list(latest.batch), latest.weights],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self._handed_out, self._seen = state["handed_out"], state["seen"]
+        if state["latest"] is not None:
+            batch, weights = state["latest"]
+            on_device = [v.to(self._task.device) if torch.is_tensor(v) else v for v in batch]
+            kind = type(self._task.candidates(batch[-1], batch[-1]))
+            self._latest = Selection(kind(*on_device), weights.to(self._task.device))
 
 
 def _slow_down(task: Task, delay: float) -> None:
@@ -190,7 +221,7 @@ class SpacedBatches(FreshBatches):
             batch = int(self.order[place])
             if batch not in kept:
                 kept[batch] = self._make(batch)
-            if self.visits[place] == 0:
+            if self.visits[place] == 0 and batch == self._handed_out:
                 self._note(kept[batch].indices)
             yield kept[batch]
             if self.visits[place] + 1 == self.counts[batch]:

@@ -60,6 +60,19 @@ class Rates:
             factors = [self._factor(int(update)) for update in updates]
         return self._groups[0][1] * np.array(factors)
 
+    def rebind(self, optimizers: Iterable[Optimizer]) -> None:
+        """Set the rates of these groups from now on: loading a state puts new ones in place."""
+        groups = [g for o in optimizers for g in o.param_groups]
+        self._groups = [(g, base) for g, (_, base) in zip(groups, self._groups, strict=True)]
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return what was set and not yet drained."""
+        return {"factors": list(self._factors)}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Restore `state_dict()`."""
+        self._factors = list(state["factors"])
+
     def _factor(self, position: int) -> float:
         return self._schedule(position, self._total) if self._schedule else 1.0
 
@@ -85,6 +98,14 @@ class StepSize:
         repeats = self._mapping(value, self.stats)
         self.stats.observe(value)
         return repeats
+
+    def state_dict(self) -> dict:
+        """Return the losses that the mapping looks back on."""
+        return self.stats.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore `state_dict()`."""
+        self.stats.load_state_dict(state)
 
 
 class Budget:

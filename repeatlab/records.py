@@ -20,15 +20,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 UPDATES = pa.schema(
     {
@@ -101,6 +103,46 @@ class Store:
         write_json(run.path / "environment.json", environment)
         return RunWriter(run.path)
 
+    def resume(self, run: Run, rows: Mapping[str, int]) -> RunWriter | None:
+        """Return a writer that goes on after the first `rows` of each of `run`'s tables.
+
+        None where the tables do not hold as many: another checkpoint, or a new start, is needed.
+        """
+        writer = RunWriter(run.path)
+        try:
+            tables = {name: read_stream(run.path / f"{name}.arrow") for name in rows}
+        except StoreError:
+            return None
+        if any(len(tables[name]) < count for name, count in rows.items()):
+            return None
+        for stream in run.path.glob("*.arrow"):
+            if stream.stem not in rows:  # begun after the checkpoint
+                stream.unlink()
+        for name, count in rows.items():
+            writer.rewrite(name, tables[name].slice(0, count))
+        return writer
+
+    @contextmanager
+    def locked(self, run: Run) -> Iterator[None]:
+        """Hold `run` against other processes, waiting for one that does.
+
+        The system lets go of the lock of a process that has died.
+
+        Raises:
+            StoreError: the lock cannot be made.
+        """
+        path = run.path.with_name(f".{run.path.name}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            lock.acquire()
+        except OSError as error:
+            raise StoreError(f"{path} cannot be locked: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def check_writable(self) -> None:
         """Make the root directory if needed.
 
@@ -161,6 +203,11 @@ class Run:
         return self._json("config.json") or {}
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """On what it was made; empty where it was not begun."""
+        return self._json("environment.json") or {}
+
+    @property
     def summary(self) -> dict[str, Any]:
         """Final metrics, ledger and calibration; empty unless the run is done."""
         return self._json("summary.json") or {}
@@ -198,11 +245,9 @@ class Run:
 
     def _table(self, name: str) -> pa.Table:
         finished = self.path / f"{name}.parquet"
-        return (
-            pq.read_table(finished)
-            if finished.exists()
-            else read_stream(self.path / f"{name}.arrow")
-        )
+        if self.done and finished.exists():
+            return pq.read_table(finished)
+        return read_stream(self.path / f"{name}.arrow")
 
     def _repr_html_(self) -> str:
         summary = self.summary
@@ -231,6 +276,8 @@ class RunWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._streams: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
+        self._files: dict[str, IO[bytes]] = {}
+        self._rows: dict[str, int] = {}
         self._set_status("running")
 
     def updates(self, columns: Mapping[str, np.ndarray]) -> None:
@@ -261,24 +308,59 @@ class RunWriter:
 
     def finish(self, status: str, summary: Mapping[str, Any], **details: Any) -> None:
         """End the run as `complete` or `diverged`; summary.json comes last and marks it done."""
-        for name in list(self._streams):
-            self._streams.pop(name).close()
-            stream = self.path / f"{name}.arrow"
-            pq.write_table(read_stream(stream), self.path / f"{name}.parquet", compression="zstd")
-            stream.unlink()
+        names = list(self._streams)
+        for name in names:
+            self._close(name)
+            table = read_stream(self.path / f"{name}.arrow")
+            temporary = self.path / f".{name}.{os.getpid()}"
+            pq.write_table(table, temporary, compression="zstd")
+            temporary.replace(self.path / f"{name}.parquet")
         self._set_status(status, **details)
         write_json(self.path / "summary.json", {"status": status, **summary})
+        # Only now: a kill before this line leaves what a resume needs.
+        for name in names:
+            (self.path / f"{name}.arrow").unlink()
+
+    def synced(self) -> dict[str, int]:
+        """Make what was appended durable, and return how many rows each table has."""
+        for stream in self._files.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        return dict(self._rows)
+
+    def rewrite(self, name: str, table: pa.Table) -> None:
+        """Begin a table anew with these rows, in one step."""
+        path = self.path / f"{name}.arrow"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        self._open(name, table.schema, temporary)
+        self._append(name, table)
+        temporary.replace(path)
 
     def fail(self, error: BaseException) -> None:
         """End the run as `failed`, keeping what was recorded."""
-        while self._streams:
-            self._streams.popitem()[1].close()
-        self._set_status("failed", error=f"{type(error).__name__}: {error}")
+        self.close("failed", error=f"{type(error).__name__}: {error}")
+
+    def close(self, status: str, **details: Any) -> None:
+        """Leave the run as it is, to be gone on with or begun anew."""
+        for name in list(self._streams):
+            self._close(name)
+        self._set_status(status, **details)
 
     def _append(self, name: str, table: pa.Table) -> None:
         if name not in self._streams:
-            self._streams[name] = pa.ipc.new_stream(str(self.path / f"{name}.arrow"), table.schema)
+            self._open(name, table.schema, self.path / f"{name}.arrow")
         self._streams[name].write_table(table)
+        self._rows[name] += len(table)
+
+    def _open(self, name: str, schema: pa.Schema, path: Path) -> None:
+        # Unbuffered: what is written survives this process.
+        self._files[name] = path.open("wb", buffering=0)
+        self._streams[name] = pa.ipc.new_stream(self._files[name], schema)
+        self._rows[name] = 0
+
+    def _close(self, name: str) -> None:
+        self._streams.pop(name).close()
+        self._files.pop(name).close()
 
     def _set_status(self, status: str, **details: Any) -> None:
         write_json(self.path / "status.json", {"status": status, **details})

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from repeatlab import loop
+from repeatlab import environment, training
+from repeatlab.checkpoint import digest
 from repeatlab.config import RunConfig
 from repeatlab.data import Batch, TrainStream, load_splits
-from repeatlab.loop import digest, train
+from repeatlab.loop import train
 from repeatlab.mappings import Constant
 from repeatlab.method import FreshBatches, build_mapping
 from repeatlab.records import Run, Store, StoreError, write_json
@@ -511,7 +512,7 @@ def test_fresh_views_show_the_same_samples_under_new_draws(runs, tmp_path):
 def test_evaluations_are_made_at_fixed_updates(
     tmp_path, monkeypatch, every, updates, expected, name, flush
 ):
-    monkeypatch.setattr(loop, "FLUSH_UPDATES", flush)
+    monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
     config = run_config(METHODS[name], max_updates=updates, evaluation={"every": every})
     run, task = train_watched(config, tmp_path)[1:]
     due = [(update, split) for update in expected for split in ("train", "validation")]
@@ -566,7 +567,7 @@ def test_the_clock_counts_updates_and_never_an_evaluation(tmp_path, monkeypatch,
             return super().evaluate(split)
 
     monkeypatch.setattr(loop, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(loop, "FLUSH_UPDATES", flush)
+    monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
     run = train_watched(run_config(METHODS["fixed 3"]), tmp_path, Clocked).run
     assert run.updates["seconds"].tolist() == list(range(1, T + 1))
     assert run.summary["ledger"]["seconds"] == T
@@ -685,9 +686,9 @@ def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch):
         train(run_config(device="cuda"), tmp_path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert loop.pick_device("auto") == "cpu"
+    assert environment.pick_device("auto") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert loop.pick_device("auto") == "cuda"
+    assert environment.pick_device("auto") == "cuda"
 
 
 # --- divergence and failure ---------------------------------------------------------------------
@@ -710,7 +711,7 @@ def poisoned(at: int) -> type[Watched]:
 @pytest.mark.parametrize("at", [0, 1, 4, 5, 10, 11, T - 1])
 @pytest.mark.parametrize("flush", [500, 5])
 def test_a_run_that_diverges_keeps_its_data(runs, tmp_path, monkeypatch, name, at, flush):
-    monkeypatch.setattr(loop, "FLUSH_UPDATES", flush)
+    monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
     run, task = train_watched(run_config(METHODS[name]), tmp_path, poisoned(at))[1:]
     assert task.steps == at  # the update that the NaN would drive is not made
     assert run.done
@@ -772,7 +773,7 @@ def failing(at: int, error: BaseException) -> type[Watched]:
 
 @pytest.mark.parametrize("error", [RuntimeError("out of cheese"), KeyboardInterrupt()], ids=repr)
 def test_a_run_that_fails_says_why_and_keeps_whole_blocks(runs, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(loop, "FLUSH_UPDATES", 5)
+    monkeypatch.setattr(training, "FLUSH_UPDATES", 5)
     config = run_config(METHODS["linear"])
     with pytest.raises(type(error)):
         train_watched(config, tmp_path, failing(17, error))

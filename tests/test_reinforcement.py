@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn import functional
 
 from repeatlab.analysis import load, to_target
+from repeatlab.checkpoint import digest
 from repeatlab.config import RunConfig
-from repeatlab.loop import digest, train
+from repeatlab.loop import train
 from repeatlab.schema import ConfigError, parse
 from repeatlab.seeding import derive, generator
 from repeatlab.study import Study

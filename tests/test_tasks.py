@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from repeatlab.checkpoint import digest
 from repeatlab.config import Control, RunConfig
-from repeatlab.loop import digest, train
+from repeatlab.loop import train
 from repeatlab.schema import ConfigError, parse
 from repeatlab.tasks import TASKS, load_task
 

@@ -37,7 +37,7 @@ class RunningImportance(RunningSampler):
     def fresh_batch(self, index: int) -> Selection:
         self.uniform = self.tau <= self.threshold
         if self.uniform:
-            batch = self._next_block(index)
+            batch = self._next_block(index)._replace(index=index)
             return Selection(batch, torch.ones(self.task.batch_size, device=self.task.device))
         blocks = [self._next_block(index) for _ in range(self.settings.presample)]
         scores = self.score(blocks, self.settings.score)
@@ -51,8 +51,7 @@ class RunningImportance(RunningSampler):
 
     def observe(self, batch: Any, losses: Tensor, bounds: Tensor | None) -> None:
         # A repeat, or a batch that was resampled, says nothing of a uniform one.
-        fresh = not self._rows or self._rows[-1][0] != batch.index
-        if self.uniform and fresh and batch.index >= self.count:
+        if self.uniform and batch.index >= self.count:
             self._move(batch.index, losses if self.settings.score == "loss" else bounds)
 
     def _move(self, index: int, scores: Tensor) -> None:

@@ -52,7 +52,8 @@ class RunningRhoLoss(RunningSampler):
 
     def _train_two_models(self) -> Tensor:
         """Return every sample's loss under a model trained on the half that it is not in."""
-        total = len(self.task.population(0))
+        # The run's own batches: a model of another seed has other label noise.
+        total, batch_of = len(self.task.population(0)), self.task.batch_of
         halves = torch.randperm(total, generator=generator(self.seed, "holdout")).chunk(2)
         losses = torch.empty(total, device=self.task.device)
         for number, (seen, unseen) in enumerate((halves, halves[::-1])):
@@ -60,9 +61,9 @@ class RunningRhoLoss(RunningSampler):
             for update in range(self.settings.holdout_updates):
                 draws = generator(self.seed, f"holdout/{number}", update)
                 places = torch.randint(len(seen), (model.batch_size,), generator=draws)
-                model.step(model.batch_of(seen[places], update), lambda loss: None)
+                model.step(batch_of(seen[places], update), lambda loss: None)
             for indices in unseen.split(model.batch_size):
-                batch = model.batch_of(indices, 0)
+                batch = batch_of(indices, 0)
                 losses[batch.indices] = model.sample_losses(batch)
             self.scored += len(unseen)
         return losses
@@ -72,4 +73,5 @@ class RunningRhoLoss(RunningSampler):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.irreducible = state["irreducible"]
+        losses = state["irreducible"]
+        self.irreducible = None if losses is None else losses.to(self.task.device)

@@ -52,8 +52,8 @@ class TaskConfig(Model):
     def refusals(self) -> dict[str, str]:
         """Return the parts of a method that mean nothing on this task, each with the reason.
 
-        Parts are the names of samplers, "weighted" and "unweighted" (hard mining), "step_size",
-        "fresh_samples" and "prefetch".
+        Parts are the names of samplers, "weighted" and "unweighted" (hard mining), "gradient_norm"
+        (scores), "step_size", "fresh_samples" and "prefetch".
         """
         return {}
 
@@ -130,7 +130,7 @@ class Task(Protocol):
         """Return an upper bound of every sample's gradient norm, up to a factor, as above.
 
         The norm of the loss's gradient at the last pre-activation (Katharopoulos and Fleuret 2018,
-        arXiv 1803.00942). Not on tasks that refuse `importance`.
+        arXiv 1803.00942). Not on tasks that refuse `gradient_norm`.
         """
 
     def evaluate(self, split: str) -> dict[str, float]:

@@ -96,6 +96,7 @@ class SelfSupervisedConfig(DatasetTaskConfig):
             **dict.fromkeys(
                 ("importance", "weighted"), reason + "no weights make its gradient unbiased"
             ),
+            "gradient_norm": reason + "no image has a gradient of its own to bound",
             "rho_loss": reason + "it has no irreducible part",
         }
 

@@ -15,13 +15,15 @@ from time import perf_counter
 import pytest
 from torch.nn import functional
 
+from repeatlab.checkpoint import digest
 from repeatlab.config import RunConfig
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.environment import processor
-from repeatlab.loop import Training, digest, train
+from repeatlab.loop import train
 from repeatlab.records import Store
 from repeatlab.schema import parse
 from repeatlab.tasks.supervised import Supervised
+from repeatlab.training import Training
 
 UPDATES = 1000
 ROUNDS = 11
