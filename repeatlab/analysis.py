@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ AXES = {
     "update": "gradient updates",
     "fresh_batches": "fresh batches",
     "environment_steps": "environment steps",
+    "cost": "cost (samples forward)",
     "seconds": "training time (s)",
 }
 # Metrics of which less is better; of all others more is.
@@ -64,8 +65,8 @@ class Records:
         """Rows (task, method, seed, update, split, metric, value, ledger columns) of done runs."""
         frame = self._stack("evals")
         if len(frame):
-            # What an arm was charged for its t is part of its time from the start.
-            frame["seconds"] += frame["calibration_seconds"]
+            # What an arm spent before its first update is part of its time from the start.
+            frame["seconds"] += _prepared_seconds(frame)
         return frame
 
     @cached_property
@@ -111,6 +112,21 @@ def load(runs: str | Path, studies: str | Sequence[str]) -> Records:
                 }
             )
     return Records(pd.DataFrame(rows))
+
+
+def together(records: Mapping[str, Records]) -> Records:
+    """Return the runs of several studies as one, each task under its study's name here.
+
+    Studies call their tasks what they like, "digits" most of them. A study of several tasks keeps
+    their names behind its own: "name: task".
+    """
+    frames = []
+    for name, study in records.items():
+        tasks = study.runs["task"].unique()
+        names = {task: name if len(tasks) == 1 else f"{name}: {task}" for task in tasks}
+        frames.append(study.runs.assign(task=study.runs["task"].map(names)))
+    empty = pd.DataFrame(columns=[*RUN_KEYS, "id", "path", "status"])
+    return Records(pd.concat(frames, ignore_index=True) if frames else empty)
 
 
 def _unfinished(run: Run) -> str:
@@ -164,6 +180,37 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, 
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     half = stdtrit(n - 1, (1 + level) / 2) * values.std(axis=0, ddof=1) / np.sqrt(n)
     return mean, mean - half, mean + half
+
+
+def with_cost(
+    evals: pd.DataFrame, backward_ratio: float | Mapping[str, float] = 2.0
+) -> pd.DataFrame:
+    """Return `evals` with the column `cost`: what was spent so far, in one sample's forward.
+
+    forward + k backward + scoring + (1 + k) (calibration + holdout) samples: what chose the batches
+    or t is charged like what trained on them. A count that the records lack is 0.
+
+    Args:
+        evals: The rows of `Records.evals`.
+        backward_ratio: k, a backward's time in forwards; one for all tasks, or by task.
+    """
+
+    def count(name: str) -> pd.Series | int:
+        return evals[f"{name}_samples"].fillna(0) if f"{name}_samples" in evals else 0
+
+    k = (
+        backward_ratio
+        if isinstance(backward_ratio, (int, float))
+        else evals["task"].map(dict(backward_ratio))
+    )
+    trained = count("forward") + k * count("backward") + count("scoring")
+    return evals.assign(cost=trained + (1 + k) * (count("calibration") + count("holdout")))
+
+
+def _prepared_seconds(frame: pd.DataFrame) -> pd.Series:
+    """Return the time of the runs that gave t or served a sampler; older records lack columns."""
+    holdout = frame["holdout_seconds"].fillna(0.0) if "holdout_seconds" in frame else 0.0
+    return frame["calibration_seconds"] + holdout
 
 
 def counted_axes(frame: pd.DataFrame) -> list[str]:
@@ -223,7 +270,7 @@ def final_table(records: Records, metric: str, *, split: str = "validation") -> 
         }
         if len(complete):
             mean, low, high = mean_interval(complete[f"{split}.{metric}"].to_numpy())
-            seconds = complete["seconds"] + complete["calibration_seconds"]
+            seconds = complete["seconds"] + _prepared_seconds(complete)
             row |= {
                 metric: float(mean),
                 "low": float(low),

@@ -28,6 +28,8 @@ from repeatlab.schema import ConfigError, Model, did_you_mean, parse, read_yaml
 
 # Where notebooks find store and figures; the batch decides that, not a parameter file.
 PLACES = ("runs", "figures")
+# The folder of params/ that holds searches, which have no notebook.
+SEARCHES = "search"
 
 
 class NotebookError(RuntimeError):
@@ -60,7 +62,8 @@ def read_profile(profile: str, root: Path) -> list[Job]:
     directory = root / "params" / profile
     files = sorted(directory.glob("*.yaml"))
     if not files:
-        known = [d.name for d in sorted((root / "params").glob("*")) if any(d.glob("*.yaml"))]
+        folders = (d for d in sorted((root / "params").glob("*")) if any(d.glob("*.yaml")))
+        known = [folder.name for folder in folders if folder.name != SEARCHES]
         raise ConfigError(
             f"no profile {profile!r} in {root / 'params'}; {did_you_mean(profile, known)}"
         )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from repeatlab.records import StoreError
-from repeatlab.schema import ConfigError, parse
+from repeatlab.records import Store, StoreError
+from repeatlab.schema import ConfigError, parse, read_yaml
+
+if TYPE_CHECKING:
+    from repeatlab.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = click.option(
@@ -46,18 +51,130 @@ def figures(profile: str, runs: Path, figures: Path) -> None:
 @click.argument("parameters", nargs=-1, required=True, type=click.Path(path_type=Path))
 @RUNS
 @click.option("--workers", type=click.IntRange(min=0), help="Processes; 0 trains in this one.")
-def run(parameters: tuple[Path, ...], runs: Path, workers: int | None) -> None:
+@click.option("--scheduler", help="Train on the workers of the Dask scheduler at this address.")
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds a run.")
+@click.option("--runs-per-gpu", type=click.IntRange(min=1), default=1, show_default=True)
+def run(parameters: tuple[Path, ...], runs: Path, **places: Any) -> None:
     """Train the studies of parameter files, without their notebooks."""
+    from repeatlab.execution import Places
+    from repeatlab.study import run_studies
+
+    studies = _read_studies(parameters)
+    click.echo(str(run_studies(studies, runs, places=Places(**places))))
+
+
+@cli.command()
+@click.argument("studies", nargs=-1)
+@RUNS
+@click.option(
+    "--all", "everything", is_flag=True, help="List every run, not only those to look at."
+)
+def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
+    """Show how far the studies of a store are: all of them, or those named."""
+    import pandas as pd
+
+    from repeatlab.verification import study_states, summary_table
+
+    store = Store(runs)
+    names = list(studies) or sorted(p.stem for p in (runs / "studies").glob("*.json"))
+    if not names:
+        raise StoreError(f"{runs} holds no study; `repeatlab run` makes one")
+    click.echo(summary_table(store, names).to_string())
+    rows = pd.concat([study_states(store, name) for name in names])
+    if not everything:
+        rows = rows[rows["state"].isin(["running", "diverged", "interrupted", "failed"])]
+    for row in rows.itertuples():
+        reason = f": {row.reason}" if row.reason else ""
+        click.echo(f"{row.state} {row.task} {row.method} seed {row.seed} ({row.run}){reason}")
+
+
+@cli.command()
+@RUNS
+@click.option("--remove", is_flag=True, help="Delete damaged runs, so that they are made again.")
+def verify(runs: Path, remove: bool) -> None:
+    """Read every run of a store that is done, and name those that are damaged."""
+    from repeatlab import verification
+
+    store = Store(runs)
+    found = list(verification.damaged(store))
+    for damage in found:
+        click.echo(f"damaged: {damage.run.path}: {damage.reason}")
+        if remove:
+            verification.remove(store, damage.run)
+    count = len(list(runs.glob("*/*/summary.json"))) + (len(found) if remove else 0)
+    click.echo(f"{count} runs read, {len(found)} damaged{' and removed' if remove else ''}")
+    sys.exit(1 if found and not remove else 0)
+
+
+def _read_studies(paths: Iterable[Path]) -> list[Study]:
     from repeatlab.batch import read_job
-    from repeatlab.study import Study, run_studies
+    from repeatlab.study import Study
 
     studies = []
-    for path in parameters:
+    for path in paths:
         job = read_job(path, ROOT)
         if "study" not in job.parameters:
             raise ConfigError(f"{path}: parameters.study is missing: this file trains nothing")
         studies.append(parse(Study, job.parameters["study"], source=f"{path}: parameters.study"))
-    click.echo(str(run_studies(studies, runs, workers=workers)))
+    return studies
+
+
+@cli.command()
+@click.argument("parameters", nargs=-1, type=click.Path(path_type=Path))
+@RUNS
+def measure(parameters: tuple[Path, ...], runs: Path) -> None:
+    """Time the parts of an update for every task of the studies; by default of params/quick.
+
+    Afterwards tables can show predicted beside measured training time.
+    """
+    from repeatlab.batch import read_profile
+    from repeatlab.measure import measure
+    from repeatlab.prediction import measurement_table, write_measurement
+
+    if not parameters:
+        jobs = read_profile("quick", ROOT)
+        parameters = tuple(job.source for job in jobs if "study" in job.parameters)
+    tasks = [
+        (f"{study.name}: {label}", task, study)
+        for study in _read_studies(parameters)
+        for label, task in study.tasks.items()
+    ]
+    store = Store(runs)
+    store.check_writable()
+    for _, task, _ in tasks:
+        task.prepare()
+    found = {}
+    for name, task, study in tasks:
+        click.echo(f"measuring {name}")
+        # Half of its batches are the mean of what acting costs.
+        begin = study.max_updates // 2
+        found[name] = measure(task, device=study.device, threads=study.threads, first_batch=begin)
+        write_measurement(store, found[name])
+    click.echo(measurement_table(found).to_string())
+
+
+@cli.command()
+@click.argument("parameters", type=click.Path(path_type=Path))
+@RUNS
+@click.option("--workers", type=click.IntRange(min=0), help="Processes; 0 trains in this one.")
+def search(parameters: Path, runs: Path, workers: int | None) -> None:
+    """Search the hyperparameters of a file in params/search on the validation split."""
+    from repeatlab.search import Search, run_search
+
+    definition = parse(Search, read_yaml(parameters), source=str(parameters))
+    click.echo(str(run_search(definition, runs, workers=workers)))
+
+
+@cli.command()
+@click.argument("task")
+@click.option("--dataset", help="By default the embedded one.")
+def check(task: str, dataset: str | None) -> None:
+    """Check a task before it is trained; exit status 1 if a check fails."""
+    from repeatlab.checks import check
+
+    report = check({"name": task} | ({"dataset": dataset} if dataset else {}))
+    click.echo(str(report))
+    sys.exit(1 if report.failed else 0)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def train(
     if run.done:
         return run
     store.check_writable()
-    with store.locked(run):
+    with _interrupted_at_an_update(), store.locked(run):
         if not run.done:
             _train(config, store, run, plan)
     return run
@@ -61,7 +61,7 @@ def _train(config: RunConfig, store: Store, run: Run, plan: CheckpointPlan | Non
     if writer is None:
         writer = store.begin(run, config.to_json(), environment)
     try:
-        with _torch_settings(config), _interrupt_at_an_update():
+        with _torch_settings(config):
             task = load_task(TASKS[config.task.name])(config.task, seed=config.seed, device=device)
             parts = {"calibration": calibration, "source": source, "plan": plan}
             Training(config, task, writer, **parts).run(state)
@@ -91,14 +91,16 @@ def _resumed(
 
 
 @contextmanager
-def _interrupt_at_an_update() -> Iterator[None]:
+def _interrupted_at_an_update() -> Iterator[None]:
     """Let the first Ctrl-C stop the run at an update, with a checkpoint; the second, at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return
-    before = signal.getsignal(signal.SIGINT)
+    before, pressed = signal.getsignal(signal.SIGINT), False
 
     def stop(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
         STOP.set()
         signal.signal(signal.SIGINT, before)
 
@@ -106,8 +108,10 @@ def _interrupt_at_an_update() -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        STOP.clear()
-        raise KeyboardInterrupt(str(error)) from error
+        if pressed:
+            STOP.clear()
+            raise KeyboardInterrupt(str(error)) from error
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -147,7 +151,7 @@ def _trace(config: RunConfig, store: Store) -> Source | None:
         return None
     updates = _completed(needed, store, "a control needs its source").updates
     first = updates[updates["repeat"] == 0]
-    return Source(first["repeats"].to_numpy(), first["loss"].to_numpy())
+    return Source(updates.groupby("fresh_batch").size().to_numpy(), first["loss"].to_numpy())
 
 
 def _completed(config: RunConfig, store: Store, why: str) -> Run:

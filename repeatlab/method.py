@@ -150,8 +150,12 @@ class FreshBatches:
                 coming = pool.submit(self._make, position)
                 yield batch
 
+    def resampled(self, indices: torch.Tensor) -> None:
+        """See the samples that came in the place of a batch's."""
+        self._indices.append(indices)
+
     def distinct(self) -> int:
-        """Return how many different training samples have been handed out so far."""
+        """Return how many different training samples have been trained on so far."""
         if self._indices:
             indices = torch.cat(self._indices).cpu()
             self._indices.clear()
@@ -216,11 +220,12 @@ class SpacedBatches(FreshBatches):
 
     def iter_from(self, position: int) -> Iterator[Any]:
         kept: dict[int, Any] = {}
+        coming = self._made_from(self.fresh(position))
         # A resume makes those anew whose first visit lies behind it.
         for place in range(position, len(self.order)):
             batch = int(self.order[place])
             if batch not in kept:
-                kept[batch] = self._make(batch)
+                kept[batch] = self._make(batch) if self.visits[place] else next(coming)
             if self.visits[place] == 0 and batch == self._handed_out:
                 self._note(kept[batch].indices)
             yield kept[batch]

@@ -122,8 +122,11 @@ class Budget:
         self._update = task.forward_samples + self._k * task.backward_samples
         if settings is None:
             self.limit = inf
+        elif self._by_cost:
+            # Just below: what equals it may come out of its sum rounded down.
+            self.limit = config.max_updates * self._update * (1 - 1e-12)
         else:
-            self.limit = config.max_updates * self._update if self._by_cost else settings.seconds
+            self.limit = settings.seconds
 
     def spent(self, ledger: Ledger, updates: int, scored: int, seconds: float) -> float:
         """Return what is spent after `updates`, with what was prepared (see `ledger`) before."""

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 UPDATES = pa.schema(
     {
@@ -94,13 +94,14 @@ class Store:
             StoreError: the directory cannot be written.
         """
         self.check_writable()
+        attempts = run.environment.get("attempts", 0) + 1
         shutil.rmtree(run.path, ignore_errors=True)
         try:
             run.path.mkdir(parents=True)
         except OSError as error:
             raise StoreError(f"{run.path} cannot be written: {error.strerror}") from None
         write_json(run.path / "config.json", config)
-        write_json(run.path / "environment.json", environment)
+        write_json(run.path / "environment.json", {**environment, "attempts": attempts})
         return RunWriter(run.path)
 
     def resume(self, run: Run, rows: Mapping[str, int]) -> RunWriter | None:
@@ -108,13 +109,15 @@ class Store:
 
         None where the tables do not hold as many: another checkpoint, or a new start, is needed.
         """
-        writer = RunWriter(run.path)
         try:
             tables = {name: read_stream(run.path / f"{name}.arrow") for name in rows}
         except StoreError:
             return None
         if any(len(tables[name]) < count for name, count in rows.items()):
             return None
+        attempts = run.environment.get("attempts", 0) + 1
+        write_json(run.path / "environment.json", {**run.environment, "attempts": attempts})
+        writer = RunWriter(run.path)
         for stream in run.path.glob("*.arrow"):
             if stream.stem not in rows:  # begun after the checkpoint
                 stream.unlink()
@@ -142,6 +145,17 @@ class Store:
             yield
         finally:
             lock.release()
+
+    def is_locked(self, run: Run) -> bool:
+        """Whether a process is at `run` now."""
+        path = run.path.with_name(f".{run.path.name}.lock")
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return False
+        except Timeout:
+            return True
 
     def check_writable(self) -> None:
         """Make the root directory if needed.
@@ -184,7 +198,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Run:
-    """Read access to one run's directory."""
+    """One run's directory."""
 
     path: Path
 
@@ -238,6 +252,10 @@ class Run:
             return {}
         with np.load(path, allow_pickle=False) as images:
             return dict(images)
+
+    def note(self, status: str, **details: Any) -> None:
+        """Write the run's status."""
+        write_json(self.path / "status.json", {"status": status, **details})
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
@@ -363,4 +381,4 @@ class RunWriter:
         self._files.pop(name).close()
 
     def _set_status(self, status: str, **details: Any) -> None:
-        write_json(self.path / "status.json", {"status": status, **details})
+        Run(self.path).note(status, **details)

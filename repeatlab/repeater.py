@@ -136,11 +136,15 @@ class BatchRepeater:
         self._settle()
 
     def stop(self) -> None:
-        """Make the visit under way the last one; the current batch's N is cut to its visits."""
+        """Make the visit under way the last one; the current batch's N is cut to its visits.
+
+        Those of them that have been drained before keep the N that was planned.
+        """
         self._settle()
-        self.max_updates = self.updates
-        if self.repeats > self.repeat:
-            self.repeats = self._visits.counts[-1] = self.repeat
+        self.max_updates = self.updates + self._awaiting_report
+        visits = self.repeat + self._awaiting_report
+        if self.repeats > visits:
+            self.repeats = self._visits.counts[-1] = visits
 
     def report(self, loss: torch.Tensor | float) -> None:
         """Tell the loss of the batch just yielded: a 0-d tensor or a float, once per batch."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -26,14 +23,18 @@ from repeatlab.config import (
     TaskChoice,
 )
 from repeatlab.environment import commit
-from repeatlab.prerequisites import prerequisites
+from repeatlab.execution import Places, execute
 from repeatlab.records import Run, Store, StoreError, safe_name
 from repeatlab.schema import Model, did_you_mean, parse
 from repeatlab.tasks import TaskConfig
 
 
 class StudyError(RuntimeError):
-    """Some runs failed; the message lists them with their reasons."""
+    """Some runs failed; the message lists them with their reasons, `report` has the others."""
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class Planned(NamedTuple):
@@ -130,9 +131,11 @@ class Study(Model):
                     raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
         return self
 
-    def run(self, runs: str | Path = "runs", *, workers: int | None = None) -> Report:
+    def run(
+        self, runs: str | Path = "runs", *, workers: int | None = None, places: Places | None = None
+    ) -> Report:
         """Make the runs that the store lacks; see `run_studies`."""
-        return run_studies([self], runs, workers=workers)
+        return run_studies([self], runs, workers=workers, places=places)
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,12 @@ class Report:
     Attributes:
         status: Run id to "complete", "diverged" or "failed".
         trained: How many were trained now; the others were in the store.
+        retried: Run id to attempts, of those that needed more than one.
     """
 
     status: dict[str, str]
     trained: int
+    retried: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         counts = Counter(self.status.values())
@@ -153,7 +158,8 @@ class Report:
         stored = len(self.status) - self.trained
         runs = "run" if len(self.status) == 1 else "runs"
         now = f"({self.trained} trained now, {stored} in the store)"
-        return f"{len(self.status)} {runs}: {ended} {now}"
+        again = f"; {len(self.retried)} took more than one attempt" if self.retried else ""
+        return f"{len(self.status)} {runs}: {ended} {now}{again}"
 
 
 def run_study(
@@ -185,21 +191,28 @@ def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
 
 
 def run_studies(
-    studies: Sequence[Study], runs: str | Path = "runs", *, workers: int | None = None
+    studies: Sequence[Study],
+    runs: str | Path = "runs",
+    *,
+    workers: int | None = None,
+    places: Places | None = None,
 ) -> Report:
     """Make the runs of `studies` that the store lacks, spread over worker processes.
 
-    A run that fails does not stop the others.
+    A run that fails does not stop the others, one that was begun goes on from its checkpoint, and
+    one whose worker dies is tried again by another.
 
     Args:
         studies: The studies; a run that several need is made once.
         runs: Directory of the run store.
         workers: Processes, each of one thread; by default one for each core. 0 trains in this
             process, one run after another.
+        places: Where runs are made, in place of `workers`.
 
     Raises:
         StudyError: runs have failed, or a task lacks its data.
         StoreError: the store cannot be written.
+        KeyboardInterrupt: Ctrl-C; every run that was under way has left a checkpoint.
     """
     store = Store(runs)
     store.check_writable()
@@ -207,16 +220,27 @@ def run_studies(
     for study in studies:
         store.write_study(study.name, _manifest(study))
     missing = {i: c for i, c in configs.items() if not _handle(store, c).done}
+    failed: dict[str, str] = {}
     if missing:
         # Once and here, so that what is not there is one message, and workers do not all fetch it.
         for task in {config.task for config in missing.values()}:
             task.prepare()
-    failed = _execute(missing, store, workers) if missing else {}
+        outcomes = execute(missing, store, places or Places(workers=workers))
+        progress = tqdm(outcomes, total=len(missing), desc="runs", unit="run")
+        failed = {run_id: why for run_id, why in progress if why is not None}
     status = {i: _handle(store, config).status["status"] for i, config in configs.items()}
+    retried = {
+        i: attempts
+        for i, config in missing.items()
+        if (attempts := _handle(store, config).environment.get("attempts", 1)) > 1
+    }
+    report = Report(status, trained=len(missing), retried=retried)
     if failed:
         lines = [f"  {_handle(store, configs[i]).path}: {why}" for i, why in failed.items()]
-        raise StudyError(f"{len(failed)} of {len(configs)} runs failed:\n" + "\n".join(lines))
-    return Report(status, trained=len(missing))
+        raise StudyError(
+            f"{len(failed)} of {len(configs)} runs failed:\n" + "\n".join(lines), report
+        )
+    return report
 
 
 def _manifest(study: Study) -> dict[str, Any]:
@@ -241,84 +265,3 @@ def _manifest(study: Study) -> dict[str, Any]:
 
 def _handle(store: Store, config: RunConfig) -> Run:
     return store.run(config.task.name, config.run_id)
-
-
-def _execute(configs: dict[str, RunConfig], store: Store, workers: int | None) -> dict[str, str]:
-    """Train all of `configs`; return the reasons of those that failed."""
-    if workers == 0:
-        root = str(store.root)
-        outcomes = ((i, train_job(config.to_json(), root)) for i, config in configs.items())
-        return _collect(outcomes, len(configs))
-    with local_client(min(workers or os.cpu_count() or 1, len(_with_needs(configs)))) as client:
-        jobs: dict[str, Any] = {}
-        futures = {_submit(client, config, store, jobs): i for i, config in configs.items()}
-        return _collect(_completed(futures), len(configs))
-
-
-def _with_needs(configs: dict[str, RunConfig]) -> dict[str, RunConfig]:
-    """Return these runs and all that they need, by run id."""
-    found = dict(configs)
-    for config in configs.values():
-        found |= _with_needs({needed.run_id: needed for needed in prerequisites(config)})
-    return found
-
-
-def _submit(client: Any, config: RunConfig, store: Store, jobs: dict[str, Any]) -> Any:
-    """Return the future of a run that starts when those it needs are done; each is one job."""
-    if config.run_id not in jobs:
-        needs = [_submit(client, needed, store, jobs) for needed in prerequisites(config)]
-        jobs[config.run_id] = client.submit(
-            train_job,
-            config.to_json(),
-            str(store.root.resolve()),
-            needs,
-            key=f"run-{config.run_id}",
-        )
-    return jobs[config.run_id]
-
-
-def _completed(futures: dict[Any, str]) -> Iterator[tuple[str, str | None]]:
-    from distributed import as_completed
-
-    for future in as_completed(list(futures)):
-        error = future.exception()
-        yield futures[future], future.result() if error is None else str(error)
-
-
-def _collect(outcomes: Iterable[tuple[str, str | None]], total: int) -> dict[str, str]:
-    progress = tqdm(outcomes, total=total, desc="runs", unit="run")
-    return {run_id: why for run_id, why in progress if why is not None}
-
-
-def train_job(config: dict[str, Any], runs: str, after: Any = None) -> str | None:
-    """Train one run in a worker; return why it failed, or None.
-
-    Idempotent, since Dask may execute a job twice: a run in the store is not made again. `after`
-    only makes the scheduler wait for the runs that this one needs.
-    """
-    from repeatlab.loop import train
-
-    try:
-        train(RunConfig.from_json(config), runs)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-@contextmanager
-def local_client(workers: int) -> Iterator[Any]:
-    """Yield the client of a Dask cluster of single-threaded processes on this machine."""
-    from distributed import Client, LocalCluster
-
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address=None,
-            silence_logs=logging.ERROR,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client

@@ -82,12 +82,14 @@ class Training:
         else:
             mapping = build_mapping(config, t=calibration.get("t"), source=source)
             self.batches = FreshBatches(task, self.sampler, **loader)
+        # Under a budget a source may have made fewer updates: its trace ends there.
+        most = config.max_updates if source is None else int(source.counts.sum())
         # N scales the rate of a single visit, or it is the number of visits.
         self.step_size = StepSize(mapping) if method.apply == "step_size" else None
         self.repeater = BatchRepeater(
             self.batches,
             1 if self.step_size else mapping,
-            max_updates=config.max_updates,
+            max_updates=min(config.max_updates, most),
             refresh=self._refresh if method.fresh_views or method.apply != "repeat" else None,
         )
         self.rates = Rates(config, task.optimizers)
@@ -145,7 +147,7 @@ class Training:
     def _until_pause(self) -> int:
         """Return how many updates there are until the next pause."""
         done, every, saves = self.repeater.updates, self.config.evaluation.every, self.plan.updates
-        left = [FLUSH_UPDATES, every - done % every, max(1, self.config.max_updates - done)]
+        left = [FLUSH_UPDATES, every - done % every, max(1, self.repeater.max_updates - done)]
         return min(left if saves is None else [*left, saves - done % saves])
 
     def _visit(self) -> Callable[[Any], None]:
@@ -202,6 +204,8 @@ class Training:
         batch = item if self.sampler is None else item.batch
         draw = self.task.refresh if self.config.method.fresh_views else self.task.resample
         batch = draw(batch, self.repeater.repeat)
+        if not self.config.method.fresh_views:
+            self.batches.resampled(batch.indices)
         return batch if self.sampler is None else item._replace(batch=batch)
 
     def _synchronize(self) -> None:

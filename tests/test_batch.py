@@ -5,7 +5,14 @@ from __future__ import annotations
 import nbformat
 import pytest
 
-from repeatlab.batch import NotebookError, execute_profile, parameter_names, read_job, read_profile
+from repeatlab.batch import (
+    SEARCHES,
+    NotebookError,
+    execute_profile,
+    parameter_names,
+    read_job,
+    read_profile,
+)
 from repeatlab.cli import ROOT
 from repeatlab.schema import ConfigError
 
@@ -92,7 +99,10 @@ def test_an_unknown_profile_names_those_that_exist(project):
         read_profile("tyny", project(""))
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("params/*/*.yaml")), ids=lambda p: p.stem)
+PARAMETER_FILES = [p for p in sorted(ROOT.glob("params/*/*.yaml")) if p.parent.name != SEARCHES]
+
+
+@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_parameter_file_fits_its_notebook_and_its_study_is_valid(path):
     from repeatlab.study import Study
 

@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from repeatlab.controls import (
     anti_hard,
     effective_rate,
+    falling,
     permuted,
     spaced,
     time_only,
@@ -103,6 +104,48 @@ def test_the_time_trend_survives_within_windows_but_not_a_global_permutation(run
     assert kept == pytest.approx(spearmanr(counts, time)[0], abs=0.1)
     lost = [spearmanr(permuted(counts, seed=s), time)[0] for s in range(20)]
     assert abs(np.mean(lost)) < 3 * np.std(lost, ddof=1) / np.sqrt(len(lost))
+
+
+@given(traces, st.sampled_from(["linear", "cosine"]))
+def test_a_falling_schedule_keeps_the_total_and_follows_its_closed_form(counts, shape):
+    changed = falling(counts, shape=shape)
+    assert changed.shape == counts.shape
+    assert changed.sum() == counts.sum()
+    assert changed.min() >= 1
+    place = (np.arange(len(counts)) + 0.5) / len(counts)
+    share = {"linear": 1 - place, "cosine": (1 + np.cos(np.pi * place)) / 2}[shape]
+    ideal = 1 + 2 * (counts.mean() - 1) * share
+    # Rounding is carried on: no count is further than 1 from its ideal, nor their running total.
+    assert np.abs(changed - ideal).max() < 1 + 1e-9
+    assert np.abs(np.cumsum(changed) - np.cumsum(ideal)).max() <= 0.5 + 1e-9
+
+
+@given(traces, st.sampled_from(["linear", "cosine"]), seeds)
+def test_a_falling_schedule_depends_on_the_mean_alone(counts, shape, seed):
+    shuffled = np.random.default_rng(seed).permutation(counts)
+    assert falling(counts, shape=shape).tolist() == falling(shuffled, shape=shape).tolist()
+
+
+def test_falling_by_hand():
+    # A mean of 3 falls from 5 to 1: ideals 4.5, 3.5, 2.5, 1.5 have totals 4.5, 8, 10.5, 12.
+    assert falling(np.array([3, 1, 5, 3]), shape="linear").tolist() == [5, 3, 3, 1]
+    # Cosine: 4.848, 3.765, 2.235, 1.152.
+    assert falling(np.array([3, 1, 5, 3]), shape="cosine").tolist() == [5, 4, 2, 1]
+    assert falling(np.ones(7, dtype=int), shape="cosine").tolist() == [1] * 7
+
+
+def test_a_falling_schedule_goes_from_high_to_low(run):
+    counts, _ = run
+    for shape in ("linear", "cosine"):
+        thirds = [part.mean() for part in np.array_split(falling(counts, shape=shape), 3)]
+        assert thirds[0] > thirds[1] > thirds[2]
+        ends = falling(counts, shape=shape)[[0, -1]]
+        assert ends.tolist() == [round(2 * counts.mean() - 1), 1]
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match="shape must be 'linear' or 'cosine', not 'step'"):
+        falling(np.array([1, 2]), shape="step")
 
 
 @given(st.floats(0, 1), st.integers(1, 8))

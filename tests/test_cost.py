@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from repeatlab.cost import (
     CostModel,
+    Ledger,
     backward_ratio,
     break_even_keep,
     break_even_presample,
@@ -84,3 +85,54 @@ def test_a_bad_part_is_named(field, value):
     parts = {"forward": 1.0, "backward_ratio": 2.0, "batch_size": 8} | {field: value}
     with pytest.raises(ValueError, match=f"^{field} must"):
         CostModel(**parts)
+
+
+counts = st.integers(0, 10_000)
+
+
+@given(counts, counts, counts, counts, counts, positive)
+def test_cost_units_are_forwards_with_a_backward_worth_k(
+    forward, backward, scoring, calibration, holdout, k
+):
+    ledger = Ledger(
+        forward_samples=forward,
+        backward_samples=backward,
+        scoring_samples=scoring,
+        calibration_samples=calibration,
+        holdout_samples=holdout,
+        # None of these is a sample passing.
+        updates=7,
+        fresh_batches=5,
+        distinct_samples=3,
+        environment_steps=9,
+        seconds=2.0,
+        calibration_updates=11,
+        holdout_updates=13,
+    )
+    parts = forward + backward * k + scoring + calibration + calibration * k + holdout + holdout * k
+    assert ledger.cost_units(k) == pytest.approx(parts)
+
+
+@pytest.mark.parametrize("k", [2.0, 1.4265])
+def test_the_cost_of_an_importance_update_is_tau_th_uniform_ones(k):
+    uniform = Ledger(forward_samples=64, backward_samples=64)
+    chosen = Ledger(forward_samples=64, backward_samples=64, scoring_samples=3 * 64)
+    ratio = chosen.cost_units(k) / uniform.cost_units(k)
+    assert ratio == pytest.approx(tau_threshold(3, k))
+
+
+def test_a_ledger_that_spent_nothing_costs_nothing():
+    assert Ledger().cost_units(2.0) == 0
+    assert set(Ledger().to_json().values()) == {0}
+
+
+def test_charges_are_added_by_name():
+    ledger = Ledger(holdout_updates=3, updates=5)
+    ledger.charge({"holdout_updates": 4, "holdout_samples": 64, "holdout_seconds": 0.5})
+    ledger.charge({"holdout_seconds": 0.25})
+    ledger.charge({})
+    expected = Ledger(holdout_updates=7, holdout_samples=64, holdout_seconds=0.75, updates=5)
+    assert ledger == expected
+    with pytest.raises(AttributeError, match="holdout_update"):
+        ledger.charge({"holdout_update": 1})
+    assert Ledger(**ledger.to_json()) == ledger

@@ -263,6 +263,64 @@ def test_expected_count_of_threshold_with_more_repeats(t, repeats):
     assert abs(counts.mean() - expected) < 3 * counts.std() / math.sqrt(len(counts))
 
 
+@pytest.mark.parametrize("max_repeats", [1, 2, 5])
+def test_until_asks_for_one_more_while_the_loss_is_above_t(max_repeats):
+    mapping = Until(t=0.1, max_repeats=max_repeats)
+    above = 2 if max_repeats > 1 else 1
+    losses = [0.05, 0.1, np.float32(0.1), float(np.float32(0.1)), 0.1001, 9.0]
+    assert [mapping(loss, LossStats()) for loss in losses] == [1, 1, 1, 1, above, above]
+    assert (mapping.most, mapping.asks_again) == (max_repeats, True)
+    assert not any(kind.asks_again for name, kind in MAPPINGS.items() if name != "until")
+
+
+@pytest.mark.parametrize("kind", [CosineRepeats, LinearRepeats])
+@settings(deadline=None)
+@given(low=st.integers(1, 4), span=st.integers(0, 6), place=st.integers(0, 200), data=st.data())
+def test_counts_that_fall_by_the_clock_round_their_closed_form(kind, low, span, place, data):
+    total = data.draw(st.integers(max(1, place + 1), 201))
+    stats = LossStats()
+    stats.progress = place / total
+    left = {
+        CosineRepeats: (1 + math.cos(math.pi * place / total)) / 2,
+        LinearRepeats: 1 - place / total,
+    }[kind]
+    ideal = low + span * left
+    found = kind(high=low + span, low=low)(data.draw(float32), stats)
+    assert isinstance(found, int)
+    assert abs(found - ideal) <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        # Half up, at u / T = 0, 1/8, 1/4, 1/2, 3/4 and the very end.
+        (LinearRepeats(), [5, 5, 4, 3, 2, 1]),
+        (CosineRepeats(), [5, 5, 4, 3, 2, 1]),
+        (LinearRepeats(high=3, low=2), [3, 3, 3, 3, 2, 2]),
+        (CosineRepeats(high=9, low=1), [9, 9, 8, 5, 2, 1]),
+        (LinearRepeats(high=2, low=2), [2] * 6),
+    ],
+)
+def test_counts_that_fall_by_the_clock_at_known_places(mapping, expected):
+    found = []
+    for progress in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1 - 1e-9):
+        stats = LossStats()
+        stats.progress = progress
+        found.append(mapping(9.9, stats))
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", [CosineRepeats, LinearRepeats])
+@pytest.mark.parametrize(("high", "low"), [(5, 1), (4, 2)])
+def test_counts_that_fall_by_the_clock_have_the_mean_of_their_ends(kind, high, low):
+    stats, found = LossStats(), []
+    for place in range(10_000):
+        stats.progress = (place + 0.5) / 10_000
+        found.append(kind(high=high, low=low)(0.0, stats))
+    assert sorted(found, reverse=True) == found
+    assert np.mean(found) == pytest.approx((high + low) / 2, abs=1e-3)
+
+
 # --- Constant, Uniform, Trace ---------------------------------------------------------------------
 
 
@@ -464,7 +522,8 @@ BAD_COUNTS = [0, -3, 1.5, 2.0, True, math.nan, "2", None]
 
 @pytest.mark.parametrize("value", BAD_NUMBERS)
 @pytest.mark.parametrize(
-    ("kind", "field"), [(Threshold, "t"), (Linear, "t"), (ControlLimit, "k"), (ZScore, "step")]
+    ("kind", "field"),
+    [(Threshold, "t"), (Linear, "t"), (Until, "t"), (ControlLimit, "k"), (ZScore, "step")],
 )
 def test_bad_numbers_are_named(kind, field, value):
     with pytest.raises(ValueError, match=rf"^{field} must be a positive, finite number") as error:
@@ -481,6 +540,9 @@ def test_bad_numbers_are_named(kind, field, value):
         (Uniform, "high"),
         (Threshold, "repeats"),
         (Linear, "max_repeats"),
+        (Until, "max_repeats"),
+        (CosineRepeats, "high"),
+        (LinearRepeats, "low"),
         (ControlLimit, "repeats"),
         (ControlLimit, "window"),
         (Quantile, "window"),
@@ -489,7 +551,7 @@ def test_bad_numbers_are_named(kind, field, value):
     ],
 )
 def test_bad_counts_are_named(kind, field, value):
-    needed = {"t": 1.0} if kind in (Threshold, Linear) else {}
+    needed = {"t": 1.0} if kind in (Threshold, Linear, Until) else {}
     with pytest.raises(ValueError, match=rf"^{field} must be an integer of at least 1") as error:
         kind(**needed, **{field: value})
     assert str(error.value).endswith(f"not {value!r}")
@@ -504,6 +566,8 @@ def test_bad_levels_are_named(levels):
 def test_other_bad_arguments_are_named():
     with pytest.raises(ValueError, match="low must not exceed high, but 4 > 2"):
         Uniform(low=4, high=2)
+    with pytest.raises(ValueError, match="low must not exceed high, but 6 > 5"):
+        CosineRepeats(low=6)
     with pytest.raises(ValueError, match="counts must hold at least one count"):
         Trace(counts=())
     with pytest.raises(ValueError, match=r"counts\[1\] must be an integer of at least 1, not 0"):

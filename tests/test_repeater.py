@@ -23,7 +23,17 @@ from torch.utils.data import (
 )
 
 from repeatlab.loss_stats import LossStats
-from repeatlab.mappings import Constant, ControlLimit, Linear, Threshold, Trace, Uniform, ZScore
+from repeatlab.mappings import (
+    Constant,
+    ControlLimit,
+    Linear,
+    LinearRepeats,
+    Threshold,
+    Trace,
+    Uniform,
+    Until,
+    ZScore,
+)
 from repeatlab.repeater import BatchRepeater, NonFiniteLoss
 
 
@@ -459,6 +469,169 @@ def test_on_the_cpu_the_host_waits_for_no_device():
     assert train_repeating(Linear(t=0.4), 9)[1].host_reads == 0
 
 
+# --- Asking again after every visit ---------------------------------------------------------------
+
+
+def visits_until(losses, t, most, total):
+    """The plainest loop: rows (fresh batch, repeat, N, loss), `total` of them."""
+    rows, fresh_batch = [], 0
+    while len(rows) < total:
+        seen = []
+        while True:
+            seen.append(losses[len(rows) + len(seen)])
+            done = len(rows) + len(seen) == total
+            if seen[-1] <= t or len(seen) == most or done:
+                break
+        rows += [(fresh_batch, repeat, len(seen), loss) for repeat, loss in enumerate(seen)]
+        fresh_batch += 1
+    return rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    losses=st.lists(st.sampled_from([0.5, 1.0, 1.5, 2.0]), min_size=30, max_size=30),
+    most=st.integers(1, 5),
+    total=st.integers(1, 30),
+    drains=st.sets(st.tuples(st.integers(0, 29), st.sampled_from(["before report", "after"]))),
+)
+@example([2.0] * 30, 3, 7, {(1, "after"), (2, "before report")})
+@example([2.0, 0.5] * 15, 5, 30, {(update, "after") for update in range(30)})
+def test_until_is_a_loop_that_looks_again_after_every_update(losses, most, total, drains):
+    repeater = BatchRepeater("abc", repeats=Until(t=1.0, max_repeats=most), max_updates=total)
+    batches, rows = [], []
+    for update, batch in enumerate(repeater):
+        batches.append(batch)
+        if (update, "before report") in drains:
+            rows += as_rows(repeater.drain())
+        repeater.report(torch.tensor(losses[update]))
+        if (update, "after") in drains:
+            rows += as_rows(repeater.drain())
+            # What is kept back is a batch that is not finished, as a whole.
+            assert repeater.held == repeater.updates - len(rows)
+            assert repeater.held in (0, repeater.repeat)
+    rows += as_rows(repeater.drain())
+    assert repeater.held == 0
+    expected = visits_until(losses, 1.0, most, total)
+    assert rows == [(update, *row) for update, row in enumerate(expected)]
+    assert batches == ["abc"[row[0] % 3] for row in expected]
+    assert as_rows(repeater.drain()) == []
+
+
+def test_until_trains_as_a_plain_loop_does():
+    trained, repeater = train_repeating(Until(t=0.6, max_repeats=4), 25)
+    model, optimizer = make_model()
+    batches, index, update, counts = make_batches(), 0, 0, []
+    while update < 25:
+        counts.append(0)
+        loss = math.inf
+        while loss > 0.6 and counts[-1] < 4 and update < 25:
+            reported = []
+            train_step(model, optimizer, batches[index % len(batches)], reported.append)
+            loss, counts[-1], update = reported[0].item(), counts[-1] + 1, update + 1
+        index += 1
+    assert_same_weights(trained, model)
+    columns = repeater.drain()
+    assert columns["repeats"][columns["repeat"] == 0].tolist() == counts
+    assert len(set(counts)) > 1
+
+
+def test_only_the_first_loss_of_a_batch_goes_into_the_statistics():
+    seen = []
+
+    class Watching(Until):
+        window = 10
+
+        def repeats_for(self, loss, stats):
+            seen.append((stats.index, sorted(stats.recent.tolist())))
+            return super().repeats_for(loss, stats)
+
+    losses = iter([2.0, 3.0, 0.5, 4.0, 0.25, 5.0])
+    repeater = BatchRepeater("ab", repeats=Watching(t=1.0), max_updates=6)
+    assert visited(repeater, loss=lambda batch: next(losses)) == list("aaabba")
+    # The last loss asks for nothing: there is no update left to make.
+    firsts = [[], [2.0], [2.0], [2.0], [2.0, 4.0], [2.0, 4.0]]
+    assert [index for index, _ in seen] == [0, 0, 0, 1, 1, 2]
+    assert [recent for _, recent in seen] == firsts
+
+
+def test_a_visit_that_is_asked_for_again_gets_a_fresh_view():
+    views = []
+    repeater = BatchRepeater(
+        ["a", "b"],
+        repeats=Until(t=1.0, max_repeats=3),
+        max_updates=5,
+        refresh=lambda batch: (batch, len(views)),
+    )
+    for batch in repeater:
+        views.append(batch)
+        repeater.report(2.0)
+    assert views == ["a", ("a", 1), ("a", 2), "b", ("b", 4)]
+
+
+@pytest.mark.parametrize("wrap", [float, torch.tensor])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_later_loss_that_is_not_finite_ends_the_asking(wrap, bad):
+    losses = iter([2.0, 2.0, bad])
+    repeater = BatchRepeater("ab", repeats=Until(t=1.0), max_updates=9)
+    with pytest.raises(NonFiniteLoss, match="at update 2 "):
+        visited(repeater, loss=lambda batch: wrap(next(losses)))
+    rows = as_rows(repeater.drain())
+    assert [row[:4] for row in rows] == [(0, 0, 0, 3), (1, 0, 1, 3), (2, 0, 2, 3)]
+    assert not math.isfinite(rows[-1][4])
+
+
+# --- Stopping early -------------------------------------------------------------------------------
+
+STOPPED = {
+    "fixed": Constant(3),
+    "by loss": lambda loss, stats: int(loss),
+    "until": Until(t=1.5, max_repeats=4),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize("moment", ["before report", "after report"])
+@pytest.mark.parametrize("last", range(12))
+def test_a_stop_makes_the_visit_under_way_the_last_one(name, moment, last):
+    losses = [3.0, 2.0, 1.0, 2.0, 4.0, 4.0, 4.0, 1.0, 1.0, 3.0, 3.0, 3.0]
+
+    def run(stop):
+        repeater = BatchRepeater("abcd", repeats=STOPPED[name], max_updates=12)
+        seen = []
+        for update, batch in enumerate(repeater):
+            seen.append(batch)
+            if stop and (update, moment) == (last, "before report"):
+                repeater.stop()
+            repeater.report(losses[update])
+            if stop and (update, moment) == (last, "after report"):
+                repeater.stop()
+        return seen, as_rows(repeater.drain()), repeater
+
+    whole, all_rows, _ = run(stop=False)
+    seen, rows, repeater = run(stop=True)
+    assert seen == whole[: last + 1]
+    assert len(repeater) == repeater.max_updates == repeater.updates == last + 1
+    # As planned, but for the last batch: its N is what it got.
+    final = all_rows[last][1]
+    made = [row for row in all_rows[: last + 1] if row[1] == final]
+    expected = [(*row[:3], len(made) if row[1] == final else row[3], row[4]) for row in all_rows]
+    assert rows == expected[: last + 1]
+    assert repeater.repeats == repeater.repeat == len(made)
+    assert list(repeater) == []
+
+
+def test_a_stop_after_draining_until_s_batch_tells_its_n():
+    repeater = BatchRepeater("ab", repeats=Until(t=1.0, max_repeats=5), max_updates=9)
+    rows = []
+    for _ in repeater:
+        repeater.report(2.0)
+        rows += as_rows(repeater.drain())
+        assert rows == []
+        if repeater.updates == 3:
+            repeater.stop()
+    assert as_rows(repeater.drain()) == [(u, 0, u, 3, 2.0) for u in range(3)]
+
+
 # --- Recording ------------------------------------------------------------------------------------
 
 
@@ -546,6 +719,8 @@ RESUMED_MAPPINGS = {
     "fixed": 3,
     "uniform": Uniform(low=1, high=3),
     "zscore": ZScore(step=0.4, max_repeats=4, window=3),
+    "until": Until(t=0.45, max_repeats=4),
+    "ramp": LinearRepeats(high=3),
 }
 TOTAL = 21
 

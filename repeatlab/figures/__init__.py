@@ -194,6 +194,35 @@ def repeats_over_time(updates: pd.DataFrame) -> Figure:
     return figure
 
 
+def tau_over_time(
+    samplers: Mapping[str, pd.DataFrame], *, thresholds: Mapping[str, float]
+) -> Figure:
+    """Draw tau of importance sampling against the threshold that switches it on, a panel a run.
+
+    Args:
+        samplers: Panel title to what `records.Run.sampler` holds of such a run.
+        thresholds: Panel title to the run's tau_th.
+    """
+    with style():
+        figure, grid = plt.subplots(
+            1, len(samplers), figsize=(FULL_WIDTH, 2.3), sharey=True, squeeze=False
+        )
+        for axes, (title, rows) in zip(grid[0], samplers.items(), strict=True):
+            x = rows["fresh_batch"]
+            band = {"transform": axes.get_xaxis_transform(), "color": "#F0E442", "lw": 0}
+            on = rows["presampled"].astype(bool)
+            axes.fill_between(x, 0, 1, where=on, step="mid", alpha=0.5, label="on", **band)
+            axes.plot(x, rows["tau"], lw=0.4, color="#AAAAAA", label="one batch")
+            axes.plot(x, rows["tau_average"], color=COLOURS["cosine"], label="moving average")
+            axes.axhline(thresholds[title], ls="--", lw=0.8, color="black", label="threshold")
+            axes.set_title(title, loc="left")
+        grid[0, 0].set_ylabel("tau")
+        figure.supxlabel("fresh batch", fontsize=8)
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+    return figure
+
+
 def picture_grid(pictures: Mapping[str, np.ndarray], *, columns: int = 16) -> Figure:
     """Draw a run's pictures, one block of rows for each kind.
 

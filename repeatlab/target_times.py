@@ -1,0 +1,100 @@
+"""Times to a target, some of them missed: survival curves, and scores over workloads.
+
+Pure functions on arrays. A miss is censored or infinite, never imputed.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+
+def kaplan_meier(times: np.ndarray, reached: np.ndarray, *, level: float = 0.95) -> np.ndarray:
+    """Return the share of runs that have not reached the target, with log-log limits.
+
+    Args:
+        times: (n,) when a run reached it or, where it did not, was last looked at.
+        reached: (n,) bool; False censors the run.
+
+    Returns:
+        Array (different times, 4): time, share after it, lower and upper limit (NaN where they are
+        undefined: before the first event and where no run is left).
+    """
+    from scipy.stats import ecdf
+
+    curve = ecdf(_censored(times, reached)).sf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # limits where the share is 0 or 1
+        limits = curve.confidence_interval(level, method="log-log")
+    columns = (curve.quantiles, curve.probabilities, limits.low.probabilities)
+    return np.column_stack([*columns, limits.high.probabilities])
+
+
+def restricted_mean(times: np.ndarray, reached: np.ndarray, horizon: float) -> float:
+    """Return the mean of min(time, horizon): the area under the Kaplan-Meier curve up to it.
+
+    Where every run was followed up to the horizon it is the plain mean with each miss at the
+    horizon.
+    """
+    curve = kaplan_meier(times, reached)
+    inside = curve[curve[:, 0] < horizon]
+    edges = np.concatenate([[0.0], inside[:, 0], [horizon]])
+    return float(np.diff(edges) @ np.concatenate([[1.0], inside[:, 1]]))
+
+
+def log_rank(
+    times: np.ndarray, reached: np.ndarray, other_times: np.ndarray, other_reached: np.ndarray
+) -> float:
+    """Return the two-sided p of the log-rank test, NaN where no run of either arm got there.
+
+    It takes the arms as independent, hence it wastes what pairing by seed gains.
+    """
+    from scipy.stats import logrank
+
+    if not np.any(reached) and not np.any(other_reached):
+        return np.nan
+    ours, theirs = _censored(times, reached), _censored(other_times, other_reached)
+    return float(logrank(ours, theirs).pvalue)
+
+
+def _censored(times: np.ndarray, reached: np.ndarray):
+    from scipy.stats import CensoredData
+
+    missed = ~np.asarray(reached, dtype=bool)
+    return CensoredData.right_censored(np.asarray(times, dtype=float), missed)
+
+
+def ratios_to_best(times: np.ndarray) -> np.ndarray:
+    """Return times (methods, workloads) over each workload's best; infinity where it was missed.
+
+    Raises:
+        ValueError: a time is not positive (infinity stands for a miss).
+    """
+    times = np.asarray(times, dtype=float)
+    if times.ndim != 2 or not (times > 0).all():
+        raise ValueError("times must be an array (methods, workloads) of positive numbers or inf")
+    best = times.min(axis=0)
+    return np.where(np.isinf(times), np.inf, times / np.where(np.isinf(best), 1.0, best))
+
+
+def algoperf_scores(times: np.ndarray, *, cutoff: float = 4.0) -> np.ndarray:
+    """Return each method's score, shape (methods,): mean over workloads of max(0, 4 - r) / 3.
+
+    r is the time to target over the best method's, infinite for a miss (Dahl et al. 2023, AlgoPerf:
+    the profile's area up to a ratio of 4).
+
+    >>> algoperf_scores([[100, 200], [150, 100]]).round(4).tolist()
+    [0.8333, 0.9167]
+    """
+    return np.maximum(0.0, cutoff - ratios_to_best(times)).mean(axis=1) / (cutoff - 1)
+
+
+def performance_profile(times: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+    """Return the share of workloads that each method solves within `ratios` of the best.
+
+    Shape (methods, ratios); a miss is not solved within any. Source: Dolan and Moré 2002.
+    """
+    found = ratios_to_best(times)[:, :, None]
+    within = (found <= np.asarray(ratios, dtype=float)) & np.isfinite(found)
+    return within.mean(axis=1)

@@ -1,0 +1,82 @@
+"""One small run of every method: what the contract tests of tasks and of resuming share."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from repeatlab.config import Control, RunConfig
+from repeatlab.schema import parse
+from repeatlab.tasks import TASKS
+
+UPDATES = 7
+METHODS = {
+    "standard": {},
+    "cosine": {"schedule": {"name": "cosine"}},
+    "step": {"schedule": {"name": "step"}},
+    "exponential": {"schedule": {"name": "exponential"}},
+    "inverse_time": {"schedule": {"name": "inverse_time"}},
+    "fixed3": {"mapping": {"name": "constant", "repeats": 3}},
+    "random": {"mapping": {"name": "uniform"}},
+    "threshold": {"mapping": {"name": "threshold", "t": "auto"}},
+    "linear": {"mapping": {"name": "linear", "t": 0.3}},
+    "control_limit": {"mapping": {"name": "control_limit", "window": 2, "k": 0.1}},
+    "quantile": {"mapping": {"name": "quantile", "window": 2}},
+    "zscore": {"mapping": {"name": "zscore", "window": 2}},
+    "trace": {"mapping": {"name": "trace", "counts": [2, 1, 4, 3]}},
+    "linear_linear": {"mapping": {"name": "linear", "t": 0.3}, "schedule": {"name": "linear"}},
+    "until": {"mapping": {"name": "until", "t": 0.5, "max_repeats": 3}},
+    "cosine_repeats": {"mapping": {"name": "cosine", "high": 3}},
+    "ramp": {"mapping": {"name": "ramp", "high": 3}},
+    "hard_mining": {"sampler": {"name": "hard_mining"}},
+    "prioritized": {
+        "sampler": {"name": "hard_mining", "score": "gradient_norm", "beta": 0.4, "beta_end": 1.0}
+    },
+    "online": {"sampler": {"name": "online", "sort_every": 2}},
+    "importance": {"sampler": {"name": "importance", "k": 100.0, "ema": 0.0}},
+    "selective": {"sampler": {"name": "selective"}},
+    "rho_loss": {"sampler": {"name": "rho_loss", "presample": 2, "holdout_updates": 2}},
+    "importance_linear": {
+        "sampler": {"name": "importance", "score": "loss", "k": 100.0, "ema": 0.0},
+        "mapping": {"name": "linear", "t": 0.3},
+    },
+    "step_size": {"mapping": {"name": "linear", "t": 0.3}, "apply": "step_size"},
+    "fresh_samples": {"mapping": {"name": "constant", "repeats": 3}, "apply": "fresh_samples"},
+    **{
+        control: {
+            "mapping": {
+                "name": "trace",
+                "of": {"mapping": {"name": "uniform", "high": 3}},
+                "control": control,
+                "window": 3,
+                "gap": 2,
+            }
+        }
+        for control in get_args(Control)
+    },
+    "fresh_views": {"mapping": {"name": "constant", "repeats": 2}, "fresh_views": True},
+}
+# What a task refuses, with a word of its reason.
+REFUSED = {
+    ("semisupervised", "rho_loss"): "pseudo-labels",
+    ("selfsupervised", "importance"): "unbiased",
+    ("selfsupervised", "importance_linear"): "unbiased",
+    ("selfsupervised", "prioritized"): "unbiased",
+    ("selfsupervised", "rho_loss"): "irreducible",
+    ("reinforcement", "hard_mining"): "prioritized replay",
+    ("reinforcement", "rho_loss"): "irreducible",
+    ("generative", "rho_loss"): "irreducible",
+    **{(task, "fresh_samples"): "standard" for task in TASKS if task != "reinforcement"},
+}
+
+
+def config(name: str, method: str | dict = "standard", seed: int = 0) -> RunConfig:
+    """Return a run of a few updates at the task's defaults, without evaluation."""
+    fields = {
+        "task": {"name": name, "batch_size": 16},
+        "method": METHODS[method] if isinstance(method, str) else method,
+        "max_updates": UPDATES,
+        "seed": seed,
+        "evaluation": {"splits": [], "test": False},
+        "calibration": {"updates": 3},
+    }
+    return parse(RunConfig, fields)
