@@ -19,6 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = click.option(
     "--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Run store."
 )
+FIGURES = click.option(
+    "--figures",
+    type=click.Path(path_type=Path),
+    default="figures",
+    show_default=True,
+    help="Where the figures are, or go.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,13 +37,7 @@ def cli() -> None:
 @cli.command()
 @click.option("--profile", default="quick", show_default=True, help="A directory in params/.")
 @RUNS
-@click.option(
-    "--figures",
-    type=click.Path(path_type=Path),
-    default="figures",
-    show_default=True,
-    help="Where the figures go.",
-)
+@FIGURES
 def figures(profile: str, runs: Path, figures: Path) -> None:
     """Execute a profile's notebooks; runs that the store has are not trained again."""
     from repeatlab.batch import execute_profile
@@ -45,6 +46,31 @@ def figures(profile: str, runs: Path, figures: Path) -> None:
     click.echo(f"{len(names)} figures in {figures}/ (PDF and PNG, manifest.json):")
     for name in names:
         click.echo(f"  {figures / name}.pdf")
+
+
+@cli.command()
+@click.option("--profile", default="quick", show_default=True, help="A directory in params/.")
+@RUNS
+@FIGURES
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="paper",
+    show_default=True,
+    help="Where the paper goes, and the data that it is made of.",
+)
+@click.option("--pages", is_flag=True, help="Write each page as PNG, too.")
+def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> None:
+    """Build the paper as a PDF from what store and figures hold; what is missing shows as such."""
+    from repeatlab.batch import read_job
+    from repeatlab.paper import gather, typeset
+
+    job = read_job(ROOT / "params" / profile / "paper.yaml", ROOT)
+    found = gather(runs, figures, out, **job.parameters)
+    click.echo(found.verdict_table[["hypothesis", "verdict"]].to_string(index=False, header=False))
+    if found.missing_figures:
+        click.echo(f"missing figures: {', '.join(found.missing_figures)}")
+    click.echo(typeset(out, pages=pages))
 
 
 @cli.command()

@@ -18,10 +18,11 @@ ROOT = Path(repeatlab.__file__).parent
 # is a module or a folder of the package. A new one is given its place here.
 BELOW: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"batch", "checks", "measure", "search", "study", "verification"},
+    "cli": {"batch", "checks", "measure", "paper", "search", "study", "verification"},
     "checks": {"config", "environment"},
     "search": {"study", "analysis"},
     "batch": {"study", "figures"},
+    "paper": {"comparison", "figures", "hypotheses", "schema"},
     "study": {"execution"},
     "execution": {"loop"},
     "verification": {"records"},
@@ -80,6 +81,7 @@ VIEWPOINTS = (
     "figures",
     "figures.mechanism",
     "figures.sensitivity",
+    "paper",
 )
 
 

@@ -21,7 +21,7 @@ from repeatlab.config import LoaderConfig, RunConfig
 from repeatlab.data import Batch, TrainStream, load_splits
 from repeatlab.loop import train
 from repeatlab.mappings import Linear
-from repeatlab.method import FreshBatches, SpacedBatches
+from repeatlab.method import FreshBatches, Source, SpacedBatches, build_mapping
 from repeatlab.models import small_cnn
 from repeatlab.prerequisites import prerequisites, source_run
 from repeatlab.records import Run, Store
@@ -166,7 +166,17 @@ def test_a_falling_schedule_has_the_source_s_mean(store, source, name):
     assert np.abs(np.cumsum(counts) - np.cumsum(ideal)).max() <= 0.5 + 1e-9
 
 
-def test_the_seed_of_a_control_is_its_run_s(store):
+@pytest.mark.parametrize("name", ["permuted", "windowed"])
+def test_what_a_control_draws_is_its_run_s(source, name):
+    def counts(seed: int) -> tuple[int, ...]:
+        config = run_config(control(name), seed=seed)
+        return build_mapping(config, source=Source(*source)).counts
+
+    assert counts(0) == counts(0)
+    assert len({counts(seed) for seed in range(4)}) == 4
+
+
+def test_the_source_of_a_control_has_its_seed(store):
     runs = [train(run_config(control("permuted"), seed=seed), store) for seed in (0, 1)]
     sources = [train(run_config(LINEAR, seed=seed), store) for seed in (0, 1)]
     assert trace(runs[0])[0].tolist() != trace(runs[1])[0].tolist()

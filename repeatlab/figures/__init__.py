@@ -1,12 +1,13 @@
 """Frames to axes, and axes to files. Never imports torch.
 
-One colour per method throughout; bands and bars are 95 % Student-t intervals over seeds.
+One colour per method throughout; bands and bars are 95 % Student-t intervals over seeds. Here is
+what every figure shares and what pictures one run; each viewpoint has a module of its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,62 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from repeatlab.analysis import AXES, Records
+from repeatlab.analysis import Records
 from repeatlab.environment import commit
 from repeatlab.records import safe_name, write_json
 
-# Okabe and Ito's colours, safe for colour-blind readers; grey levels differ too.
-COLOURS = {
-    "standard": "#555555",
-    "cosine": "#0072B2",
-    "step": "#56B4E9",
-    "exponential": "#0072B2",
-    "inverse_time": "#56B4E9",
-    "fixed2": "#E69F00",
-    "fixed3": "#B07500",
-    "random": "#CC79A7",
-    "threshold": "#009E73",
-    "linear": "#D55E00",
-    "control_limit": "#7A4EA8",
+# A hue for each family of methods, from light to dark within it: hues that colour-blind readers
+# tell apart, and shades that stay apart in grey. With so many methods line style and marker differ
+# within a family too.
+FAMILIES: dict[str, dict[str, str]] = {
+    "baseline": {"standard": "#555555"},
+    "learning-rate schedule": {
+        "step": "#F8B528",
+        "cosine": "#BD8700",
+        "exponential": "#835C00",
+        "inverse_time": "#4D3500",
+        "constant_lr": "#2B1D00",
+    },
+    "choice of samples": {
+        "online": "#FFB8D7",
+        "selective": "#FF90C4",
+        "importance": "#E760A5",
+        "hard_mining": "#BE3880",
+        "rho_loss": "#840052",
+    },
+    "repetition without the loss": {
+        "fixed2": "#8FD0FF",
+        "random": "#29A3E0",
+        "fixed3": "#0072B2",
+        "cosine_repeats": "#003D5A",
+    },
+    "repetition by the loss": {
+        "until": "#FEC3A6",
+        "quantile": "#FE9A66",
+        "linear": "#E25303",
+        "control_limit": "#B84000",
+        "threshold": "#7F2900",
+        "linear_cosine": "#4A1800",
+    },
+    "control of linear": {
+        "permuted": "#7FE6C2",
+        "spaced": "#4FCFA3",
+        "time_only": "#2DBB8D",
+        "windowed": "#009E73",
+        "falling_cosine": "#00875F",
+        "anti_hard": "#00704F",
+        "step_size": "#005A40",
+        "fresh_views": "#004531",
+        "fresh_samples": "#002F21",
+    },
 }
+COLOURS = {name: shade for family in FAMILIES.values() for name, shade in family.items()}
+_DASHES = ("-", (0, (4, 1.2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 1)))
+_MARKERS = "osD^vP<X>"
+# What is drawn for itself, in front of the others: it is never dashed.
+SOLID = ("standard", "linear")
 FULL_WIDTH = 7.0  # inches: the text width of a two-column page
 STYLE = {
     "figure.dpi": 110,
@@ -73,105 +111,55 @@ def colour(method: str) -> Any:
     return husl_palette(12, l=0.5)[sum(method.encode()) % 12]
 
 
+def line(method: str) -> dict[str, Any]:
+    """Return colour and line style of the method's curves."""
+    dashes = "-" if method in SOLID else _DASHES[_place(method) % len(_DASHES)]
+    return {"color": colour(method), "linestyle": dashes}
+
+
+def marker(method: str) -> str:
+    """Return the method's marker, its own within its family."""
+    return _MARKERS[_place(method) % len(_MARKERS)]
+
+
+def _place(method: str) -> int:
+    for family in FAMILIES.values():
+        if method in family:
+            return list(family).index(method)
+    return sum(method.encode())
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Return methods family by family, those without one behind them as they came."""
+    present = dict.fromkeys(methods)
+    return [*(m for m in COLOURS if m in present), *(m for m in present if m not in COLOURS)]
+
+
+def said_n(counts: Iterable[int]) -> str:
+    """Return over how many seeds something is: "n = 5", "n = 3 to 5"; "no run" if there is none."""
+    found = sorted({int(count) for count in counts})
+    if not found or found == [0]:
+        return "no run"
+    return f"n = {found[0]}" if len(found) == 1 else f"n = {found[0]} to {found[-1]}"
+
+
 def label(name: str) -> str:
     """Return a name as it is printed: `control_limit` as "control limit"."""
     return name.replace("_", " ")
 
 
-def curves_against_standard(
-    frame: pd.DataFrame, *, x: str, ylabel: str, log: bool = False, columns: int = 4
-) -> Figure:
-    """Draw one small panel per method, each over the standard arm in grey.
-
-    Args:
-        frame: What `analysis.curves` returns, of one task.
-        x: Its x column, a key of `analysis.AXES`.
-        ylabel: Label of the metric, with its unit.
-        log: Whether the metric's axis is logarithmic.
-        columns: Panels in a row.
-    """
-    methods = [method for method in frame["method"].unique() if method != "standard"]
-    rows = max(1, -(-len(methods) // columns))
-    with style():
-        figure, grid = plt.subplots(
-            rows,
-            min(columns, max(1, len(methods))),
-            figsize=(FULL_WIDTH, 0.35 + 1.45 * rows),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-        )
-        for axes, method in zip(grid.flat, methods, strict=False):
-            for name in ("standard", method):
-                _curve(axes, frame[frame["method"] == name], x, name, log)
-            axes.set_title(label(method), color=colour(method), loc="left", fontweight="bold")
-        for place, axes in enumerate(grid.flat):
-            axes.set_visible(place < len(methods))
-            # Where the panel below is empty, the one above it carries the numbers.
-            axes.tick_params(labelbottom=place + columns >= len(methods))
-        if log:
-            grid[0, 0].set_yscale("log")
-        figure.supxlabel(AXES[x], fontsize=8)
-        figure.supylabel(ylabel, fontsize=8)
-        figure.suptitle(_caption(frame), fontsize=8, x=0.01, ha="left")
-    return figure
+def line_legend(figure: Figure, methods: Sequence[str]) -> None:
+    """Name the lines of the methods above the panels."""
+    handles = [Line2D([], [], label=label(method), **line(method)) for method in methods]
+    columns = min(len(methods), 7)
+    spacing = {"handlelength": 2.2, "columnspacing": 1.2, "handletextpad": 0.5}
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=7, **spacing)
 
 
-def _curve(axes: Axes, curve: pd.DataFrame, x: str, method: str, log: bool) -> None:
-    axes.plot(curve[x], curve["mean"], color=colour(method), zorder=3)
-    low = curve["low"]
-    if log:
-        # A t-interval can reach below zero, where this axis has nothing: cut at a tenth.
-        low = np.maximum(low, curve["mean"] * 0.1)
-    axes.fill_between(curve[x], low, curve["high"], color=colour(method), alpha=0.2, lw=0)
-
-
-def _caption(frame: pd.DataFrame) -> str:
-    """Say what is drawn: task, statistic, and over how many seeds."""
-    counts = sorted(frame["n"].unique())
-    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    tasks = ", ".join(frame["task"].unique())
-    return f"{tasks}: mean and 95 % t-interval over {n} seeds; grey: standard"
-
-
-def time_to_target(frame: pd.DataFrame, *, x: str, target: str) -> Figure:
-    """Draw when each run first reached the target: a dot per seed, its median as a bar.
-
-    Runs that missed it are open triangles at their last evaluation; a median is drawn only where
-    more than half of the runs reached the target before it.
-
-    Args:
-        frame: What `analysis.to_target` returns, of one task.
-        x: Its x column, a key of `analysis.AXES`.
-        target: What was to be reached, in words.
-    """
-    methods = list(frame["method"].unique())
-    with style():
-        figure, axes = plt.subplots(figsize=(FULL_WIDTH * 0.6, 0.7 + 0.24 * len(methods)))
-        for row, method in enumerate(methods):
-            runs = frame[frame["method"] == method]
-            hit, missed = runs[runs["reached"]], runs[~runs["reached"]]
-            for dots, marker, face in ((hit, "o", colour(method)), (missed, ">", "none")):
-                # Seeds side by side: several may reach the target at the same evaluation.
-                heights = row + np.linspace(-0.22, 0.22, len(runs))[: len(dots)]
-                axes.plot(dots[x], heights, marker, ms=3, mfc=face, mec=colour(method))
-            if len(hit) > len(runs) / 2:
-                # Censored runs count as infinite, so the median of all runs is one of the hits.
-                times = np.sort(np.where(runs["reached"], runs[x], np.inf))
-                axes.plot([np.median(times)] * 2, [row - 0.3, row + 0.3], color=colour(method))
-            axes.annotate(
-                f"{len(hit)}/{len(runs)}",
-                (1.01, row),
-                xycoords=("axes fraction", "data"),
-                va="center",
-                fontsize=7,
-            )
-        axes.set_yticks(range(len(methods)), [label(method) for method in methods])
-        axes.invert_yaxis()
-        axes.set_xlim(left=0)
-        axes.set_xlabel(f"{AXES[x]} until {target}")
-        axes.set_title("dots: seeds; bar: median; right: runs that reached it", loc="left")
-    return figure
+def say_no_run(axes: Axes) -> None:
+    """Leave a panel empty but for saying that there is nothing to draw."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "no run", transform=axes.transAxes, ha="center", color="#777777")
 
 
 def repeats_over_time(updates: pd.DataFrame) -> Figure:
@@ -213,7 +201,7 @@ def tau_over_time(
             on = rows["presampled"].astype(bool)
             axes.fill_between(x, 0, 1, where=on, step="mid", alpha=0.5, label="on", **band)
             axes.plot(x, rows["tau"], lw=0.4, color="#AAAAAA", label="one batch")
-            axes.plot(x, rows["tau_average"], color=COLOURS["cosine"], label="moving average")
+            axes.plot(x, rows["tau_average"], color=COLOURS["importance"], label="moving average")
             axes.axhline(thresholds[title], ls="--", lw=0.8, color="black", label="threshold")
             axes.set_title(title, loc="left")
         grid[0, 0].set_ylabel("tau")

@@ -1,9 +1,15 @@
-"""DCGAN on real data: the plan's hyperparameters on CIFAR-10 at half width, few updates.
+"""DCGAN on real data: the plan's hyperparameters on CIFAR-10 at half width, 8,000 updates.
 
-Inside the clock: the updates, with batches and records; evaluation is outside. Standard arm. FID is
+Inside the clock: the updates, with batches and records; evaluation is outside. The recorded run had
+to share its core with other work: its seconds are no measure of speed. Standard arm. FID is
 in the features of a classifier trained here (its name says so), 1,000 samples against the 10,000 of
-the test split at 32 pixels: not comparable with published values. The result is a row of
-`results/generative.csv`.
+the test split at 32 pixels: not comparable with published values. The results are rows of
+`results/generative.csv`, and the first seed's samples `results/generative_samples.png`.
+
+At 2,000 updates the samples are blobs, and FID still swings from one evaluation to the next; from
+4,000 on objects stand before a background. BatchNorm's running statistics are not to blame for the
+blobs: the same samples with the statistics of their own batch look alike. In one run FID on
+validation, every 1,000 updates, differed by at most 0.4 between the two, at 2,000 by 2.7 of 9.5.
 """
 
 from __future__ import annotations
@@ -21,33 +27,41 @@ from repeatlab.analysis import mean_interval
 from repeatlab.config import RunConfig
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.environment import processor
+from repeatlab.figures import picture_grid
 from repeatlab.loop import train
 from repeatlab.schema import parse
 from repeatlab.tasks.generative import Generative, GenerativeConfig
 
 RESULTS = Path(__file__).parent / "results" / "generative.csv"
-UPDATES, SEEDS = 2000, 2
-SCALE = "width 32 (0.54 M parameters), 2.8 of the plan's 100 epochs"
+SAMPLES = RESULTS.with_name("generative_samples.png")
+SHOWN = 36  # of the samples, in the picture
+UPDATES, SEEDS = 8000, 1
+SCALE = "width 32 (0.54 M parameters), 11.4 of the plan's 100 epochs"
 ROUNDS, BLOCK = 15, 20
+
+
+def config(seed: int) -> RunConfig:
+    return parse(
+        RunConfig,
+        {
+            "task": {"name": "generative", "dataset": "cifar10", "width": 32},
+            "max_updates": UPDATES,
+            "seed": seed,
+            "evaluation": {"every": UPDATES // 8, "splits": ["validation"]},
+            "device": "cpu",
+        },
+    )
 
 
 def test_dcgan_learns_cifar_10(tmp_path, capsys, record):
     root = os.environ.get(DIRECTORY_VARIABLE)
     if not root or not (Path(root) / "cifar-10-batches-py").exists():
         pytest.skip(f"set {DIRECTORY_VARIABLE} to a directory that holds cifar-10-batches-py")
-    runs = []
-    for seed in range(SEEDS):
-        config = {
-            "task": {"name": "generative", "dataset": "cifar10", "width": 32},
-            "max_updates": UPDATES,
-            "seed": seed,
-            "evaluation": {"every": UPDATES // 4, "splits": ["validation"]},
-            "device": "cpu",
-        }
-        runs.append(train(parse(RunConfig, config), tmp_path))
+    runs = [train(config(seed), tmp_path) for seed in range(SEEDS)]
     seconds = mean(run.summary["ledger"]["seconds"] for run in runs)
     metric = "fid_classifier"
-    traces = [run.evals.pivot_table("value", "update", "metric")[metric] for run in runs]
+    validation = [run.evals.query("split == 'validation'") for run in runs]
+    traces = [frame.pivot_table("value", "update", "metric")[metric] for frame in validation]
     before = [trace.iloc[0] for trace in traces]
     after = [run.summary["final"][f"test.{metric}"] for run in runs]
     table = [
@@ -55,10 +69,12 @@ def test_dcgan_learns_cifar_10(tmp_path, capsys, record):
         row("CIFAR-10 test", metric, after, UPDATES, seconds),
     ]
     record(RESULTS, table)
+    samples = {"samples": runs[0].pictures["samples"][:SHOWN]}
+    picture_grid(samples, columns=12).savefig(SAMPLES, dpi=100, metadata={"Software": None})
     with capsys.disabled():
         print(f"\n{pd.DataFrame(table).to_string()}\nvalidation:\n{pd.concat(traces, axis=1)}")
     for first, last in zip(before, after, strict=True):
-        assert last < 0.5 * first
+        assert last < 0.1 * first
 
 
 def row(data: str, metric: str, values: list[float], updates: int, seconds: float) -> dict:

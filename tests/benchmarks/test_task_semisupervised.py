@@ -1,16 +1,18 @@
 """FixMatch on CIFAR-10 with 4,000 labels, against the same network trained on these labels alone.
 
-Scaled down to two CPU cores: a CNN of 54k parameters (24, 48 and 96 channels) in bfloat16 in place
-of ResNet-18's 11.2 M, batches of 32 in place of 64, mu = 1 in place of 7, 16,000 updates, threshold
-0.8 in place of 0.95 (a network this small is rarely surer), lr 0.05 to 0 by a cosine with Nesterov
-momentum and weight decay 5e-4, EMA 0.99. Both arms share all of it, and the number of updates; the
-labels-only arm is `mu: 0`, weak augmentation included. One thread. Test accuracy is that of the
-last EMA weights, never the best ones.
+Scaled down to two CPU cores: a CNN of 0.88 M parameters (48, 96 and three times 192 channels) in
+bfloat16 in place of ResNet-18's 11.2 M, mu = 3 in place of 7, 5,000 updates in place of 2^20. As in
+the paper: batches of 64, threshold 0.95, lr 0.03 with Nesterov momentum 0.9, weight decay 5e-4, EMA
+0.999. The rate goes to 0 by a cosine. All of this was fixed beforehand; the network is the best of
+three on validation after 2,500 updates on the labels alone, another seed. Both arms share all of it
+and the number of updates; the labels-only arm is `mu: 0`, weak augmentation included. One thread.
+Test accuracy is that of the last EMA weights, never the best ones.
 
-NOT SHOWN at this scale so far: one seed gave 70.9 against 70.5 % on the test split, and 70.8
-against 71.2 % on validation, so that the test below fails. Tried before, one seed each, validation
-accuracy: 4,000 updates at mu 3 and another decay of the rate, 64.6 against 65.9 %; 8,000 at mu 2,
-68.9 against 68.1 %. Not examined: whether the network is too small to overfit 4,000 labels.
+The labels alone, one seed: 73.9 % on the test split, 73.7 on validation and 99.9 on the labelled
+images, so that the network is large enough to overfit them. NOT SHOWN so far that FixMatch is above
+it: its run is not finished (validation at update 3,000 of 5,000: 64.8 against 62.6 %). The table
+holds an earlier, smaller comparison, not told apart: 70.9 against 70.5 % with 54k parameters,
+batches of 32, mu 1, threshold 0.8 and 16,000 updates.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ from repeatlab.schema import parse
 from repeatlab.tasks.semisupervised import SemiSupervised, SemiSupervisedConfig
 
 SEEDS = 1
-UPDATES = 16_000
-SCALE = "CNN 24-48-96 bf16, B 32, threshold 0.8"
+UPDATES = 5000
+SCALE = "CNN of 0.88 M parameters, bf16, B 64"
 RESULTS = Path(__file__).parent / "results" / "semisupervised.csv"
-ARMS = {"FixMatch, mu 1": 1, "labels alone": 0}
+ARMS = {"FixMatch, mu 3": 3, "labels alone": 0}
 
 
 def config(mu: int, seed: int) -> RunConfig:
@@ -49,20 +51,20 @@ def config(mu: int, seed: int) -> RunConfig:
                 "name": "semisupervised",
                 "dataset": "cifar10",
                 "labels": 4000,
-                "model": "norm_cnn",
-                "width": 24,
+                "model": "strided_cnn",
+                "width": 48,
                 "bfloat16": True,
-                "batch_size": 32,
+                "batch_size": 64,
                 "mu": mu,
-                "threshold": 0.8,
-                "lr": 0.05,
+                "threshold": 0.95,
+                "lr": 0.03,
                 "nesterov": True,
                 "weight_decay": 5e-4,
-                "ema_decay": 0.99,
+                "ema_decay": 0.999,
             },
             "method": {"schedule": {"name": "cosine"}},
             "max_updates": UPDATES,
-            "evaluation": {"every": 4000, "splits": ["validation"]},
+            "evaluation": {"every": 1000, "splits": ["validation", "train"]},
             "seed": seed,
             "device": "cpu",
         },
@@ -85,8 +87,8 @@ def test_fixmatch_is_above_the_labels_alone(tmp_path, capsys):
     for arm, mu in ARMS.items():
         summaries = [train(config(mu, seed), tmp_path).summary for seed in range(SEEDS)]
         accuracy[arm] = mean(summary["final"]["test.accuracy"] for summary in summaries)
-        for metric in ("accuracy", "macro_f1", "mask_rate"):
-            values = [summary["final"][f"test.{metric}"] for summary in summaries]
+        for metric in ("test.accuracy", "test.macro_f1", "test.mask_rate", "train.accuracy"):
+            values = [summary["final"][metric] for summary in summaries]
             middle, low, high = (float(value) for value in mean_interval(values))
             rows.append(
                 {
@@ -94,7 +96,7 @@ def test_fixmatch_is_above_the_labels_alone(tmp_path, capsys):
                     "data": "CIFAR-10, 4,000 labels",
                     "scale": SCALE,
                     "arm": arm,
-                    "metric": f"test {metric}",
+                    "metric": metric.replace(".", " "),
                     "n": SEEDS,
                     "mean": round(middle, 4),
                     "low": round(low, 4),
@@ -109,7 +111,7 @@ def test_fixmatch_is_above_the_labels_alone(tmp_path, capsys):
         for row in rows:
             print("  ".join(str(value) for value in row.values()))
     record(rows)
-    assert accuracy["FixMatch, mu 1"] > accuracy["labels alone"] + 0.01
+    assert accuracy["FixMatch, mu 3"] > accuracy["labels alone"] + 0.01
 
 
 def by_hand(task: SemiSupervised, updates: int) -> float:
