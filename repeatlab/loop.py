@@ -47,15 +47,17 @@ def train(
     if run.done:
         return run
     store.check_writable()
+    device = pick_device(config.device)
     with _interrupted_at_an_update(), store.locked(run):
         if not run.done:
-            _train(config, store, run, plan)
+            _train(config, store, run, device=device, plan=plan)
     return run
 
 
-def _train(config: RunConfig, store: Store, run: Run, plan: CheckpointPlan | None) -> None:
+def _train(
+    config: RunConfig, store: Store, run: Run, *, device: str, plan: CheckpointPlan | None
+) -> None:
     calibration, source = _calibrate(config, store), _trace(config, store)
-    device = pick_device(config.device)
     environment = describe(device)
     writer, state = _resumed(store, run, environment)
     if writer is None:

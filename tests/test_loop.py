@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from repeatlab import environment, training
+from repeatlab import environment, loop, training
 from repeatlab.checkpoint import digest
 from repeatlab.config import RunConfig
 from repeatlab.data import Batch, TrainStream, load_splits
@@ -566,7 +566,7 @@ def test_the_clock_counts_updates_and_never_an_evaluation(tmp_path, monkeypatch,
             now[0] += 1000
             return super().evaluate(split)
 
-    monkeypatch.setattr(loop, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "perf_counter", lambda: now[0])
     monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
     run = train_watched(run_config(METHODS["fixed 3"]), tmp_path, Clocked).run
     assert run.updates["seconds"].tolist() == list(range(1, T + 1))
