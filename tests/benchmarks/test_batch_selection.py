@@ -12,8 +12,8 @@ Charged are the presample's forwards, RHO-LOSS's two models (200 updates each, c
 and their forward over the whole training set; the paper shares these among many runs, a single run
 cannot. At equal cost they are about 60 % of the budget, so that RHO-LOSS's own updates also begin
 where the cosine has come down to a third of the rate: that row says what so short a run can pay
-for, not how well the method selects. k is far below the 2 of a ResNet, because max pooling makes this network's forward slow: a
-scored sample is dear here.
+for, not how well the method selects. k is far below the 2 of a ResNet, because max pooling makes
+this network's forward slow: a scored sample is dear here.
 
 Three seeds decide nothing: a sign-flip p cannot fall below 0.25. The table tells sizes. Its seconds
 are processor time of whole runs, the evaluation on the test split included.
