@@ -168,7 +168,7 @@ def test_arms_share_one_short_run_are_charged_for_it_and_it_never_evaluates(tmp_
     assert len(built) == 3
 
     short = calibration_run(run_config(LINEAR))
-    assert {path.name for path in (tmp_path / "supervised").iterdir()} == {
+    assert {path.name for path in (tmp_path / "supervised").glob("[!.]*")} == {
         threshold.path.name,
         linear.path.name,
         short.run_id,
@@ -202,7 +202,7 @@ def test_arms_share_one_short_run_are_charged_for_it_and_it_never_evaluates(tmp_
 def test_a_given_t_needs_no_short_run(tmp_path):
     run = train(run_config({"name": "threshold", "t": 2.0}, max_updates=3), tmp_path)
     assert run.summary["calibration"] is None
-    assert len(list((tmp_path / "supervised").iterdir())) == 1
+    assert len(list((tmp_path / "supervised").glob("[!.]*"))) == 1
 
 
 def test_a_short_run_that_diverges_is_an_error_that_names_it(tmp_path):
