@@ -187,8 +187,8 @@ def with_cost(
 ) -> pd.DataFrame:
     """Return `evals` with the column `cost`: what was spent so far, in one sample's forward.
 
-    forward + k backward + scoring + (1 + k) (calibration + holdout) samples: what chose the batches
-    or t is charged like what trained on them. A count that the records lack is 0.
+    forward + k backward + scoring samples, those of calibration and holdout included: what chose
+    the batches or t is charged like what trained on them. A count that the records lack is 0.
 
     Args:
         evals: The rows of `Records.evals`.
@@ -203,8 +203,11 @@ def with_cost(
         if isinstance(backward_ratio, (int, float))
         else evals["task"].map(dict(backward_ratio))
     )
-    trained = count("forward") + k * count("backward") + count("scoring")
-    return evals.assign(cost=trained + (1 + k) * (count("calibration") + count("holdout")))
+    prepared = ("", "calibration_", "holdout_")
+    forward, backward = (
+        sum(count(part + direction) for part in prepared) for direction in ("forward", "backward")
+    )
+    return evals.assign(cost=forward + k * backward + count("scoring"))
 
 
 def _prepared_seconds(frame: pd.DataFrame) -> pd.Series:

@@ -15,7 +15,7 @@ from repeatlab.schema import Model, choice, choices, named, parse
 from repeatlab.tasks import TASKS, load_task
 
 # Part of every run's identity: raise it when the same configuration would give other records.
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Device = Literal["auto", "cpu", "cuda", "mps"]

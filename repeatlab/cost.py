@@ -26,11 +26,18 @@ class Ledger:
         seconds: Training time; evaluation is outside the clock.
         host_reads: How often the host waited for a loss on the device.
         calibration_updates: Updates of the short run that `t: auto` needed, on top of the above.
-        calibration_samples: Samples of that run, each once forward and once backward.
+        calibration_forward_samples: Samples that went forward in that run.
+        calibration_backward_samples: Samples that went backward in it.
         calibration_seconds: Its training time.
         holdout_updates: Updates of the models that a sampler trained beforehand (RHO-LOSS).
-        holdout_samples: Samples of these, each once forward and once backward.
+        holdout_forward_samples: Samples that went forward in training these.
+        holdout_backward_samples: Samples that went backward.
         holdout_seconds: Their training time, with that of their scoring.
+        pretraining_updates: Updates that the task itself had behind it at its start (transfer, what
+            a continual learner knows already). Every arm has the same, so that no budget counts it.
+        pretraining_forward_samples: Samples that went forward in these.
+        pretraining_backward_samples: Samples that went backward.
+        pretraining_seconds: Their training time.
     """
 
     updates: int = 0
@@ -43,11 +50,17 @@ class Ledger:
     seconds: float = 0.0
     host_reads: int = 0
     calibration_updates: int = 0
-    calibration_samples: int = 0
+    calibration_forward_samples: int = 0
+    calibration_backward_samples: int = 0
     calibration_seconds: float = 0.0
     holdout_updates: int = 0
-    holdout_samples: int = 0
+    holdout_forward_samples: int = 0
+    holdout_backward_samples: int = 0
     holdout_seconds: float = 0.0
+    pretraining_updates: int = 0
+    pretraining_forward_samples: int = 0
+    pretraining_backward_samples: int = 0
+    pretraining_seconds: float = 0.0
 
     def to_json(self) -> dict[str, int | float]:
         """Return the counts by name."""
@@ -58,11 +71,19 @@ class Ledger:
         for name, amount in prepared.items():
             setattr(self, name, getattr(self, name) + amount)
 
+    def prepared_units(self, k: float) -> float:
+        """Return what the arm spent before its first update, as `cost_units` counts it.
+
+        Without what every arm of the task starts from: its pretraining.
+        """
+        forward = self.calibration_forward_samples + self.holdout_forward_samples
+        return forward + k * (self.calibration_backward_samples + self.holdout_backward_samples)
+
     def cost_units(self, k: float) -> float:
         """Return what was spent in forward equivalents: a backward costs `k` forwards."""
-        prepared = self.calibration_samples + self.holdout_samples
         trained = self.forward_samples + k * self.backward_samples
-        return trained + self.scoring_samples + (1 + k) * prepared
+        pretrained = self.pretraining_forward_samples + k * self.pretraining_backward_samples
+        return trained + self.scoring_samples + self.prepared_units(k) + pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

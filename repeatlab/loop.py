@@ -141,7 +141,8 @@ def _calibrate(config: RunConfig, store: Store) -> dict[str, Any]:
         "t": calibrate(config, source.updates["loss"].to_numpy()),
         "run": source.path.name,
         "calibration_updates": ledger["updates"],
-        "calibration_samples": ledger["forward_samples"],
+        "calibration_forward_samples": ledger["forward_samples"],
+        "calibration_backward_samples": ledger["backward_samples"],
         "calibration_seconds": ledger["seconds"],
     }
 

@@ -137,6 +137,7 @@ class Bench:
             forward_samples=task.forward_samples,
             backward_samples=task.backward_samples,
             scoring_samples=task.scoring_samples,
+            bound_samples=task.bound_samples,
             spread=spread,
             flops=flops,
             blocks=len(self.rounds),

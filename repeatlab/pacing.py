@@ -131,6 +131,5 @@ class Budget:
     def spent(self, ledger: Ledger, updates: int, scored: int, seconds: float) -> float:
         """Return what is spent after `updates`, with what was prepared (see `ledger`) before."""
         if self._by_cost:
-            prepared = ledger.calibration_samples + ledger.holdout_samples
-            return updates * self._update + scored + (1 + self._k) * prepared
+            return updates * self._update + scored + ledger.prepared_units(self._k)
         return seconds + ledger.calibration_seconds + ledger.holdout_seconds

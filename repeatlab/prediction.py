@@ -38,7 +38,8 @@ class Measurement:
         batch_size: b, the samples of a fresh batch.
         forward_samples: Samples forward in an update.
         backward_samples: Samples backward in an update.
-        scoring_samples: Samples forward when a batch is scored.
+        scoring_samples: Samples forward when a batch's losses are taken to score it.
+        bound_samples: Samples forward when its gradient bounds are.
         parts: Of an update at N = 1, which they add up to: `forward`, `backward`, `optimizer`
             (zero_grad, step, and whatever moves with the weights), `recording` (the loop itself),
             and `data`, the making of its fresh batch. Of other things: `scoring`, a batch's losses
@@ -62,6 +63,7 @@ class Measurement:
     forward_samples: int
     backward_samples: int
     scoring_samples: int
+    bound_samples: int
     parts: dict[str, float]
     loops: dict[str, float]
     spread: dict[str, float]
@@ -244,7 +246,9 @@ def _choosing(
 ) -> float:
     """Return the seconds that a sampler adds to a run on batches as they come."""
     parts, fresh_batches = measurement.parts, ledger["fresh_batches"]
-    scored = ledger.get("scoring_samples", 0) / measurement.scoring_samples  # in batches
+    by_bounds = sampler.get("score") == "gradient_norm"
+    per_batch = measurement.bound_samples if by_bounds else measurement.scoring_samples
+    scored = ledger.get("scoring_samples", 0) / per_batch  # in batches
     if sampler["name"] == "importance":
         # Chosen from a presample while it is on; uniform batches are not scored.
         chosen = scored / sampler["presample"]
@@ -252,7 +256,6 @@ def _choosing(
     else:
         chosen = fresh_batches if scored else 0
         more = scored - chosen
-    by_bounds = sampler.get("score") == "gradient_norm"
     score = parts.get("bounds", parts["scoring"]) if by_bounds else parts["scoring"]
     seconds = more * data + scored * score
     return seconds + ledger["updates"] * measurement.weighting + chosen * measurement.selection

@@ -187,7 +187,8 @@ def test_arms_share_one_short_run_are_charged_for_it_and_it_never_evaluates(tmp_
         assert found["t"] == expected[run.path.name]
         assert found["run"] == short.run_id
         assert ledger["calibration_updates"] == CALIBRATION
-        assert ledger["calibration_samples"] == CALIBRATION * BATCH
+        for direction in ("forward", "backward"):
+            assert ledger[f"calibration_{direction}_samples"] == CALIBRATION * BATCH
         assert ledger["calibration_seconds"] == source.summary["ledger"]["seconds"] > 0
         assert set(run.evals["calibration_updates"]) == {CALIBRATION}
         assert ledger["updates"] == 20

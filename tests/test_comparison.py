@@ -49,7 +49,8 @@ def records(tmp_path):
                         forward_samples=done * BATCH,
                         backward_samples=done * BATCH,
                         seconds=float(done),
-                        calibration_samples=(calibration or {}).get(method, 0),
+                        calibration_forward_samples=(calibration or {}).get(method, 0),
+                        calibration_backward_samples=(calibration or {}).get(method, 0),
                         calibration_seconds=float((calibration or {}).get(method, 0)),
                         holdout_seconds=(holdout or {}).get(method, 0.0),
                     ).to_json()
@@ -115,14 +116,14 @@ def test_what_a_sampler_needed_beforehand_is_part_of_its_time(records):
 
 def test_the_cost_is_the_ledgers(records):
     ledger = Ledger(
-        forward_samples=7, backward_samples=5, scoring_samples=11, calibration_samples=3,
-        holdout_samples=2,
+        forward_samples=7, backward_samples=5, scoring_samples=11,
+        calibration_forward_samples=3, calibration_backward_samples=3, holdout_forward_samples=2,
     )  # fmt: skip
     rows = pd.DataFrame([{"task": "a"} | ledger.to_json(), {"task": "b"} | ledger.to_json()])
     cost = with_cost(rows, {"a": 1.5, "b": 2.0})["cost"]
     assert cost.tolist() == [ledger.cost_units(1.5), ledger.cost_units(2.0)]
     assert with_cost(rows)["cost"].tolist() == [ledger.cost_units(2.0)] * 2
-    old = rows.drop(columns=["scoring_samples", "holdout_samples"])
+    old = rows.drop(columns=["scoring_samples", "holdout_forward_samples"])
     assert with_cost(old, 2.0)["cost"].tolist() == [7 + 2 * 5 + 3 * 3] * 2
 
 

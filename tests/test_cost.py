@@ -98,8 +98,10 @@ def test_cost_units_are_forwards_with_a_backward_worth_k(
         forward_samples=forward,
         backward_samples=backward,
         scoring_samples=scoring,
-        calibration_samples=calibration,
-        holdout_samples=holdout,
+        calibration_forward_samples=calibration,
+        calibration_backward_samples=2 * calibration,
+        holdout_forward_samples=3 * holdout,
+        holdout_backward_samples=holdout,
         # None of these is a sample passing.
         updates=7,
         fresh_batches=5,
@@ -109,7 +111,9 @@ def test_cost_units_are_forwards_with_a_backward_worth_k(
         calibration_updates=11,
         holdout_updates=13,
     )
-    parts = forward + backward * k + scoring + calibration + calibration * k + holdout + holdout * k
+    prepared = calibration + 2 * calibration * k + 3 * holdout + holdout * k
+    parts = forward + backward * k + scoring + prepared
+    assert ledger.prepared_units(k) == pytest.approx(prepared)
     assert ledger.cost_units(k) == pytest.approx(parts)
 
 
@@ -128,10 +132,12 @@ def test_a_ledger_that_spent_nothing_costs_nothing():
 
 def test_charges_are_added_by_name():
     ledger = Ledger(holdout_updates=3, updates=5)
-    ledger.charge({"holdout_updates": 4, "holdout_samples": 64, "holdout_seconds": 0.5})
+    ledger.charge({"holdout_updates": 4, "holdout_forward_samples": 64, "holdout_seconds": 0.5})
     ledger.charge({"holdout_seconds": 0.25})
     ledger.charge({})
-    expected = Ledger(holdout_updates=7, holdout_samples=64, holdout_seconds=0.75, updates=5)
+    expected = Ledger(
+        holdout_updates=7, holdout_forward_samples=64, holdout_seconds=0.75, updates=5
+    )
     assert ledger == expected
     with pytest.raises(AttributeError, match="holdout_update"):
         ledger.charge({"holdout_update": 1})

@@ -302,7 +302,8 @@ def test_a_loss_that_ended_the_run_decided_nothing():
 def test_calibration_does_not_decide_between_an_arm_and_its_controls(records):
     """The real arm's calibration costs it half of the updates at equal cost, none at equal T."""
     charged = records.evals["method"].isin(["linear"])
-    records.evals.loc[charged, "calibration_samples"] = 50
+    for name in ("calibration_forward_samples", "calibration_backward_samples"):
+        records.evals.loc[charged, name] = 50
     found = gather(records, {"digits": Endpoint(metric="accuracy")}, PLAN)
     cost, controls = found.cost, found.controls
     assert set(controls["x"].dropna()) == {100}

@@ -610,7 +610,7 @@ def test_calibration_is_charged_on_top(runs):
         ledger = runs[name].run.summary["ledger"]
         expected = 8 if "auto" in name else 0
         assert ledger["calibration_updates"] == expected
-        assert ledger["calibration_samples"] == expected * BATCH
+        assert ledger["calibration_forward_samples"] == expected * BATCH
         assert (ledger["calibration_seconds"] > 0) == bool(expected)
 
 

@@ -101,7 +101,7 @@ class Toy:
         self.optimizers = [SlowSGD([weight], lr=config.lr) for weight in self.weights]
         self.batch_size = config.batch_size
         self.forward_samples, self.backward_samples = 3 * self.batch_size, self.batch_size
-        self.scoring_samples = self.forward_samples
+        self.scoring_samples = self.bound_samples = self.forward_samples
         self.steps = 0
 
     def fresh_batch(self, index: int) -> ToyBatch:

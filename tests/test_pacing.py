@@ -66,15 +66,21 @@ def test_cost_is_counted_in_forwards(task, forward, backward):
     budget = budget_of(run_config(task=task, budget={"unit": "cost", "k": 1.5}))
     update = forward + 1.5 * backward
     assert budget.limit == pytest.approx(T * update)
-    prepared = Ledger(calibration_samples=30, holdout_samples=12, calibration_seconds=99.0)
+    prepared = Ledger(
+        calibration_forward_samples=30,
+        calibration_backward_samples=10,
+        holdout_forward_samples=12,
+        holdout_backward_samples=6,
+        calibration_seconds=99.0,
+    )
     assert budget.spent(Ledger(), 7, 0, 5.0) == pytest.approx(7 * update)
-    assert budget.spent(prepared, 7, 11, 5.0) == pytest.approx(7 * update + 11 + 2.5 * 42)
+    assert budget.spent(prepared, 7, 11, 5.0) == pytest.approx(7 * update + 11 + 42 + 1.5 * 16)
 
 
 def test_seconds_are_those_of_training_and_of_what_came_before():
     budget = budget_of(run_config(budget={"unit": "seconds", "seconds": 60.0}))
     assert budget.limit == 60
-    prepared = Ledger(calibration_seconds=3.0, holdout_seconds=4.0, holdout_samples=10)
+    prepared = Ledger(calibration_seconds=3.0, holdout_seconds=4.0, holdout_forward_samples=10)
     assert budget.spent(prepared, 7, 11, 5.0) == 12
 
 

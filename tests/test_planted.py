@@ -73,7 +73,7 @@ class Planted:
         self.optimizer = torch.optim.SGD([self.w], lr=config.lr)
         self.optimizers = [self.optimizer]
         self.batch_size = self.forward_samples = self.backward_samples = config.batch_size
-        self.scoring_samples = config.batch_size
+        self.scoring_samples = self.bound_samples = config.batch_size
         self.visited, self.visit = -1, 0
 
     def fresh_batch(self, index: int) -> PlantedBatch:

@@ -48,6 +48,7 @@ def measurement(parts=LONG, loops=LOOPS, **changes) -> Measurement:
         "forward_samples": 10,
         "backward_samples": 10,
         "scoring_samples": 10,
+        "bound_samples": 10,
         "parts": parts,
         "loops": loops,
         "spread": {"once": 0.00005},

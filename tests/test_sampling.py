@@ -66,7 +66,7 @@ class Toy:
     """Numbered samples whose losses and bounds are given: all that a sampler needs of a task."""
 
     device = "cpu"
-    batch_size = forward_samples = scoring_samples = BATCH
+    batch_size = forward_samples = scoring_samples = bound_samples = BATCH
 
     def __init__(self, losses: Any, bounds: Any = None) -> None:
         self.losses = torch.as_tensor(losses)
@@ -596,10 +596,11 @@ def test_the_ledger_counts_every_sample_that_was_scored(task, name, tmp_path, mo
         samples = len(build(task).stream.data)
         assert ledger["scoring_samples"] == samples + 9 * 3 * 16
         assert ledger["holdout_updates"] == 2 * 3
-        assert ledger["holdout_samples"] == 2 * 3 * 16
+        assert ledger["holdout_forward_samples"] == 2 * 3 * 16
+        assert ledger["holdout_backward_samples"] == 2 * 3 * 16
         assert ledger["holdout_seconds"] > 0
     else:
-        assert ledger["holdout_updates"] == ledger["holdout_samples"] == 0
+        assert ledger["holdout_updates"] == ledger["holdout_forward_samples"] == 0
 
 
 def test_a_repeat_is_not_scored_again(tmp_path):
@@ -925,7 +926,12 @@ def test_a_sample_s_irreducible_loss_is_that_of_a_model_that_never_saw_it():
     before = digest(task.state_dict())
     cost = running.prepare()
     assert digest(task.state_dict()) == before
-    assert cost.keys() == {"holdout_updates", "holdout_samples", "holdout_seconds"}
+    assert cost.keys() == {
+        "holdout_updates",
+        "holdout_forward_samples",
+        "holdout_backward_samples",
+        "holdout_seconds",
+    }
     everything = set(task.population(0))
     first, second = models
     assert first.asked | second.asked == everything

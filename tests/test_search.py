@@ -533,7 +533,7 @@ def test_the_cost_of_every_ledger_is_what_it_has_spent_besides_calibration():
     for name in ("updates", "seconds"):
         assert cost[name] == ledger[name] + ledger[f"holdout_{name}"]
     for name in ("forward_samples", "backward_samples"):
-        assert cost[name] == ledger[name] + ledger["holdout_samples"]
+        assert cost[name] == ledger[name] + ledger[f"holdout_{name}"]
     assert cost["scoring_samples"] == ledger["scoring_samples"]
     assert cost["environment_steps"] == ledger["environment_steps"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -188,3 +189,39 @@ def test_what_a_task_shows_are_pictures(name):
     for images in build(name).pictures().values():
         assert images.dtype == np.uint8
         assert images.ndim == 3 or images.shape[-1] == 3
+
+
+# Through what a sample passes once in a forward.
+NETWORKS = {
+    "supervised": ["model"],
+    "unsupervised": ["model.encoder"],
+    "semisupervised": ["model"],
+    "reinforcement": ["model", "target"],
+    "selfsupervised": ["encoder"],
+    "generative": ["g", "d"],
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_ledgers_samples_are_those_that_go_through_the_networks(name):
+    task = build(name)
+    batch = task.fresh_batch(0)
+    passed = 0
+
+    def count(module, inputs):
+        nonlocal passed
+        passed += len(inputs[0])
+
+    for path in NETWORKS[name]:
+        attrgetter(path)(task).register_forward_pre_hook(count)
+    calls = {
+        "forward_samples": lambda: task.step(batch, lambda *reported: None),
+        "scoring_samples": lambda: task.sample_losses(batch),
+        "bound_samples": lambda: task.gradient_bounds(batch),
+    }
+    if "gradient_norm" in config(name).task.refusals():
+        del calls["bound_samples"]
+    for ledger, call in calls.items():
+        passed = 0
+        call()
+        assert passed == getattr(task, ledger), ledger

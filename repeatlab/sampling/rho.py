@@ -37,7 +37,8 @@ class RunningRhoLoss(RunningSampler):
         updates = 2 * self.settings.holdout_updates
         return {
             "holdout_updates": updates,
-            "holdout_samples": updates * self.task.forward_samples,
+            "holdout_forward_samples": updates * self.task.forward_samples,
+            "holdout_backward_samples": updates * self.task.backward_samples,
             "holdout_seconds": perf_counter() - start,
         }
 

@@ -79,8 +79,10 @@ class RunningSampler(ABC):
 
     def score(self, blocks: list[Any], kind: str) -> Tensor:
         """Return the scores of all samples of `blocks`, end to end, and charge for them."""
-        score = self.task.sample_losses if kind == "loss" else self.task.gradient_bounds
-        self.scored += len(blocks) * self.task.scoring_samples
+        task = self.task
+        by_loss = kind == "loss"
+        self.scored += len(blocks) * (task.scoring_samples if by_loss else task.bound_samples)
+        score = task.sample_losses if by_loss else task.gradient_bounds
         return torch.cat([score(block) for block in blocks])
 
 

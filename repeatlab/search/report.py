@@ -14,8 +14,8 @@ from repeatlab.search.space import Point, Space
 # What a run's ledger says of the models that its sampler trained beforehand is added.
 _ADDED = {
     "updates": "holdout_updates",
-    "forward_samples": "holdout_samples",
-    "backward_samples": "holdout_samples",
+    "forward_samples": "holdout_forward_samples",
+    "backward_samples": "holdout_backward_samples",
     "scoring_samples": None,
     "environment_steps": None,
     "seconds": "holdout_seconds",

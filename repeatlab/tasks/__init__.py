@@ -71,7 +71,8 @@ class Task(Protocol):
         device: Where batches are.
         forward_samples: Samples that go forward in one update.
         backward_samples: Samples that go backward in one update.
-        scoring_samples: Samples that go forward when a batch is scored.
+        scoring_samples: Samples that go forward for a batch's `sample_losses`.
+        bound_samples: Samples that go forward for a batch's `gradient_bounds`.
         environment_steps: Steps made in a simulator so far; 0 for tasks on a data set.
     """
 
@@ -82,6 +83,7 @@ class Task(Protocol):
     forward_samples: int
     backward_samples: int
     scoring_samples: int
+    bound_samples: int
     environment_steps: int
 
     def fresh_batch(self, index: int) -> Any:

@@ -51,6 +51,10 @@ class DatasetTask:
     def scoring_samples(self) -> int:
         return self.forward_samples
 
+    @property
+    def bound_samples(self) -> int:
+        return self.forward_samples
+
     def population(self, index: int) -> range:
         return range(len(self.stream.data))
 

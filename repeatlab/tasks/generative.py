@@ -113,6 +113,14 @@ class Generative(DatasetTask):
         self.fid = Fid(self.data, config.extractor)
         self.forward_samples = self.backward_samples = 4 * config.batch_size
 
+    @property
+    def scoring_samples(self) -> int:
+        return 3 * self.batch_size  # G, and D on generated and on real images
+
+    @property
+    def bound_samples(self) -> int:
+        return self.batch_size
+
     def fresh_batch(self, index: int) -> Batch:
         return self._framed(self.stream.fresh_batch(index))
 

@@ -138,7 +138,8 @@ class Reinforcement:
         )
         self.optimizers = [self.optimizer]
         self.batch_size = config.batch_size
-        self.forward_samples = self.scoring_samples = 3 * config.batch_size
+        self.forward_samples = 3 * config.batch_size
+        self.scoring_samples = self.bound_samples = self.forward_samples
         self.backward_samples = config.batch_size
         self.updates = 0
 

@@ -36,8 +36,8 @@ from repeatlab.loop import train
 from repeatlab.schema import parse
 from repeatlab.tasks.semisupervised import SemiSupervised, SemiSupervisedConfig
 
-SEEDS = 1
-UPDATES = 5000
+SEEDS = 2
+UPDATES = 8000
 SCALE = "CNN of 0.88 M parameters, bf16, B 64"
 RESULTS = Path(__file__).parent / "results" / "semisupervised.csv"
 ARMS = {"FixMatch, mu 3": 3, "labels alone": 0}
@@ -64,7 +64,7 @@ def config(mu: int, seed: int) -> RunConfig:
             },
             "method": {"schedule": {"name": "cosine"}},
             "max_updates": UPDATES,
-            "evaluation": {"every": 1000, "splits": ["validation", "train"]},
+            "evaluation": {"every": 2000, "splits": ["validation", "train"]},
             "seed": seed,
             "device": "cpu",
         },
