@@ -8,18 +8,22 @@ Methods that many studies share are written once: in a study, `methods: {include
 [NAMES], defaults: {...}, NAME: {...}}` takes those of YAML files beside it, but for some, puts
 `defaults` into each that does not say otherwise, and adds or replaces others.
 
-Notebooks run one after another, in the order of their names; what they train runs in processes of
-their own.
+Notebooks run in the order of their names. Those that train run one after another: what they train
+runs in processes of their own, one per core. Those in between that only read run side by side.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from pydantic import Field
@@ -50,6 +54,16 @@ class Job:
     source: Path
     notebook: Path
     parameters: dict[str, Any]
+
+    @property
+    def stage(self) -> tuple[str, bool]:
+        """Notebooks that follow each other with equal stage need nothing of each other."""
+        return self.notebook.name[0], not self.trains
+
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter is a study, rather than the name of one that is in the store."""
+        return any(isinstance(v, dict) and "methods" in v for v in self.parameters.values())
 
 
 def read_profile(profile: str, root: Path) -> list[Job]:
@@ -200,9 +214,26 @@ def execute_profile(
     from repeatlab.figures import read_manifest
 
     jobs = read_profile(profile, root)
-    for job in jobs:
+
+    def run(job: Job) -> None:
         echo(f"{job.notebook.stem} ({job.source.relative_to(root)})")
+        start = perf_counter()
         execute(job, output=runs / "notebooks" / profile, runs=runs, figures=figures)
+        echo(f"{job.notebook.stem}: {perf_counter() - start:.0f} s")
+
+    for (_, reads), group in groupby(jobs, key=lambda job: job.stage):
+        with ThreadPoolExecutor(os.cpu_count() if reads else 1) as pool:
+            _finish([pool.submit(run, job) for job in group])
     notebooks = {job.notebook.stem for job in jobs}
     manifest = read_manifest(figures)
     return [name for name, entry in manifest.items() if entry["notebook"] in notebooks]
+
+
+def _finish(futures: Sequence[Future[None]]) -> None:
+    """Wait for all, or for the first that raises: what has not begun then is left out."""
+    wait(futures, return_when=FIRST_EXCEPTION)
+    for future in futures:
+        future.cancel()
+    for future in futures:
+        if not future.cancelled():
+            future.result()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import nbformat
 import pytest
 
 from repeatlab.batch import (
     SEARCHES,
+    Job,
     NotebookError,
     execute_profile,
     parameter_names,
@@ -69,6 +73,43 @@ def test_a_cell_that_raises_fails_the_batch(project):
 def test_a_kernel_that_dies_fails_the_batch(project):
     with pytest.raises(NotebookError, match=r"small\.yaml: DeadKernelError"):
         _execute(project("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+
+
+MEETING = """
+import os, pathlib, signal
+signal.alarm(120)  # should nobody come
+meeting = pathlib.Path(runs) / "meeting"
+# Opening a FIFO waits for its other end.
+with open(meeting, "w" if name == "left" else "r") as end:
+    end.write("here") if name == "left" else end.read()
+"""
+
+
+def test_notebooks_that_only_read_run_side_by_side(project):
+    root = project(MEETING)
+    (root / "params" / "tiny" / "small.yaml").unlink()
+    source = root / "notebooks" / "00_small.ipynb"
+    text = source.read_text().replace("rate = 1.0", "name = ''")
+    source.unlink()
+    (root / "runs").mkdir()
+    os.mkfifo(root / "runs" / "meeting")
+    for number, name in (("20", "left"), ("21", "right")):
+        (root / "notebooks" / f"{number}_{name}.ipynb").write_text(text)
+        (root / "params" / "tiny" / f"{name}.yaml").write_text(
+            f"notebook: {number}_{name}\nparameters: {{name: {name}}}\n"
+        )
+    assert _execute(root) == []
+
+
+def test_what_trains_runs_alone_and_in_order():
+    study = {"study": {"methods": {"standard": {}}}}
+    given = {"10_a": study, "11_b": study, "20_c": {"views": []}, "21_d": {}, "24_e": study}
+    jobs = [Job(Path("a.yaml"), Path(f"{n}.ipynb"), p) for n, p in given.items()]
+    assert [job.trains for job in jobs] == [True, True, False, False, True]
+    assert jobs[2].stage == jobs[3].stage
+    assert len({job.stage for job in jobs}) == 3
+    paper = Job(Path("p.yaml"), Path("30_paper.ipynb"), {})
+    assert paper.stage != jobs[3].stage
 
 
 @pytest.mark.parametrize(

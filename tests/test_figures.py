@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +28,7 @@ from repeatlab.figures import (
     line,
     marker,
     picture_grid,
+    read_manifest,
     repeats_over_time,
     said_n,
     save_figure,
@@ -150,6 +154,19 @@ def test_saving_writes_both_files_and_the_manifest(tmp_path):
     assert entry["runs"] == ["a", "b"]
     assert entry["missing_runs"] == 1
     assert entry["parameters"] == {"studies": ["s"]}
+
+
+def _save_ten(name: str, directory: Path) -> None:
+    about = {"notebook": "20_x", "records": RECORDS, "parameters": {}}
+    for number in range(10):
+        save_figure(plt.figure(figsize=(1, 1)), f"{name}-{number}", directory, **about)
+
+
+def test_two_notebooks_that_save_at_once_lose_no_entry(tmp_path):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_save_ten, ("left", "right"), [tmp_path] * 2))
+    names = {f"{name}-{number}" for name in ("left", "right") for number in range(10)}
+    assert set(read_manifest(tmp_path)) == names
 
 
 def test_the_same_figure_is_the_same_file(tmp_path):

@@ -16,6 +16,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -278,8 +279,7 @@ def save_figure(
         # Without dates, the same figure is the same file.
         figure.savefig(directory / f"{name}.pdf", metadata={"CreationDate": None})
         figure.savefig(directory / f"{name}.png", metadata={"Software": None})
-    manifest = read_manifest(directory)
-    manifest[name] = {
+    entry = {
         "files": [f"{name}.pdf", f"{name}.png"],
         "notebook": notebook,
         "parameters": dict(parameters),
@@ -287,7 +287,10 @@ def save_figure(
         "missing_runs": len(records.missing),
         "commit": commit(),
     }
-    write_json(directory / "manifest.json", dict(sorted(manifest.items())))
+    # Another notebook may be entering its own at the same time.
+    with FileLock(directory / ".manifest.lock"):
+        manifest = read_manifest(directory) | {name: entry}
+        write_json(directory / "manifest.json", dict(sorted(manifest.items())))
     plt.close(figure)
     return figure
 
