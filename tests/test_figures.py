@@ -163,7 +163,7 @@ def _save_ten(name: str, directory: Path) -> None:
 
 
 def test_two_notebooks_that_save_at_once_lose_no_entry(tmp_path):
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         list(pool.map(_save_ten, ("left", "right"), [tmp_path] * 2))
     names = {f"{name}-{number}" for name in ("left", "right") for number in range(10)}
     assert set(read_manifest(tmp_path)) == names
