@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,13 +81,44 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
 @click.option("--scheduler", help="Train on the workers of the Dask scheduler at this address.")
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds a run.")
 @click.option("--runs-per-gpu", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--lockstep/--no-lockstep",
+    default=True,
+    help="Whether small networks train as groups where that is faster; by default they do.",
+)
 def run(parameters: tuple[Path, ...], runs: Path, **places: Any) -> None:
-    """Train the studies of parameter files, without their notebooks."""
+    """Train the studies of parameter files, without their notebooks.
+
+    Started by torchrun, every run is trained by all of its processes, which share the batches.
+    """
     from repeatlab.execution import Places
     from repeatlab.study import run_studies
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if any(places[name] is not None for name in ("workers", "scheduler", "time_limit")):
+            raise click.UsageError("torchrun decides where runs are made: leave that out here")
+        _run_shared(parameters, runs)
+        return
     studies = _read_studies(parameters)
     click.echo(str(run_studies(studies, runs, places=Places(**places))))
+
+
+def _run_shared(parameters: tuple[Path, ...], runs: Path) -> None:
+    """Make the runs of studies as one of the processes that torchrun has started."""
+    from repeatlab.data_parallel import TeamBroken, process_group
+    from repeatlab.execution import Places
+    from repeatlab.loop import together
+    from repeatlab.study import run_studies
+
+    studies = _read_studies(parameters, processes=int(os.environ["WORLD_SIZE"]))
+    with process_group():
+        here = Places(workers=0, lockstep=False)
+        try:
+            report = together(lambda: run_studies(studies, runs, places=here))
+        except TeamBroken as error:
+            raise click.ClickException(str(error)) from error
+    if report is not None:  # on the process that leads
+        click.echo(str(report))
 
 
 @cli.command()
@@ -132,7 +164,8 @@ def verify(runs: Path, remove: bool) -> None:
     sys.exit(1 if found and not remove else 0)
 
 
-def _read_studies(paths: Iterable[Path]) -> list[Study]:
+def _read_studies(paths: Iterable[Path], **fields: Any) -> list[Study]:
+    """Return the studies of parameter files, with `fields` where they say nothing of them."""
     from repeatlab.batch import read_job
     from repeatlab.study import Study
 
@@ -141,7 +174,10 @@ def _read_studies(paths: Iterable[Path]) -> list[Study]:
         job = read_job(path, ROOT)
         if "study" not in job.parameters:
             raise ConfigError(f"{path}: parameters.study is missing: this file trains nothing")
-        studies.append(parse(Study, job.parameters["study"], source=f"{path}: parameters.study"))
+        study = job.parameters["study"]
+        if isinstance(study, dict):
+            study = fields | study
+        studies.append(parse(Study, study, source=f"{path}: parameters.study"))
     return studies
 
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from repeatlab.early_stopping import EarlyStopping
 from repeatlab.mappings import MAPPINGS, Trace
 from repeatlab.sampling import SAMPLERS
-from repeatlab.schedules import SCHEDULES
+from repeatlab.schedules import SCHEDULES, WarmUp
 from repeatlab.schema import Model, choice, choices, named, parse
 from repeatlab.tasks import TASKS, load_task
 
@@ -67,6 +68,32 @@ class TraceConfig(Model):
         return Trace(self.counts)
 
 
+class WarmUpConfig(Model):
+    """A rate that rises linearly to its full height over the first updates."""
+
+    updates: PositiveInt
+    """How many; under a budget, the share of it that they are of T."""
+    start: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The factor at the first update. Goyal et al. begin at the unscaled rate: base_batch_size /
+    batch_size."""
+
+    def build(self) -> WarmUp:
+        """Return the factor as a function of the update."""
+        return WarmUp(self.updates, self.start)
+
+
+class DistillationConfig(Model):
+    """How a run learns from an ensemble besides the labels; see `repeatlab.tasks.distillation`."""
+
+    teachers: PositiveInt = 3
+    """Standard runs of other seeds; their cost is charged to the run that learns from them."""
+    updates: PositiveInt | None = None
+    """Of each teacher; null makes as many as the run's T."""
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    share: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Of the teachers in the loss; the rest is the labels'."""
+
+
 class MethodConfig(Model):
     """Which samples make a batch, how often it is visited and at what rate; `{}` is standard."""
 
@@ -80,6 +107,14 @@ class MethodConfig(Model):
         | None
     ) = None
     schedule: choice("schedule", SCHEDULES) | None = None
+    warm_up: WarmUpConfig | None = None
+    """Where the rate begins and how long it rises, on top of the schedule; null: not at all."""
+    base_batch_size: PositiveInt | None = None
+    """The batch size that the task's rate is meant for: the run's is batch_size / base_batch_size
+    times it (Goyal et al. 2017, arXiv 1706.02677). The short run of `t: auto` and models that a
+    sampler trains beforehand keep the task's own rate, as under a schedule."""
+    distillation: DistillationConfig | None = None
+    """Of an ensemble into the run's network, on the supervised task."""
     apply: Literal["repeat", "step_size", "fresh_samples"] = "repeat"
     """What N does: N visits of the batch; one update at N times the learning rate; or N updates on
     samples drawn anew each time (from the replay buffer, without another environment step)."""
@@ -173,6 +208,17 @@ class EvaluationConfig(Model):
     """What is evaluated; "train" is a fixed part of the training split."""
     test: bool = True
     """Whether the test split is read, once, after the last update."""
+    early_stopping: EarlyStopping | None = None
+    """When the run ends before T, for want of a better validation metric."""
+    keep: Annotated[int, Field(ge=0)] = 0
+    """Of how many evaluations, the last ones, the networks' weights stay in the run's directory;
+    1 keeps those at the end."""
+
+    @model_validator(mode="after")
+    def _sees_what_it_stops_by(self) -> Self:
+        if self.early_stopping is not None and "validation" not in self.splits:
+            raise ValueError("early_stopping needs the validation split among splits")
+        return self
 
 
 class RunConfig(Model):
@@ -189,6 +235,35 @@ class RunConfig(Model):
     device: Device = "auto"
     threads: PositiveInt = 1
     """CPU threads of torch: sums, and so the records, depend on their number."""
+    processes: PositiveInt = 1
+    """Processes that share every batch (`repeatlab.data_parallel`), under torchrun where it is more
+    than one: sums depend on their number, and BatchNorm sees a share of the batch."""
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> Self:
+        if self.processes == 1:
+            return self
+        task, method = self.task, self.method
+        refused = {
+            f"it is not for the task {task.name}: {task.unshared}": task.unshared,
+            f"batch_size {task.batch_size} has fewer samples": self.processes > task.batch_size,
+            "a sampler chooses by the losses of samples, and each process sees its own": (
+                method.sampler
+            ),
+            "apply: step_size scales an update before the processes agree on its loss": (
+                method.apply == "step_size"
+            ),
+            "method.distillation: the teachers' answers are not sent to the other processes": (
+                method.distillation
+            ),
+            "budget.unit: seconds would end each process at an update of its own": (
+                self.budget and self.budget.unit == "seconds"
+            ),
+        }
+        for reason, holds in refused.items():
+            if holds:
+                raise ValueError(f"processes: {self.processes}: {reason}")
+        return self
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
@@ -198,6 +273,15 @@ class RunConfig(Model):
                 f"method.mapping.of: {method.source!r} names a method of a study; a single run "
                 "needs the method itself"
             )
+        if method.warm_up is not None and method.warm_up.updates > self.max_updates:
+            raise ValueError(
+                f"method.warm_up.updates: {method.warm_up.updates} exceeds max_updates: "
+                f"{self.max_updates}"
+            )
+        if self.device != "auto":
+            from repeatlab.tasks.precision import check_device
+
+            check_device(self.task, self.device)
         parts = {f"method.apply: {method.apply}": method.apply}
         if method.sampler is not None:
             name = method.sampler.name
@@ -214,6 +298,35 @@ class RunConfig(Model):
         for path, part in parts.items():
             if part in refusals:
                 raise ValueError(f"{path} is not for the task {self.task.name}: {refusals[part]}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_distilled(self) -> Self:
+        if self.method.distillation is None:
+            return self
+        sampler, warm_up = self.method.sampler, self.method.warm_up
+        updates = self.method.distillation.updates
+        refused = {
+            f"updates: {updates} end before the teachers' warm-up does": (
+                warm_up and updates and updates < warm_up.updates
+            ),
+            f"it is not for the task {self.task.name}, only for supervised": (
+                self.task.name != "supervised"
+            ),
+            "teachers of other seeds see other label noise: they would tell the labels": getattr(
+                self.task, "label_noise", 0
+            ),
+            "t: auto is measured on the cross-entropy, which is not its driver loss: give t": (
+                self.method.calibrated
+            ),
+            "rho_loss trains models beforehand that would need teachers of their own": (
+                sampler and sampler.name == "rho_loss"
+            ),
+            "its teachers are made by one process": self.processes > 1,
+        }
+        for reason, holds in refused.items():
+            if holds:
+                raise ValueError(f"method.distillation: {reason}")
         return self
 
     @property

@@ -25,6 +25,8 @@ class Ledger:
         environment_steps: Steps made in a simulator.
         seconds: Training time; evaluation is outside the clock.
         host_reads: How often the host waited for a loss on the device.
+        skipped_steps: Optimizer steps left out because float16 gradients overflowed; their updates
+            are counted all the same.
         calibration_updates: Updates of the short run that `t: auto` needed, on top of the above.
         calibration_forward_samples: Samples that went forward in that run.
         calibration_backward_samples: Samples that went backward in it.
@@ -49,6 +51,7 @@ class Ledger:
     environment_steps: int = 0
     seconds: float = 0.0
     host_reads: int = 0
+    skipped_steps: int = 0
     calibration_updates: int = 0
     calibration_forward_samples: int = 0
     calibration_backward_samples: int = 0

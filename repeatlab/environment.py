@@ -19,13 +19,18 @@ def describe(device: str) -> dict[str, Any]:
 
     return {
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": _versions(),
         "platform": platform.platform(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "commit": commit(),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
 
 
 def pick_device(name: str) -> str:

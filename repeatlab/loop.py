@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from repeatlab import checkpoint
 from repeatlab.calibration import calibrate, calibration_run
 from repeatlab.config import RunConfig
+from repeatlab.data_parallel import SilentWriter, Team, TeamBroken, current_team
+from repeatlab.distillation import distilled_task, teacher_runs
 from repeatlab.environment import describe, pick_device
 from repeatlab.method import Source
 from repeatlab.prerequisites import source_run
 from repeatlab.records import Run, RunWriter, Store
 from repeatlab.seeding import derive
-from repeatlab.tasks import TASKS, load_task
+from repeatlab.tasks import TASKS, Task, load_task, precision
 from repeatlab.training import STOP, CheckpointPlan, Interrupted, Training
 
 
@@ -31,7 +34,8 @@ def train(
     A run that was begun goes on from its last checkpoint, with the same records as if it had never
     stopped. Where another process is at it, this one waits for that one's end. A non-finite loss
     ends the run as `diverged` with its data kept. Ctrl-C, once, and `training.STOP` make it leave a
-    checkpoint and raise. Any other error marks it `failed` and is raised.
+    checkpoint and raise. Any other error marks it `failed` and is raised. A run of several
+    `processes` is trained inside `together`.
 
     Args:
         config: The run.
@@ -41,38 +45,160 @@ def train(
     Raises:
         StoreError: the store cannot be written.
         Interrupted: `training.STOP` was set.
+        ValueError: it asks for another number of processes than there are.
+        TeamBroken: it failed on one of several processes.
     """
     store = runs if isinstance(runs, Store) else Store(runs)
     run = store.run(config.task.name, config.run_id)
     if run.done:
         return run
+    _check_processes(config, current_team())
     store.check_writable()
     device = pick_device(config.device)
-    with _interrupted_at_an_update(), store.locked(run):
+    precision.check_device(config.task, device)
+    with interrupted_at_an_update(), store.locked(run):
         if not run.done:
             _train(config, store, run, device=device, plan=plan)
     return run
 
 
+def together(lead: Callable[[], Any]) -> Any:
+    """Return `lead()` on process 0, while the others train their share of every run that it makes.
+
+    To be called by all processes of a group (`data_parallel.process_group`); the others return
+    None. Where a stop was asked for on any of them, all leave at the same update, with
+    KeyboardInterrupt. Without a group it just calls `lead`.
+    """
+    team = current_team()
+    if team is None:
+        return lead()
+    if not team.leads:
+        return _follow(team)
+    in_step = True
+    try:
+        return lead()
+    except (TeamBroken, KeyboardInterrupt):
+        in_step = False
+        raise
+    finally:
+        if in_step:
+            team.broadcast(None)
+
+
+def _follow(team: Team) -> None:
+    """Train a share of the runs that process 0 makes, until it makes no more."""
+    while (job := team.broadcast()) is not None:
+        config = RunConfig.from_json(job["config"])
+        source = job["source"] and Source(*(column.numpy() for column in job["source"]))
+        plan = CheckpointPlan(**job["plan"])
+        parts = {"calibration": job["calibration"], "source": source, "plan": plan, "team": team}
+        try:
+            with interrupted_at_an_update(), torch_settings(config):
+                task = build_task(config, pick_device(config.device))
+                Training(config, task, SilentWriter(), **parts).run(job["state"])
+        except Interrupted as error:
+            raise KeyboardInterrupt(str(error)) from error
+
+
+def _check_processes(config: RunConfig, team: Team | None) -> None:
+    there = team.size if team else 1
+    if config.processes != there:
+        raise ValueError(
+            f"processes: the run asks for {config.processes}, but {there} train together: start it "
+            f"with `torchrun --nproc-per-node {config.processes} -m repeatlab run`"
+        )
+    if team is not None and not team.leads:
+        raise RuntimeError("process 0 alone makes runs: call `together` on all processes")
+
+
 def _train(
     config: RunConfig, store: Store, run: Run, *, device: str, plan: CheckpointPlan | None
 ) -> None:
+    teachers = [
+        _completed(needed, store, "distillation needs its teachers")
+        for needed in teacher_runs(config)
+    ]
+    writer, state, calibration, source = open_run(config, store, run, device=device)
+    team = current_team()
+    try:
+        with torch_settings(config):
+            parts = {"calibration": calibration, "source": source, "plan": plan}
+            task = (
+                distilled_task(config, teachers, device=device)
+                if teachers
+                else build_task(config, device)
+            )
+            training = Training(config, task, writer, **parts, team=team)
+            if team is None:
+                training.run(state)
+            else:
+                _lead(training, state, **parts)
+    except Interrupted as error:
+        writer.close("interrupted")
+        if team is not None:
+            raise KeyboardInterrupt(str(error)) from error
+        raise
+    except BaseException as error:
+        writer.fail(error)
+        raise
+
+
+class Opened(NamedTuple):
+    """What a run begins, or goes on, with.
+
+    Attributes:
+        writer: Of its record.
+        state: Where it goes on from; None at its beginning.
+        calibration: t and what it cost, where the method asks for it.
+        source: What the method replays, if anything.
+    """
+
+    writer: RunWriter
+    state: dict[str, Any] | None
+    calibration: dict[str, Any]
+    source: Source | None
+
+
+def open_run(config: RunConfig, store: Store, run: Run, *, device: str) -> Opened:
+    """Make what a run needs, and begin its record or go on with it; its lock is held meanwhile."""
     calibration, source = _calibrate(config, store), _trace(config, store)
     environment = describe(device)
     writer, state = _resumed(store, run, environment)
     if writer is None:
         writer = store.begin(run, config.to_json(), environment)
+    return Opened(writer, state, calibration, source)
+
+
+def build_task(config: RunConfig, device: str, **parts: Any) -> Task:
+    """Return the run's task as it is before the first update, given parts that others have made."""
+    kind = load_task(TASKS[config.task.name])
+    return kind(config.task, seed=config.seed, device=device, **parts)
+
+
+def _lead(
+    training: Training,
+    state: dict[str, Any] | None,
+    *,
+    calibration: dict[str, Any],
+    source: Source | None,
+    plan: CheckpointPlan | None,
+) -> None:
+    """Train process 0's share of a run, and tell the others what to train."""
+    training.team.broadcast(
+        {
+            "config": training.config.to_json(),
+            "calibration": calibration,
+            "source": source and [torch.tensor(column) for column in source],
+            "plan": asdict(plan or CheckpointPlan()),
+            "state": state,
+        }
+    )
     try:
-        with _torch_settings(config):
-            task = load_task(TASKS[config.task.name])(config.task, seed=config.seed, device=device)
-            parts = {"calibration": calibration, "source": source, "plan": plan}
-            Training(config, task, writer, **parts).run(state)
+        training.run(state)
     except Interrupted:
-        writer.close("interrupted")
         raise
-    except BaseException as error:
-        writer.fail(error)
-        raise
+    except Exception as error:
+        raise TeamBroken(f"{type(error).__name__}: {error}") from error
 
 
 def _resumed(
@@ -93,7 +219,7 @@ def _resumed(
 
 
 @contextmanager
-def _interrupted_at_an_update() -> Iterator[None]:
+def interrupted_at_an_update() -> Iterator[None]:
     """Let the first Ctrl-C stop the run at an update, with a checkpoint; the second, at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
@@ -119,7 +245,7 @@ def _interrupted_at_an_update() -> Iterator[None]:
 
 
 @contextmanager
-def _torch_settings(config: RunConfig) -> Iterator[None]:
+def torch_settings(config: RunConfig) -> Iterator[None]:
     """Thread count and global random state of this run, and afterwards those from before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)

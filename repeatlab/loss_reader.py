@@ -19,11 +19,13 @@ class LossReader:
     first, without waiting, so that all ranks decide the same.
 
     Args:
-        reduce: Replaces the average over ranks: takes and returns a 0-d tensor.
+        reduce: Replaces the average over ranks: takes a 0-d tensor and returns one, or a function
+            that `wait` calls for the value.
     """
 
-    def __init__(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+    def __init__(self, reduce: Callable[[torch.Tensor], Any] | None = None) -> None:
         self._reduce = reduce
+        self._later: Callable[[], float] | None = None
         self._tensor: torch.Tensor | None = None
         self._work: Any = None
         self._cuda: _PinnedCopy | None = None
@@ -36,7 +38,11 @@ class LossReader:
             The value, where the host has it already; else None, and `wait` returns it.
         """
         if self._reduce is not None:
-            loss = self._reduce(torch.as_tensor(loss).detach())
+            reduced = self._reduce(torch.as_tensor(loss).detach())
+            if callable(reduced):
+                self._later = reduced
+                return None
+            loss = reduced
         elif in_process_group():
             return self._start_all_reduce(loss)
         if not isinstance(loss, torch.Tensor):
@@ -54,6 +60,9 @@ class LossReader:
             self._work = None
             self.host_reads += self._tensor.is_cuda
             return self._tensor.item() / dist.get_world_size()
+        if self._later is not None:
+            later, self._later = self._later, None
+            return later()
         self.host_reads += 1
         return self._cuda.wait()
 

@@ -24,7 +24,8 @@ class LossStats:
 
     Attributes:
         index: Index of the fresh batch being decided on, from 0.
-        progress: Share of the run's updates made before it, in [0, 1).
+        progress: Share of the run that was over before it, in [0, 1]: of its updates, or of what it
+            may spend.
         count: How many losses have been observed in all.
         mean: Mean of the recent losses; 0 before the first.
     """

@@ -23,6 +23,21 @@ def small_cnn(channels: int, classes: int, *, width: int) -> nn.Module:
     )
 
 
+def mlp(inputs: int, classes: int, *, width: int) -> nn.Module:
+    """Two hidden layers of `width` ReLUs on the flattened image.
+
+    3,466 parameters for digits (64 pixels, ten classes) and width 32.
+    """
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(inputs, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, classes),
+    )
+
+
 def resnet18(channels: int, classes: int) -> nn.Module:
     """ResNet-18 (He et al. 2016) with the stem for small images: 3x3, stride 1, no pooling.
 

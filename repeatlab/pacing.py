@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from repeatlab.config import RunConfig
+from repeatlab.config import BudgetConfig, RunConfig
 from repeatlab.cost import Ledger
 from repeatlab.loss_stats import LossStats
 from repeatlab.mappings import Mapping
@@ -21,20 +21,25 @@ if TYPE_CHECKING:
 
 
 class Rates:
-    """The learning rates of all optimizers, scaled alike by schedule and step size.
+    """The learning rates of all optimizers, scaled alike by batch, warm-up, schedule and step size.
 
     Attributes:
         moving: Whether they have to be set before every update.
     """
 
     def __init__(self, config: RunConfig, optimizers: Iterable[Optimizer]) -> None:
-        schedule = config.method.schedule
+        schedule, warm_up = config.method.schedule, config.method.warm_up
         self._schedule = schedule.build() if schedule else None
+        self._warm_up = warm_up.build() if warm_up else None
         self._total = config.max_updates
         # What was set is kept where it does not follow from the update's index.
         self._keep = config.budget is not None or config.method.apply == "step_size"
-        self.moving = self._schedule is not None or self._keep
-        self._groups = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
+        self.moving = bool(self._schedule or self._warm_up or self._keep)
+        base = config.method.base_batch_size
+        scale = config.task.batch_size / base if base else 1.0
+        self._groups = [(g, scale * g["lr"]) for o in optimizers for g in o.param_groups]
+        for group, rate in self._groups:
+            group["lr"] = rate
         self._factors: list[float] = []
 
     def set(self, position: int) -> None:
@@ -74,7 +79,8 @@ class Rates:
         self._factors = list(state["factors"])
 
     def _factor(self, position: int) -> float:
-        return self._schedule(position, self._total) if self._schedule else 1.0
+        factor = self._schedule(position, self._total) if self._schedule else 1.0
+        return factor * self._warm_up(position) if self._warm_up else factor
 
 
 class StepSize:
@@ -117,7 +123,8 @@ class Budget:
 
     def __init__(self, config: RunConfig, task: Task) -> None:
         settings = config.budget
-        self._k = settings.k if settings else 0.0
+        self._total = config.max_updates
+        self._k = settings.k if settings else BudgetConfig.model_fields["k"].default
         self._by_cost = settings is not None and settings.unit == "cost"
         self._update = task.forward_samples + self._k * task.backward_samples
         if settings is None:
@@ -133,3 +140,15 @@ class Budget:
         if self._by_cost:
             return updates * self._update + scored + ledger.prepared_units(self._k)
         return seconds + ledger.calibration_seconds + ledger.holdout_seconds
+
+    def unused(self, updates: int, spent: float) -> dict[str, float]:
+        """Return what a run leaves that ends after `updates`, with `spent` of its budget.
+
+        Of T in updates, and in the budget's unit; without one in forward equivalents, a backward's
+        time as in a budget of unit `cost`.
+        """
+        left = self._total - updates
+        if self.limit == inf:
+            return {"unused_updates": left, "unused_cost_units": left * self._update}
+        unit = "cost_units" if self._by_cost else "seconds"
+        return {"unused_updates": left, f"unused_{unit}": max(0.0, self.limit - spent)}

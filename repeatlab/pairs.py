@@ -131,14 +131,11 @@ class _Arm:
 
 def _curves(records: Records, endpoints: Mapping[str, Endpoint], axis: str) -> dict:
     """Return (task, method, seed) -> (x, values, whether it starts before the first update)."""
-    evals = with_cost(records.evals, {t: e.backward_ratio for t, e in endpoints.items()})
     found = {}
     for task, endpoint in endpoints.items():
-        of_task = evals[evals["task"] == task]
-        chosen = of_task[
-            (of_task["metric"] == endpoint.metric) & (of_task["split"] == endpoint.split)
-        ]
-        for keys, run in chosen.sort_values("update").groupby(RUN_KEYS, sort=False):
+        measured = records.measured(endpoint.metric, endpoint.split)
+        chosen = with_cost(measured[measured["task"] == task], endpoint.backward_ratio)
+        for keys, run in chosen.groupby(RUN_KEYS, sort=False):
             values = run["value"].to_numpy(float)
             found[keys] = run[axis].to_numpy(float), values, run["update"].iloc[0] == 0
     return found

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +31,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+
+from repeatlab.html_view import rows_table, small_curve
 
 UPDATES = pa.schema(
     {
@@ -64,11 +66,36 @@ def safe_name(what: str, name: str) -> str:
     return name
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` to `path` in one step: readers see the old file or the new one, never half."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file beside `path` that takes its place once it is written.
+
+    Raises:
+        StoreError: it cannot be written; what is at `path` stays as it is.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"{path} cannot be written: {error.strerror or error}")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` to `path` in one step: readers see the old file or the new one, never half.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    text = json.dumps(data, indent=1) + "\n"
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 class Store:
@@ -99,7 +126,7 @@ class Store:
         try:
             run.path.mkdir(parents=True)
         except OSError as error:
-            raise StoreError(f"{run.path} cannot be written: {error.strerror}") from None
+            raise _not_written(run.path, error) from None
         write_json(run.path / "config.json", config)
         write_json(run.path / "environment.json", {**environment, "attempts": attempts})
         return RunWriter(run.path)
@@ -177,7 +204,10 @@ class Store:
     def write_study(self, name: str, study: Mapping[str, Any]) -> None:
         """Record which runs a study consists of."""
         directory = self.root / "studies"
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_written(directory, error) from None
         write_json(directory / f"{safe_name('study', name)}.json", study)
 
     def read_study(self, name: str) -> dict[str, Any]:
@@ -193,7 +223,14 @@ class Store:
                 f"{self.root} holds no study '{name}' (it holds: {', '.join(known) or 'none'}); "
                 "run the task's notebook, or `repeatlab run` with the parameters of that study"
             )
+        return _read_json(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -218,8 +255,10 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """On what it was made; empty where it was not begun."""
-        return self._json("environment.json") or {}
+        """On what it was made; empty where it was not begun, or this cannot be read."""
+        with suppress(StoreError):
+            return self._json("environment.json") or {}
+        return {}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -229,18 +268,18 @@ class Run:
     @property
     def updates(self) -> pd.DataFrame:
         """One row per update: the columns of `UPDATES`."""
-        return self._table("updates").to_pandas()
+        return self.table("updates").to_pandas()
 
     @property
     def evals(self) -> pd.DataFrame:
         """One row per (update, split, metric) with `value` and the ledger's columns."""
-        return self._table("evals").to_pandas()
+        return self.table("evals").to_pandas()
 
     @property
     def sampler(self) -> pd.DataFrame:
         """One row per fresh batch with `fresh_batch` and what the sampler recorded; maybe none."""
         try:
-            return self._table("sampler").to_pandas()
+            return self.table("sampler").to_pandas()
         except StoreError:
             return pd.DataFrame()
 
@@ -259,18 +298,40 @@ class Run:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _read_json(path) if path.exists() else None
 
-    def _table(self, name: str) -> pa.Table:
+    def table(self, name: str) -> pa.Table:
+        """Return "updates", "evals" or "sampler" as an Arrow table.
+
+        Raises:
+            StoreError: the run has no such table.
+        """
         finished = self.path / f"{name}.parquet"
         if self.done and finished.exists():
             return pq.read_table(finished)
         return read_stream(self.path / f"{name}.arrow")
 
     def _repr_html_(self) -> str:
-        summary = self.summary
-        rows = {"run": self.path.name, **self.status, **summary.get("final", {})}
-        return pd.Series(rows, dtype=object).to_frame("").to_html()
+        config, summary = self.config, self.summary
+        mapping = (config.get("method", {}).get("mapping") or {"name": "none"})["name"]
+        ledger = summary.get("ledger", {})
+        counted = ("updates", "fresh_batches", "seconds")
+        rows = {
+            "run": self.path.name,
+            **self.status,
+            "task": config.get("task", {}).get("name"),
+            "mapping": mapping,
+            "seed": config.get("seed"),
+            **{name: ledger[name] for name in counted if name in ledger},
+            **summary.get("final", {}),
+        }
+        try:
+            updates = self.updates
+        except StoreError:
+            return rows_table(rows)
+        first = updates[updates["repeat"] == 0]
+        curves = small_curve("first loss", first["loss"]) + small_curve("N", first["repeats"])
+        return rows_table(rows) + curves
 
 
 def read_stream(path: Path) -> pa.Table:
@@ -288,8 +349,19 @@ def read_stream(path: Path) -> pa.Table:
     return pa.Table.from_batches(batches)
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
 class RunWriter:
-    """Writes one run: streams while it trains, Parquet and summary.json when it is done."""
+    """Writes one run: streams while it trains, Parquet and summary.json when it is done.
+
+    What cannot be written raises a `StoreError`; what was written before stays readable.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -328,11 +400,16 @@ class RunWriter:
         """End the run as `complete` or `diverged`; summary.json comes last and marks it done."""
         names = list(self._streams)
         for name in names:
-            self._close(name)
-            table = read_stream(self.path / f"{name}.arrow")
-            temporary = self.path / f".{name}.{os.getpid()}"
-            pq.write_table(table, temporary, compression="zstd")
-            temporary.replace(self.path / f"{name}.parquet")
+            stream = self.path / f"{name}.arrow"
+            with _writing(stream):
+                self._close(name)
+            table = read_stream(stream)
+            if len(table) != self._rows[name]:
+                raise StoreError(
+                    f"{stream} holds {len(table)} of the {self._rows[name]} rows written to it"
+                )
+            with _replacing(self.path / f"{name}.parquet") as temporary:
+                pq.write_table(table, temporary, compression="zstd")
         self._set_status(status, **details)
         write_json(self.path / "summary.json", {"status": status, **summary})
         # Only now: a kill before this line leaves what a resume needs.
@@ -341,44 +418,48 @@ class RunWriter:
 
     def synced(self) -> dict[str, int]:
         """Make what was appended durable, and return how many rows each table has."""
-        for stream in self._files.values():
-            stream.flush()
-            os.fsync(stream.fileno())
+        for name, stream in self._files.items():
+            with _writing(self.path / f"{name}.arrow"):
+                os.fsync(stream.fileno())
         return dict(self._rows)
 
     def rewrite(self, name: str, table: pa.Table) -> None:
         """Begin a table anew with these rows, in one step."""
-        path = self.path / f"{name}.arrow"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self._open(name, table.schema, temporary)
-        self._append(name, table)
-        temporary.replace(path)
+        with _replacing(self.path / f"{name}.arrow") as temporary:
+            self._open(name, table.schema, temporary)
+            self._append(name, table)
 
     def fail(self, error: BaseException) -> None:
-        """End the run as `failed`, keeping what was recorded."""
-        self.close("failed", error=f"{type(error).__name__}: {error}")
+        """End the run as `failed`, keeping what was recorded, and the error, whatever is broken."""
+        with suppress(StoreError):
+            self.close("failed", error=f"{type(error).__name__}: {error}")
 
     def close(self, status: str, **details: Any) -> None:
         """Leave the run as it is, to be gone on with or begun anew."""
         for name in list(self._streams):
-            self._close(name)
+            with suppress(OSError):  # what is lost so was not recorded
+                self._close(name)
         self._set_status(status, **details)
 
     def _append(self, name: str, table: pa.Table) -> None:
-        if name not in self._streams:
-            self._open(name, table.schema, self.path / f"{name}.arrow")
-        self._streams[name].write_table(table)
+        with _writing(self.path / f"{name}.arrow"):
+            if name not in self._streams:
+                self._open(name, table.schema, self.path / f"{name}.arrow")
+            self._streams[name].write_table(table)
+            # What is written survives this process.
+            self._files[name].flush()
         self._rows[name] += len(table)
 
     def _open(self, name: str, schema: pa.Schema, path: Path) -> None:
-        # Unbuffered: what is written survives this process.
-        self._files[name] = path.open("wb", buffering=0)
+        # Buffered: a raw file may take a part of a block and say nothing, where the disk is full.
+        self._files[name] = path.open("wb")
         self._streams[name] = pa.ipc.new_stream(self._files[name], schema)
         self._rows[name] = 0
 
     def _close(self, name: str) -> None:
-        self._streams.pop(name).close()
-        self._files.pop(name).close()
+        stream, file = self._streams.pop(name), self._files.pop(name)
+        with file:
+            stream.close()
 
     def _set_status(self, status: str, **details: Any) -> None:
         Run(self.path).note(status, **details)

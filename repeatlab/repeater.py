@@ -58,9 +58,14 @@ class BatchRepeater:
         max_updates: T, the exact number of batches to yield.
         refresh: A function of the batch that gives repeats a fresh view of it, such as a new random
             crop; by default repeats see the same view.
+        progress: A function that returns which share of the run is over, in [0, 1], for mappings
+            that go by the clock; by default the share of T.
         reduce: A function of the 0-d loss tensor that returns the one to decide on, in place of the
-            mean over the ranks.
-        block: On CUDA, how many losses of repeats are gathered before they are fetched together.
+            mean over the ranks, or a function that is called for its value after the step.
+        join: A function of the losses of this rank's repeats, (n,), that returns the ones to
+            record; where it talks to other ranks, all must call `drain` and `state_dict` together.
+        block: How many losses of repeats are gathered before they are fetched together, on CUDA
+            or for `join`.
 
     Attributes:
         max_updates: T.
@@ -75,7 +80,8 @@ class BatchRepeater:
             that returns less than 1.
         RuntimeError: `report` missing, or called without a batch to report on.
         NonFiniteLoss: the loss is NaN or infinite. A loss on the CPU raises in `report`, before its
-            update is made; one on CUDA raises when it is read, naming the first such update.
+            update is made; one on CUDA, or joined with those of other ranks, raises when it is
+            read, naming the first such update.
     """
 
     def __init__(
@@ -85,7 +91,9 @@ class BatchRepeater:
         *,
         max_updates: int,
         refresh: Callable[[Any], Any] | None = None,
-        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        progress: Callable[[], float] | None = None,
+        reduce: Callable[[torch.Tensor], Any] | None = None,
+        join: Callable[[torch.Tensor], torch.Tensor] | None = None,
         block: int = 256,
     ) -> None:
         if isinstance(max_updates, bool) or not isinstance(max_updates, int) or max_updates < 1:
@@ -104,7 +112,9 @@ class BatchRepeater:
         self._loader = EndlessLoader(loader)
         self._reader = LossReader(reduce)
         self._refresh = refresh
-        self._visits = _VisitLog(block)
+        self._progress = progress or (lambda: self.updates / self.max_updates)
+        self._joins = join is not None
+        self._visits = _VisitLog(block, join)
         self._batch: Any = None  # the current one, held while visits to it are left
         self._awaiting_report = False
         self._asking = False  # the last visit's loss will tell whether there is another
@@ -180,9 +190,9 @@ class BatchRepeater:
             value = self._reader.start(loss)
             if value is not None:
                 self._ask(value)
-        elif is_tensor and loss.is_cuda:
+        elif self._joins or (is_tensor and loss.is_cuda):
             # A copy: a CUDA graph, for one, writes its next loss over this one.
-            self._visits.defer(loss.detach().clone())
+            self._visits.defer(loss.detach().clone() if is_tensor else torch.tensor(loss))
         else:
             loss = loss.item() if is_tensor else loss
             self._visits.losses.append(loss)
@@ -246,7 +256,7 @@ class BatchRepeater:
             return
         self.fresh_batch += 1
         self.stats.index = self.fresh_batch
-        self.stats.progress = self.updates / self.max_updates
+        self.stats.progress = self._progress()
         self.repeat = self.repeats = 0
         if not self._needs_loss:
             self.repeats = self._count(self._mapping(0.0, self.stats), 0)
@@ -321,8 +331,11 @@ class _VisitLog:
         fetches: How often losses were brought from the device.
     """
 
-    def __init__(self, block: int) -> None:
+    def __init__(
+        self, block: int, join: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
         self.block = block
+        self._join = join  # from this rank's losses, (n,), to those of all
         self.fetches = 0
         self.restart(0, 0, 0, [])
 
@@ -354,7 +367,10 @@ class _VisitLog:
         rows, losses = zip(*self._deferred, strict=True)
         self._deferred = []
         self.fetches += 1
-        for row, loss in zip(rows, torch.stack(losses).tolist(), strict=True):
+        stacked = torch.stack(losses)
+        if self._join is not None:
+            stacked = self._join(stacked)
+        for row, loss in zip(rows, stacked.tolist(), strict=True):
             self.losses[row] = loss
             if not isfinite(loss):
                 # What came after has no meaning, and the first one is the one to name.

@@ -38,7 +38,7 @@ class Transitions(NamedTuple):
 
     def to(self, device: str) -> Transitions:
         """Return the batch on `device`."""
-        return Transitions(*(t.to(device) for t in self[:-1]), self.index)
+        return Transitions(*(t.to(device, non_blocking=True) for t in self[:-1]), self.index)
 
 
 class ReplayBuffer:

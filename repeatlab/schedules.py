@@ -110,6 +110,28 @@ class InverseTime:
         return 1 / (1 + self.k * update / total)
 
 
+@dataclass(frozen=True)
+class WarmUp:
+    """start + (1 - start) update / updates, and 1 from update `updates` on.
+
+    Gradual warm-up (Goyal et al. 2017, arXiv 1706.02677, section 2.2); it multiplies a schedule.
+
+    >>> [WarmUp(4, start=0.5)(update) for update in (0, 2, 4, 99)]
+    [0.5, 0.75, 1.0, 1.0]
+    """
+
+    updates: int
+    start: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"updates must be at least 1, not {self.updates!r}")
+        _check_fraction("start", self.start)
+
+    def __call__(self, update: int) -> float:
+        return self.start + (1 - self.start) * min(1.0, update / self.updates)
+
+
 SCHEDULES: dict[str, type] = {
     "cosine": Cosine,
     "linear": LinearDecay,

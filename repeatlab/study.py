@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -24,6 +24,7 @@ from repeatlab.config import (
 )
 from repeatlab.environment import commit
 from repeatlab.execution import Places, execute
+from repeatlab.html_view import rows_table
 from repeatlab.records import Run, Store, StoreError, safe_name
 from repeatlab.schema import Model, did_you_mean, parse
 from repeatlab.tasks import TaskConfig
@@ -74,6 +75,11 @@ class Study(Model):
     loader: LoaderConfig = LoaderConfig()
     device: Device = "auto"
     threads: PositiveInt = 1
+    processes: PositiveInt = 1
+    """Processes that share every batch of a run, under torchrun where it is more than one."""
+    lockstep: bool = True
+    """Whether runs of small networks may train as one group where that is faster. Their `seconds`
+    are then a share of the group's, which says nothing of an arm: not where time is compared."""
 
     @field_validator("name")
     @classmethod
@@ -131,6 +137,18 @@ class Study(Model):
                     raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
         return self
 
+    def _repr_html_(self) -> str:
+        return rows_table(
+            {
+                "study": self.name,
+                "tasks": ", ".join(self.tasks),
+                "methods": ", ".join(self.methods),
+                "seeds": self.seeds if isinstance(self.seeds, int) else len(self.seeds),
+                "updates": self.max_updates,
+                "runs": len(self.planned()),
+            }
+        )
+
     def run(
         self, runs: str | Path = "runs", *, workers: int | None = None, places: Places | None = None
     ) -> Report:
@@ -160,6 +178,17 @@ class Report:
         now = f"({self.trained} trained now, {stored} in the store)"
         again = f"; {len(self.retried)} took more than one attempt" if self.retried else ""
         return f"{len(self.status)} {runs}: {ended} {now}{again}"
+
+    def _repr_html_(self) -> str:
+        stored = len(self.status) - self.trained
+        now = {"trained now": self.trained, "in the store": stored}
+        again = {"more than one attempt": len(self.retried)} if self.retried else {}
+        return rows_table(
+            {"runs": len(self.status)}
+            | dict(sorted(Counter(self.status.values()).items()))
+            | now
+            | again
+        )
 
 
 def run_study(
@@ -225,7 +254,9 @@ def run_studies(
         # Once and here, so that what is not there is one message, and workers do not all fetch it.
         for task in {config.task for config in missing.values()}:
             task.prepare()
-        outcomes = execute(missing, store, places or Places(workers=workers))
+        places = places or Places(workers=workers)
+        together = places.lockstep and all(study.lockstep for study in studies)
+        outcomes = execute(missing, store, replace(places, lockstep=together))
         progress = tqdm(outcomes, total=len(missing), desc="runs", unit="run")
         failed = {run_id: why for run_id, why in progress if why is not None}
     status = {i: _handle(store, config).status["status"] for i, config in configs.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from threading import Event
@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from repeatlab import checkpoint
+from repeatlab import checkpoint, weights
 from repeatlab.checkpoint import digest
 from repeatlab.config import RunConfig
 from repeatlab.cost import Ledger
+from repeatlab.data_parallel import SharedTask, SilentWriter, Team
+from repeatlab.early_stopping import Patience
 from repeatlab.environment import pick_device
 from repeatlab.label_noise import NoiseLog
 from repeatlab.mappings import Constant, Mapping
@@ -62,16 +64,19 @@ class Training:
         self,
         config: RunConfig,
         task: Task,
-        writer: RunWriter,
+        writer: RunWriter | SilentWriter,
         *,
         calibration: dict[str, Any],
         source: Source | None = None,
         plan: CheckpointPlan | None = None,
+        team: Team | None = None,
     ) -> None:
         self.config, self.task, self.writer = config, task, writer
         self.plan = plan or CheckpointPlan()
         self.calibration = calibration
         method = config.method
+        self.team, self.leads = team, team is None or team.leads
+        self.shared = SharedTask(task, team) if team else None
         self.sampler = start_sampler(config, task)
         self.noise = NoiseLog(getattr(task, "corrupted", None))
         loader = {"settings": config.loader, "seen": self.noise.fresh_batch}
@@ -91,17 +96,26 @@ class Training:
             1 if self.step_size else mapping,
             max_updates=min(config.max_updates, most),
             refresh=self._refresh if method.fresh_views or method.apply != "repeat" else None,
+            progress=self._share if config.budget else None,
+            reduce=self.shared.losses.start if self.shared else None,
+            join=self.shared.losses.join if self.shared else None,
         )
         self.rates = Rates(config, task.optimizers)
         self.ledger = Ledger(
             environment_steps=task.environment_steps,
             **{k: v for k, v in calibration.items() if k.startswith("calib")},
         )
+        self.ledger.charge(getattr(task, "pretraining", {}))
         self.budget = Budget(config, task)
+        rule = config.evaluation.early_stopping
+        self.patience = Patience(rule) if rule else None
         self.seconds: list[float] = []
         self.elapsed, self.recorded = 0.0, 0
         self.last_evaluation: dict[str, dict[str, float]] = {}
+        self.clock: Callable[[], float] = perf_counter
         self.saved_at = perf_counter()
+        if pick_device(config.device) == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def run(self, state: dict[str, Any] | None = None) -> None:
         """Make all updates, or those that are left after `state`, and finish the record.
@@ -109,29 +123,50 @@ class Training:
         Raises:
             Interrupted: `STOP` was set.
         """
+        self.begin(state)
+        visit = self._visit()
+        try:
+            for batch in self.visits():
+                visit(batch)
+        except NonFiniteLoss as error:
+            self.end(error)
+        else:
+            self.end()
+
+    def begin(self, state: dict[str, Any] | None = None) -> None:
+        """Get ready for the first update, or for those that are left after `state`."""
         if state is not None:
             self.load_state_dict(state)
         else:
             if self.sampler is not None:
                 self.ledger.charge(self.sampler.prepare())
             self._evaluate()
-        try:
-            self._updates()
-        except NonFiniteLoss as error:
+
+    def end(self, error: NonFiniteLoss | None = None) -> None:
+        """Finish the record: complete, or diverged by `error`."""
+        if error is None:
+            self._finish("complete")
+        else:
             self._flush()
             self._finish("diverged", update=error.update, reason=str(error))
-        else:
-            self._finish("complete")
 
-    def _updates(self) -> None:
-        visit, repeater, clock, seconds = self._visit(), self.repeater, perf_counter, self.seconds
+    def visits(self) -> Iterator[Any]:
+        """Yield the batch of every update that is left, to be made before the next is asked for.
+
+        Raises:
+            NonFiniteLoss: a loss on CUDA, when it is read.
+            Interrupted: `STOP` was set.
+        """
+        repeater, clock, seconds = self.repeater, self.clock, self.seconds
         moving, budget, rates = self.rates.moving, self.config.budget, self.rates
         left, stop = self._until_pause(), STOP.is_set
+        if self.team is not None:
+            stop = self.team.sometimes_any(stop)
         start = clock() - self.elapsed
         for batch in repeater:
             if moving:
                 rates.set(self._position(clock() - start))
-            visit(batch)
+            yield batch
             seconds.append(clock() - start)
             left -= 1
             if budget and self._spent(seconds[-1]) >= self.budget.limit:
@@ -153,7 +188,7 @@ class Training:
     def _visit(self) -> Callable[[Any], None]:
         """Return what makes one update on a batch, as lean as the method allows."""
         step, report, sampler, scaling = (
-            self.task.step,
+            (self.shared or self.task).step,
             self.repeater.report,
             self.sampler,
             self.step_size,
@@ -184,20 +219,32 @@ class Training:
         """Return where the learning-rate schedule is: the update, or the spent share of T."""
         if self.config.budget is None:
             return self.repeater.updates
-        share = self._spent(seconds) / self.budget.limit
-        return int(min(1.0, share) * self.config.max_updates)
+        return int(self._share(seconds) * self.config.max_updates)
+
+    def _share(self, seconds: float | None = None) -> float:
+        """Return the share of the budget that is spent, by default after the last update."""
+        if seconds is None:
+            seconds = self.seconds[-1] if self.seconds else self.elapsed
+        return min(1.0, self._spent(seconds) / self.budget.limit)
 
     def _pause(self) -> None:
         """Outside the clock: write what was recorded, evaluate and save where it is due."""
         self._flush()
         done, plan = self.repeater.updates, self.plan
-        if done % self.config.evaluation.every == 0 or done == self.repeater.max_updates:
+        evaluation = self.config.evaluation
+        if done % evaluation.every == 0 or done == self.repeater.max_updates:
             self._evaluate()
+            if evaluation.keep and self.leads:
+                weights.keep(self.writer.path, self.task, update=done, last=evaluation.keep)
+            if self.patience is not None and self.patience.exhausted:
+                self.repeater.stop()
+                self._flush()
         waited = perf_counter() - self.saved_at >= plan.seconds
-        if waited or STOP.is_set() or (plan.updates and done % plan.updates == 0):
+        stop = self.team.any(STOP.is_set()) if self.team else STOP.is_set()
+        if self.leads and (waited or stop or (plan.updates and done % plan.updates == 0)):
             checkpoint.save(self.writer.path, self.state_dict())
             self.saved_at = perf_counter()
-        if STOP.is_set() and done < self.repeater.max_updates:
+        if stop and done < self.repeater.max_updates:
             raise Interrupted(f"stopped after update {done}; the run goes on from there")
 
     def _refresh(self, item: Any) -> Any:
@@ -251,6 +298,7 @@ class Training:
         ledger.environment_steps = task.environment_steps
         ledger.seconds = self.elapsed
         ledger.host_reads = repeater.host_reads
+        ledger.skipped_steps = getattr(task, "skipped_steps", 0)
         if self.sampler is not None:
             ledger.scoring_samples = self.sampler.scored
             ledger.host_reads += self.sampler.host_reads
@@ -278,6 +326,9 @@ class Training:
         self.ledger = Ledger(**state["ledger"])
         for name in ("seconds", "elapsed", "recorded", "last_evaluation"):
             setattr(self, name, state[name])
+        impatient = self.patience is not None and self.patience.exhausted
+        if impatient or self._spent(self.elapsed) >= self.budget.limit:
+            self.repeater.stop()
         torch.set_rng_state(state["random"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_random"])
@@ -292,16 +343,24 @@ class Training:
             "rates": self.rates,
             "sampler": self.sampler,
             "step_size": self.step_size,
+            "patience": self.patience,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
     def _evaluate(self) -> None:
         splits = self.config.evaluation.splits
-        self.last_evaluation = {split: self.task.evaluate(split) for split in splits}
+        if self.leads:
+            self.last_evaluation = {split: self.task.evaluate(split) for split in splits}
+        if self.team is not None and splits:
+            self.last_evaluation = self.team.broadcast(self.last_evaluation)
         if splits:
             self.writer.evals(self.ledger.updates, self.last_evaluation, self.ledger.to_json())
+        if self.patience is not None:
+            self.patience.see(self.ledger.updates, self.last_evaluation["validation"])
 
     def _finish(self, status: str, **details: Any) -> None:
+        if not self.leads:
+            return
         final = dict(self.last_evaluation) if status == "complete" else {}
         if status == "complete" and self.config.evaluation.test:
             final["test"] = self.task.evaluate("test")
@@ -316,6 +375,7 @@ class Training:
                 "ledger": self.ledger.to_json(),
                 "calibration": self.calibration or None,
                 "label_noise": self.noise.summary(),
+                "early_stopping": self._early_stopping(),
                 "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
                 "state_sha256": digest(self.task.state_dict()),
                 **details,
@@ -323,3 +383,9 @@ class Training:
             **details,
         )
         checkpoint.remove(self.writer.path)
+
+    def _early_stopping(self) -> dict[str, Any] | None:
+        if self.patience is None:
+            return None
+        unused = self.budget.unused(self.ledger.updates, self._spent(self.elapsed))
+        return self.patience.summary() | unused

@@ -42,7 +42,10 @@ def study_states(store: Store, name: str) -> pd.DataFrame:
 
 def run_state(store: Store, run: Run) -> tuple[str, str]:
     """Return a run's state, and the reason where it has one."""
-    status = run.status
+    try:
+        status = run.status
+    except StoreError as error:
+        return "failed", str(error)
     if run.done:
         return status["status"], status.get("reason", "")
     if store.is_locked(run):
@@ -66,7 +69,7 @@ def damaged(store: Store) -> Iterator[Damage]:
         run = Run(summary.parent)
         try:
             reason = _fault(run)
-        except (StoreError, OSError, ValueError, KeyError, pa.ArrowException) as error:
+        except (StoreError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             reason = f"{type(error).__name__}: {error}"
         if reason:
             yield Damage(run, reason)

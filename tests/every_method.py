@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import get_args
 
 from repeatlab.config import Control, RunConfig
@@ -55,6 +56,21 @@ METHODS = {
     },
     "fresh_views": {"mapping": {"name": "constant", "repeats": 2}, "fresh_views": True},
 }
+# Tasks beyond the six are tried with methods that each ask something else of a task: all tasks with
+# all methods are the longest part of the suite.
+BEYOND = ("transfer", "continual", "noisy_labels", "co_teaching")
+SIX = tuple(name for name in TASKS if name not in BEYOND)
+REPRESENTATIVE = (
+    "standard",
+    "fixed3",
+    "threshold",
+    "hard_mining",
+    "importance_linear",
+    "online",
+    "step_size",
+    "spaced",
+    "fresh_views",
+)
 # What a task refuses, with a word of its reason.
 REFUSED = {
     ("semisupervised", "rho_loss"): "pseudo-labels",
@@ -65,8 +81,24 @@ REFUSED = {
     ("reinforcement", "hard_mining"): "prioritized replay",
     ("reinforcement", "rho_loss"): "irreducible",
     ("generative", "rho_loss"): "irreducible",
+    ("transfer", "rho_loss"): "pretraining",
+    ("continual", "rho_loss"): "first half",
+    ("noisy_labels", "rho_loss"): "irreducible",
+    ("co_teaching", "importance_linear"): "unbiased",
+    ("co_teaching", "prioritized"): "unbiased",
+    ("co_teaching", "rho_loss"): "irreducible",
     **{(task, "fresh_samples"): "standard" for task in TASKS if task != "reinforcement"},
 }
+
+
+def tried(methods: Iterable[str] = METHODS) -> list[tuple[str, str]]:
+    """Return every task with those of `methods` that it is tried with, or has to refuse."""
+    return [
+        (name, method)
+        for name in TASKS
+        for method in methods
+        if name in SIX or method in REPRESENTATIVE or (name, method) in REFUSED
+    ]
 
 
 def config(name: str, method: str | dict = "standard", seed: int = 0) -> RunConfig:

@@ -31,6 +31,7 @@ from repeatlab.tasks.semisupervised import SemiSupervised
 from repeatlab.tasks.supervised import Supervised
 
 every_task = pytest.mark.parametrize("name", TASKS)
+NETWORKS = ("the first network's loss", "the second network's loss")
 
 
 @cache
@@ -45,7 +46,7 @@ def subject(kind: type, **fields) -> Subject:
     return Subject(config, kind, EXPECTATIONS.get(config.name, Expectations()))
 
 
-# --- the six tasks ----------------------------------------------------------------------------
+# --- all tasks --------------------------------------------------------------------------------
 
 
 @every_task
@@ -77,6 +78,10 @@ def test_what_does_not_apply_says_why(name):
             "reinforcement": {"labels", "regularisation"},
             "unsupervised": {"labels"},
             "generative": {"labels", "overfitting", "regularisation"},
+            "transfer": {"initial loss"},
+            "continual": {"initial loss"},
+            "noisy_labels": set(),
+            "co_teaching": set(),
         }[name]
     )
     assert all(report(name)[check].found for check in absent)
@@ -90,6 +95,8 @@ def test_what_does_not_apply_says_why(name):
         ("selfsupervised", {"loss": 4.844187}),  # ln 127, 64 images
         ("unsupervised", {"loss": 44.3614}),
         ("generative", {"D's loss": 1.386294, "G's loss": 0.693147}),
+        ("noisy_labels", {"loss": 2.302585}),
+        ("co_teaching", dict.fromkeys(NETWORKS, 2.302585)),
     ],
 )
 def test_first_losses_are_held_against_theory(name, theory):

@@ -126,3 +126,56 @@ def test_an_unknown_profile(repeatlab):
 def test_help_does_not_wait_for_torch(tmp_path):
     code = "import sys, repeatlab.cli; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_status_counts_the_states_of_every_study_and_says_why(tmp_path, repeatlab):
+    assert repeatlab("run", _write(tmp_path), "--workers", 0)[0] == 0
+    code, out, _ = repeatlab("status")
+    assert code == 0
+    header, _, row = out.splitlines()
+    assert dict(zip(header.split()[-6:], row.split()[1:], strict=True)) == {
+        "complete": "1",
+        **dict.fromkeys(["diverged", "running", "interrupted", "failed", "missing"], "0"),
+    }
+    (run,) = (tmp_path / "runs" / "supervised").glob("[!.]*")
+    (run / "summary.json").unlink()
+    (run / "status.json").write_text('{"status": "failed", "error": "MemoryError: too little"}')
+    code, out, _ = repeatlab("status", "tiny")
+    assert code == 0
+    place = run.relative_to(tmp_path)
+    line = f"failed digits arm seed 0 ({place}): MemoryError: too little"
+    assert out.splitlines()[-1] == line
+    (run / "status.json").write_text('{"sta')
+    code, out, _ = repeatlab("status")
+    assert code == 0
+    assert f"failed digits arm seed 0 ({place}): {place / 'status.json'} is damaged: " in out
+
+
+def test_status_without_a_study(repeatlab):
+    assert repeatlab("status") == (
+        2,
+        "",
+        "Error: runs holds no study; `repeatlab run` makes one\n",
+    )
+    code, _, err = repeatlab("status", "other")
+    assert code == 2
+    assert "holds no study 'other' (it holds: none)" in err
+
+
+def test_verify_names_a_damaged_run_and_remove_makes_room_for_it(tmp_path, repeatlab):
+    path = _write(tmp_path)
+    assert repeatlab("run", path, "--workers", 0)[0] == 0
+    assert repeatlab("verify") == (0, "1 runs read, 0 damaged\n", "")
+    (run,) = (tmp_path / "runs" / "supervised").glob("[!.]*")
+    (run / "updates.parquet").write_bytes(b"PAR1")
+    code, out, _ = repeatlab("verify")
+    assert code == 1
+    damaged, counts = out.splitlines()
+    assert damaged.startswith(f"damaged: {run.relative_to(tmp_path)}: ArrowInvalid: ")
+    assert counts == "1 runs read, 1 damaged"
+    code, out, _ = repeatlab("verify", "--remove")
+    assert (code, out.splitlines()[1]) == (0, "1 runs read, 1 damaged and removed")
+    assert not run.exists()
+    code, out, _ = repeatlab("run", path, "--workers", 0)
+    assert (code, out) == (0, "1 run: 1 complete (1 trained now, 0 in the store)\n")
+    assert repeatlab("verify") == (0, "1 runs read, 0 damaged\n", "")

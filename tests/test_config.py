@@ -13,6 +13,7 @@ from repeatlab.config import MethodConfig, RunConfig
 from repeatlab.mappings import MAPPINGS
 from repeatlab.schedules import SCHEDULES
 from repeatlab.schema import ConfigError, parse
+from repeatlab.tasks.optimization import OPTIMIZERS
 
 BASE = {"task": {"name": "supervised"}, "max_updates": 100}
 REQUIRED = {
@@ -79,8 +80,15 @@ def test_the_identity_changes_with_every_field():
             {"model": "resnet18"},
             {"width": 17},
             {"lr": 1.1e-3},
-            {"momentum": 0.8},
-            {"weight_decay": 1e-4},
+            *({"optimizer": {"name": name}} for name in OPTIMIZERS if name != "momentum"),
+            {"optimizer": {"name": "momentum", "momentum": 0.8}},
+            {"optimizer": {"name": "momentum", "weight_decay": 1e-4}},
+            {"clip_norm": 1.0},
+            {"ema_decay": 0.9},
+            {"label_smoothing": 0.1},
+            {"precision": "bfloat16"},
+            {"channels_last": True},
+            {"compile": True},
             {"batch_size": 63},
             {"augment": False},
         ]),
@@ -180,8 +188,14 @@ def test_the_ranges_of_the_other_fields_are_checked_beside_auto():
         ({"calibration": {"updates": 0}}, "calibration.updates: "),
         ({"calibration": {"target_repeats": 1.0}}, "calibration.target_repeats: "),
         ({"task": {"name": "supervised", "lr": 0.0}}, "task.lr: "),
-        ({"task": {"name": "supervised", "momentum": 1.0}}, "task.momentum: "),
-        ({"task": {"name": "supervised", "weight_decay": -0.1}}, "task.weight_decay: "),
+        (
+            {"task": {"name": "supervised", "optimizer": {"name": "momentum", "momentum": 1.0}}},
+            "task.optimizer: momentum must be",
+        ),
+        (
+            {"task": {"name": "supervised", "optimizer": {"name": "sgd", "weight_decay": -0.1}}},
+            "task.optimizer: weight_decay must be",
+        ),
         ({"task": {"name": "supervised", "batch_size": 0}}, "task.batch_size: "),
         ({"task": {"name": "supervised", "width": 0}}, "task.width: "),
         ({"task": "supervised"}, "task: must be a mapping with the key 'name'"),

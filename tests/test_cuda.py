@@ -1,15 +1,21 @@
-"""BatchRepeater on a CUDA device: what the host waits for, and what it reads late."""
+"""On a CUDA device: what the host waits for and what it reads late, and tasks in low precision."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from test_optimization import SIX, ignore
+from test_optimization import build as build_task
 from torch import nn
 from torch.nn import functional
 
+from repeatlab.config import RunConfig
+from repeatlab.loop import train as train_run
 from repeatlab.mappings import Constant, Linear, Threshold, Trace, Uniform
 from repeatlab.repeater import BatchRepeater, NonFiniteLoss
+from repeatlab.schema import parse
+from repeatlab.tasks.precision import cannot_compile
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -243,3 +249,65 @@ def test_a_loss_that_a_cuda_graph_overwrites():
         repeater.report(loss)
     first_and_repeats = [3.0, 22.0, 24.0, 3.0, 28.0, 30.0, 3.0, 34.0, 36.0]
     assert repeater.drain()["loss"].tolist() == first_and_repeats
+
+
+# --- whole tasks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", SIX)
+def test_an_update_makes_the_host_wait_for_nothing(name, precision):
+    """Once kernels are loaded: whatever an update needs of the device stays there."""
+    task = build_task(name, "cuda", precision=precision, clip_norm=1.0)
+    batch = task.fresh_batch(0)
+    for _ in range(3):
+        task.step(batch, ignore)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        task.step(batch, ignore)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", SIX)
+def test_a_low_precision_s_drivers_are_float32_s_to_its_few_digits(name, precision):
+    losses = {}
+    for kind in ("float32", precision):
+        last = name != "reinforcement"
+        task, found = build_task(name, "cuda", precision=kind, channels_last=last), []
+        for index in (0, 0, 1):
+            task.step(task.fresh_batch(index), found.append)
+        assert {loss.dtype for loss in found} == {torch.float32}
+        losses[kind] = [loss.item() for loss in found]
+    # Another representation may skip an update at first, and act otherwise where values are close.
+    assert losses[precision] == pytest.approx(losses["float32"], rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_run_records_its_peak_memory_and_the_steps_that_it_skipped(precision, tmp_path):
+    run = {
+        "task": {"name": "supervised", "precision": precision, "channels_last": True},
+        "method": {"mapping": {"name": "constant", "repeats": 2}},
+        "max_updates": 40,
+        "device": "cuda",
+    }
+    torch.empty(2**28, device="cuda")  # what was allocated before is no part of the run's peak
+    torch.cuda.empty_cache()
+    summary = train_run(parse(RunConfig, run), tmp_path).summary
+    assert 0 < summary["peak_memory_bytes"] < 2**28
+    ledger = summary["ledger"]
+    assert ledger["updates"] == 40
+    assert 0 <= ledger["skipped_steps"] <= (20 if precision == "float16" else 0)
+
+
+def test_compiled_updates_are_the_plain_ones():
+    if (reason := cannot_compile("cuda")) is not None:
+        pytest.skip(f"torch.compile: {reason}")
+    drivers = ([], [])
+    for compiled, found in enumerate(drivers):
+        task = build_task("supervised", "cuda", compile=bool(compiled))
+        for index in (0, 0, 1):
+            task.step(task.fresh_batch(index), found.append)
+    for mine, theirs in zip(*drivers, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)

@@ -8,15 +8,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import dask
 import psutil
 import pytest
 import yaml
 
-from repeatlab.execution import Places
-from repeatlab.records import Store
+from repeatlab import checkpoint, execution
+from repeatlab.execution import Places, execute, gpu_of, local_client, spread, with_needs
+from repeatlab.records import Store, StoreError
 from repeatlab.study import Study, StudyError, run_studies
 
 SLOW = {"delay_ms": 40}
@@ -44,12 +48,23 @@ def only_run(study: Study, root: Path):
     return Store(root).run(config.task.name, config.run_id)
 
 
-def until(condition, *, seconds: float = 180) -> None:
+def until(condition, process=None, *, seconds: float = 180) -> None:
     """Wait for something that another process does; a test that waits in vain fails."""
     end = time.monotonic() + seconds
     while not condition():
+        ended = process is not None and psutil.Process(process.pid).status() == "zombie"
+        assert not ended, "the other process has ended"
         assert time.monotonic() < end, "the other process did not get there"
         time.sleep(0.02)
+
+
+def parameter_file(study: Study, folder: Path) -> Path:
+    """Write the study as a file that `repeatlab run` reads."""
+    file = folder / "params" / "test" / "small.yaml"
+    file.parent.mkdir(parents=True)
+    fields = study.model_dump(mode="json", exclude_unset=True)
+    file.write_text(yaml.safe_dump({"notebook": "10_supervised", "parameters": {"study": fields}}))
+    return file
 
 
 def recorded(run) -> int:
@@ -87,23 +102,24 @@ def test_a_study_survives_a_worker_killed_in_the_middle_of_a_run(tmp_path):
     context = multiprocessing.get_context("fork")
     process = context.Process(target=execute)
     process.start()
-    until(lambda: recorded(run) >= 20)
-    until(lambda: holder(run) is not None)
+    until(lambda: recorded(run) >= 20, process)
+    until(lambda: holder(run) is not None, process)
     holder(run).send_signal(signal.SIGKILL)
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 0
     run_studies([slow], tmp_path / "unbroken", workers=0)
     assert _timeless(run).equals(_timeless(only_run(slow, tmp_path / "unbroken")))
 
 
-def test_a_run_that_hangs_ends_at_the_time_limit_and_the_others_finish(tmp_path):
-    both = study(updates=3, methods={"standard": {}, "cosine": {"schedule": {"name": "cosine"}}})
-    run_studies([both], tmp_path, workers=0)
-    hanging = study(
-        updates=3, loader={"delay_ms": 600_000}, methods={"standard": {}}, name="hanging"
-    )
-    with pytest.raises(StudyError, match="1 of 3 runs failed") as error:
-        run_studies([both, hanging], tmp_path, places=Places(workers=1, time_limit=2))
+def test_a_run_that_hangs_ends_at_the_time_limit_and_takes_no_other_down(tmp_path):
+    """With one worker, runs wait behind the one that hangs, and are not blamed for its deaths."""
+    others = study(updates=3, seeds=2)
+    hanging = study(name="hanging", updates=3, loader={"delay_ms": 600_000})
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        pytest.raises(StudyError, match="1 of 3 runs failed") as error,
+    ):
+        run_studies([hanging, others], tmp_path, places=Places(workers=1, time_limit=2))
     assert "time limit" in str(error.value)
     assert only_run(hanging, tmp_path).status["error"] == "took longer than the time limit of 2 s"
     assert sorted(error.value.report.status.values()) == ["complete", "complete", "failed"]
@@ -119,33 +135,33 @@ def test_two_processes_that_start_one_run_train_it_once(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, 0]
     run = only_run(slow, tmp_path)
     assert run.environment["attempts"] == 1
     assert len(run.updates) == 30
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_goes_on(tmp_path):
+@pytest.mark.parametrize("to_all", [True, False], ids=["to all", "to one"])
+def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_goes_on(tmp_path, to_all):
+    """From a terminal the signal reaches the workers, too; from a supervisor the parent alone."""
     slow = study(loader=SLOW)
-    folder = tmp_path / "params" / "test"
-    folder.mkdir(parents=True)
-    fields = slow.model_dump(mode="json", exclude_unset=True)
-    file = folder / "small.yaml"
-    file.write_text(yaml.safe_dump({"notebook": "10_supervised", "parameters": {"study": fields}}))
     store = tmp_path / "runs"
+    file = parameter_file(slow, tmp_path)
     command = [sys.executable, "-m", "repeatlab", "run", str(file), "--runs", str(store)]
     run = only_run(slow, store)
     process = subprocess.Popen(
         [*command, "--workers", "1"], start_new_session=True, stderr=subprocess.PIPE, text=True
     )
-    until(lambda: recorded(run) >= 10)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    until(lambda: recorded(run) >= 10, process)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     assert run.status["status"] == "interrupted", errors
-    assert 10 <= recorded(run) < 100
-    subprocess.run([*command, "--workers", "0"], check=True, timeout=120, capture_output=True)
+    left = recorded(run)
+    assert 10 <= left < 100
+    assert next(checkpoint.load(run.path))["repeater"]["updates"] == left
+    run_studies([slow], store, workers=0)
     assert run.environment["attempts"] == 2
     run_studies([slow], tmp_path / "unbroken", workers=0)
     other = only_run(slow, tmp_path / "unbroken")
@@ -153,35 +169,198 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_goes_on(tmp_path):
     assert run.summary["state_sha256"] == other.summary["state_sha256"]
 
 
-def test_a_study_goes_on_when_one_of_a_scheduler_s_workers_is_killed(tmp_path):
-    address = tmp_path / "scheduler.json"
-    dask = [sys.executable, "-m"]
+@contextmanager
+def cluster(folder: Path, *, workers: int):
+    """Yield the address of a Dask scheduler with workers, all processes of their own."""
+    address = folder / "scheduler.json"
     options = ["--scheduler-file", str(address), "--no-dashboard"]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    scheduler = subprocess.Popen(
-        [*dask, "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", *options],
-        **silent,
-    )
-    children = [scheduler]
+    dask = [sys.executable, "-m"]
+    command = [*dask, "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
+    children = [subprocess.Popen([*command, *options], **silent)]
     try:
-        until(address.exists)
+        until(address.exists, children[0])
         worker = [*dask, "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", *options]
-        children += [subprocess.Popen(worker, **silent) for _ in range(2)]
-        slow = study(loader=SLOW)
-        run = only_run(slow, tmp_path / "runs")
-        places = Places(scheduler=json.loads(address.read_text())["address"])
-        process = multiprocessing.get_context("spawn").Process(
-            target=run_studies, args=([slow], tmp_path / "runs"), kwargs={"places": places}
-        )
-        process.start()
-        until(lambda: recorded(run) >= 10)
-        holder(run).send_signal(signal.SIGKILL)
-        process.join(180)
-        assert process.exitcode == 0
+        children += [subprocess.Popen(worker, **silent) for _ in range(workers)]
+        yield json.loads(address.read_text())["address"]
     finally:
         for child in children:
             child.kill()
             child.wait()
+
+
+def test_a_study_goes_on_when_one_of_a_scheduler_s_workers_is_killed(tmp_path):
+    slow = study(loader=SLOW)
+    file, store = parameter_file(slow, tmp_path), tmp_path / "runs"
+    run = only_run(slow, store)
+    with cluster(tmp_path, workers=2) as address:
+        command = [sys.executable, "-m", "repeatlab", "run", str(file), "--runs", str(store)]
+        process = subprocess.Popen([*command, "--scheduler", address], stdout=subprocess.PIPE)
+        until(lambda: recorded(run) >= 10, process)
+        holder(run).send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert b"1 complete (1 trained now, 0 in the store); 1 took more than one attempt" in output
     assert run.status == {"status": "complete"}
     assert run.environment["attempts"] == 2
     assert len(run.updates) == 100
+
+
+def test_a_cluster_that_was_told_to_stop_trains_the_next_study(tmp_path):
+    """Ctrl-C stops the workers' runs, not the workers, which may be somebody else's."""
+    slow = study(updates=50, loader=SLOW)
+    run, configs = only_run(slow, tmp_path), planned(slow)
+    with local_client(1) as client:
+        outcomes = spread(configs, client, str(tmp_path))
+        threading.Thread(
+            target=lambda: (until(lambda: recorded(run) >= 10), os.kill(os.getpid(), signal.SIGINT))
+        ).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(outcomes)
+        assert run.status["status"] == "interrupted"
+        assert dict(spread(configs, client, str(tmp_path))) == {run.path.name: None}
+    assert len(run.updates) == 50
+
+
+# --- what is made when, without processes -------------------------------------------------------
+
+
+class _Future:
+    def __init__(self, result: str | None) -> None:
+        self.outcome = result
+
+    def done(self) -> bool:
+        return True
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> str | None:
+        return self.outcome
+
+
+class _Client:
+    """Two workers that train at once what they are given; runs named in `failing` fail."""
+
+    def __init__(self, failing: tuple[str, ...] = ()) -> None:
+        self.failing, self.order, self.rounds = failing, [], []
+
+    def nthreads(self) -> dict[str, int]:
+        self.rounds.append(0)
+        return {"a": 1, "b": 1}
+
+    def submit(self, function, config, root, *, limit, key):
+        self.rounds[-1] += 1
+        run_id = key.removeprefix("run-")
+        self.order.append(run_id)
+        return _Future("broken" if run_id in self.failing else None)
+
+
+CONTROLLED = {
+    "fixed": {"mapping": {"name": "constant", "repeats": 2}},
+    "replayed": {"mapping": {"name": "trace", "of": "fixed", "control": "permuted"}},
+    "calibrated": {"mapping": {"name": "linear", "t": "auto"}},
+}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Make runs end as soon as they are waited for."""
+    monkeypatch.setattr("distributed.wait", lambda *args, **kwargs: None)
+
+
+def planned(study: Study) -> dict:
+    return {p.config.run_id: p.config for p in study.planned()}
+
+
+def test_runs_come_after_those_they_need_and_never_more_than_there_are_workers(at_once):
+    client = _Client()
+    configs = planned(study(methods=CONTROLLED, seeds=3))
+    assert dict(spread(configs, client, "runs")) == dict.fromkeys(configs)
+    needed = with_needs(configs.values())
+    assert sorted(client.order) == sorted(needed)
+    assert len(needed) == 12  # with a calibration run for each seed
+    for run_id, config in needed.items():
+        for before in execution.prerequisites(config):
+            assert client.order.index(before.run_id) < client.order.index(run_id)
+    assert max(client.rounds) == 2
+
+
+def test_a_run_that_needs_a_failed_one_says_which(at_once):
+    configs = planned(study(methods=CONTROLLED))
+    fixed, replayed, calibrated = configs
+    client = _Client(failing=(fixed,))
+    assert dict(spread(configs, client, "runs")) == {
+        fixed: "broken",
+        replayed: f"the run {fixed} that it needs failed: broken",
+        calibrated: None,
+    }
+    assert replayed not in client.order
+
+
+def test_workers_share_the_gpus(monkeypatch):
+    """Six workers on three GPUs: in pairs of neighbours, under the names this process sees."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert execution._gpus() == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a,7")
+    assert execution._gpus() == ["5", "GPU-a", "7"]
+    pairs = [gpu_of(worker, execution._gpus(), 2) for worker in range(7)]
+    assert pairs == ["5", "5", "GPU-a", "GPU-a", "7", "7", "5"]
+    assert [gpu_of(worker, ["0", "1"], 1) for worker in range(4)] == ["0", "1", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("device", "places", "started", "shared"),
+    [
+        ("auto", Places(runs_per_gpu=2), 4, True),
+        ("auto", Places(workers=3, runs_per_gpu=2), 3, True),
+        ("auto", Places(workers=9), 5, True),  # no more than there are runs
+        ("cpu", Places(runs_per_gpu=2), 5, False),
+    ],
+)
+def test_as_many_workers_as_the_gpus_take(monkeypatch, device, places, started, shared):
+    found = []
+
+    @contextmanager
+    def fake(workers):
+        found.append(workers)
+        yield None
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(execution.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(execution, "local_client", fake)
+    monkeypatch.setattr(execution, "_share_gpus", lambda client, gpus, n: found.append(gpus))
+    monkeypatch.setattr(execution, "spread", lambda *args, **kwargs: iter(()))
+    configs = planned(study(seeds=5, device=device))
+    assert list(execute(configs, Store("runs"), places)) == []
+    assert found == [started, ["0", "1"]] if shared else [started]
+
+
+def test_the_time_limit_ends_a_process_that_cannot_say_so(tmp_path, monkeypatch):
+    """Where the disk is full, too."""
+    ended = threading.Event()
+    monkeypatch.setattr("repeatlab.records.write_json", _full)
+    monkeypatch.setattr(execution.os, "_exit", lambda code: ended.set())
+    config = study().planned()[0].config
+    with execution._ending_after(0.001, [config], str(tmp_path)):
+        assert ended.wait(60)
+
+
+def _full(path, data):
+    raise StoreError(f"{path} cannot be written: No space left on device")
+
+
+def test_a_run_whose_place_is_taken_fails_alone(tmp_path):
+    """In a worker: the run's directory cannot be made, the others are not stopped by it."""
+    three = study(updates=3, seeds=3)
+    broken = only_run(three, tmp_path)
+    broken.path.parent.mkdir(parents=True)
+    broken.path.write_text("in the way")
+    with pytest.raises(StudyError, match="1 of 3 runs failed") as error:
+        run_studies([three], tmp_path, places=Places(workers=2))
+    assert f"{broken.path}: StoreError: {broken.path.resolve()} cannot be written" in str(
+        error.value
+    )
+    assert sorted(error.value.report.status.values()) == ["complete", "complete", "missing"]

@@ -14,6 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from IPython.core.formatters import DisplayFormatter
+from PIL import Image
 
 from repeatlab.analysis import Records
 from repeatlab.cli import ROOT
@@ -21,6 +23,7 @@ from repeatlab.comparison import comparison_table, over_tasks
 from repeatlab.figures import (
     COLOURS,
     FAMILIES,
+    STYLE,
     adaptability,
     colour,
     efficiency,
@@ -144,8 +147,14 @@ def test_pictures_are_shown_under_their_names_pixel_by_pixel():
 def test_saving_writes_both_files_and_the_manifest(tmp_path):
     figure = curves_against_standard(_curves("standard", "linear"), x="update", ylabel="loss")
     about = {"notebook": "20_x", "records": RECORDS, "parameters": {"studies": ["s"]}}
-    save_figure(figure, "second", tmp_path, **about)
+    saved = save_figure(figure, "second", tmp_path, **about)
     save_figure(figure, "first", tmp_path, **about)
+    shown, size = DisplayFormatter().format(saved)
+    assert shown["image/png"] == (tmp_path / "second.png").read_bytes()
+    with Image.open(tmp_path / "second.png") as image:
+        inches = np.array(image.size) / STYLE["savefig.dpi"]
+    wanted = inches * STYLE["figure.dpi"]
+    assert list(size["image/png"].values()) == pytest.approx(wanted, abs=0.5)
     assert (tmp_path / "first.pdf").read_bytes().startswith(b"%PDF")
     assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")
     manifest = json.loads((tmp_path / "manifest.json").read_text())

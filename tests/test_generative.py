@@ -448,7 +448,7 @@ def test_a_schedule_reaches_both_optimizers_and_one_repeat_is_standard(tmp_path)
     [
         ({"dataset": "cifar"}, "did you mean 'cifar10'"),
         ({"driver": "both"}, "driver"),
-        ({"betas": [0.5, 1.0]}, "betas"),
+        ({"optimizer": {"name": "adam", "betas": [0.5, 1.0]}}, "optimizer: betas must be"),
         ({"batch_size": 1}, "batch_size"),
         ({"extractor": "vgg"}, "extractor"),
         ({"momentum": 0.5}, "unknown key"),

@@ -287,6 +287,25 @@ def test_the_schedule_runs_on_the_spent_share_of_the_seconds(tmp_path, clock):
     assert run.updates["lr"].tolist() == pytest.approx(expected)
 
 
+def test_n_by_the_clock_follows_the_spent_share(tmp_path, clock):
+    method = {"mapping": {"name": "ramp", "high": 5, "low": 1}}
+    # 16 updates of half a second: N goes down to 1 in these, and not in T.
+    run = train(run_config(method, **seconds(8.0)), tmp_path)
+    starts = run.updates.query("repeat == 0")
+    expected = [int(5 - 4 * update / 16 + 0.5) for update in starts["update"]]
+    assert starts["repeats"].tolist() == expected == [5, 4, 3, 2, 2]
+
+    method |= {"sampler": {"name": "rho_loss", "presample": 2, "holdout_updates": 3}}
+    run = train(run_config(method, budget={"unit": "cost", "k": 3.0}), tmp_path)
+    starts = run.updates.query("repeat == 0").reset_index()
+    update, samples = 4 * BATCH, len(load_splits("digits").train)
+    # Its two models first; and a fresh batch's presample is scored before N is asked for.
+    spent = samples + 6 * update + starts["update"] * update + 2 * BATCH * (starts.index + 1)
+    expected = [int(5 - 4 * share + 0.5) for share in spent / (T * update)]
+    assert starts["repeats"].tolist()[:-1] == expected[:-1]
+    assert expected[-1] == 1
+
+
 def test_n_scales_a_rate_that_the_budget_moves(tmp_path):
     method = {
         "mapping": {"name": "constant", "repeats": 3},

@@ -191,6 +191,17 @@ def test_a_run_shows_its_outcome_in_a_notebook(tmp_path):
     assert "test.accuracy" in html
     assert "0.875" in html
     assert "complete" in html
+    assert "svg" not in html  # it has made no update
+
+
+def test_a_run_shows_its_losses_and_counts_while_it_trains_too(tmp_path):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 4))
+    html = run._repr_html_()
+    assert "running" in html
+    first = run.updates[run.updates["repeat"] == 0]
+    assert f"first loss: {first['loss'].iloc[0]:.4g} to {first['loss'].iloc[-1]:.4g}" in html
+    assert html.count("<polyline") == 2
 
 
 # --- torn streams -------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_method import METHODS, REFUSED, config
+from every_method import METHODS, REFUSED, config, tried
 
 from repeatlab import checkpoint, loop
 from repeatlab.config import RunConfig
 from repeatlab.loop import train
 from repeatlab.prerequisites import prerequisites
 from repeatlab.records import Run, Store
-from repeatlab.tasks import TASKS
 from repeatlab.training import STOP, CheckpointPlan, Interrupted, Training
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
@@ -88,8 +87,7 @@ def stopping(monkeypatch):
     STOP.clear()
 
 
-@pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("method", STATEFUL)
+@pytest.mark.parametrize(("name", "method"), tried(STATEFUL))
 def test_a_run_stopped_at_updates_is_the_unbroken_run(name, method, stopping, tmp_path):
     if (name, method) in REFUSED:
         return  # `test_tasks` holds the refusal to its reason

@@ -389,8 +389,8 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
             "space: with method.mapping.t = 0.01: method.mapping: must be a mapping with the key",
         ),
         (
-            {"space": {"task.momentum": {"low": 0, "high": 1}}},
-            "space: with task.momentum = 1.0: task.momentum: Input should be less than 1, not 1.0",
+            {"space": {"task.optimizer.momentum": {"low": 0, "high": 1}}},
+            "space: with task.optimizer.momentum = 1.0: task.optimizer: momentum must be",
         ),
         (
             {"space": {"task.batch_size": {"low": 2, "high": 8}}},
@@ -688,7 +688,9 @@ def test_a_killed_search_ends_as_if_it_had_not_been(
     from repeatlab.search.execution import train_job as fake
 
     search = search_of(
-        sampler=sampler, trials=8, space={"task.lr": LR, "task.momentum": {"low": 0, "high": 0.9}}
+        sampler=sampler,
+        trials=8,
+        space={"task.lr": LR, "task.optimizer.momentum": {"low": 0, "high": 0.9}},
     )
     whole = run_search(search, tmp_path / "whole", workers=0)
     made.clear()

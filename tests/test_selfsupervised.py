@@ -19,7 +19,7 @@ from repeatlab.data.augment import normalize
 from repeatlab.loop import train
 from repeatlab.models import build_classifier, build_encoder
 from repeatlab.schema import ConfigError, parse
-from repeatlab.tasks import selfsupervised
+from repeatlab.tasks import optimization, selfsupervised
 from repeatlab.tasks.selfsupervised import (
     SelfSupervised,
     SelfSupervisedConfig,
@@ -197,14 +197,14 @@ def test_no_label_reaches_an_update():
 def test_weights_act_on_the_gradient_and_not_on_the_driver_loss():
     reports, gradients = [], []
     chosen = torch.linspace(0, 2, 8)
-    task = build(lr=0.1, momentum=0.0)
+    task = build(lr=0.1, optimizer=optimization.chosen("sgd"))
     batch = task.fresh_batch(0)
     by_view = nt_xent(task.head(task.encoder(batch.views)), 0.5)
     wanted = torch.autograd.grad(
         (chosen * (by_view[:8] + by_view[8:]) / 2).mean(), list(task.head.parameters())
     )
     for weights in (None, chosen):
-        task = build(lr=0.1, momentum=0.0)
+        task = build(lr=0.1, optimizer=optimization.chosen("sgd"))
         before = [p.detach().clone() for p in task.head.parameters()]
         task.step(batch, lambda loss, *_: reports.append(loss), weights)
         moved = zip(before, task.head.parameters(), strict=True)
@@ -217,12 +217,12 @@ def test_weights_act_on_the_gradient_and_not_on_the_driver_loss():
 
 
 def test_bfloat16_is_the_same_update_roughly():
-    losses = {True: [], False: []}
-    for bfloat16, reported in losses.items():
-        task = build(bfloat16=bfloat16, model="norm_cnn", lr=0.05)
+    losses = {"float32": [], "bfloat16": []}
+    for precision, reported in losses.items():
+        task = build(precision=precision, model="norm_cnn", lr=0.05)
         for index in range(3):
             task.step(task.fresh_batch(index), reported.append)
-    exact, rough = ([loss.item() for loss in losses[b]] for b in (False, True))
+    exact, rough = ([loss.item() for loss in reported] for reported in losses.values())
     assert rough == pytest.approx(exact, rel=0.03)
     assert rough != exact
 
@@ -425,5 +425,6 @@ def test_settings_that_make_no_sense_are_refused(fields, message):
 
 def test_the_defaults_are_the_plan_s():
     config = SelfSupervisedConfig()
-    assert (config.lr, config.batch_size, config.momentum) == (1e-3, 64, 0.9)
+    assert (config.lr, config.batch_size) == (1e-3, 64)
+    assert config.optimizer == optimization.chosen("momentum", momentum=0.9, weight_decay=0.0)
     assert (config.temperature, config.projection) == (0.5, 128)

@@ -19,6 +19,7 @@ from repeatlab.loop import train
 from repeatlab.models import build_classifier
 from repeatlab.schema import ConfigError, parse
 from repeatlab.tasks import dataset, semisupervised
+from repeatlab.tasks.optimization import chosen
 from repeatlab.tasks.semisupervised import SemiBatch, SemiSupervised, SemiSupervisedConfig
 
 
@@ -126,7 +127,7 @@ def test_a_full_mask_adds_the_loss_of_every_strong_view():
 def test_no_gradient_goes_through_the_pseudo_label():
     """The gradient is that of a loss in which guess and mask are constants."""
     threshold = median_confidence()
-    task = build(threshold=threshold, lr=1.0, momentum=0.0)
+    task = build(threshold=threshold, lr=1.0, optimizer=chosen("sgd"))
     batch = task.fresh_batch(0)
     before = [p.detach().clone() for p in task.model.parameters()]
     with torch.no_grad():
@@ -149,9 +150,7 @@ def plain_loop(task: SemiSupervised, visits: list[int]) -> tuple[dict, dict]:
     """FixMatch written out, over the task's batches: weights and EMA weights at the end."""
     config = task.config
     model, ema = deepcopy(task.model), deepcopy(task.model)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, fused=True
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, fused=True)
     for index in visits:
         batch = task.fresh_batch(index)
         logits = model(torch.cat([batch.labelled, batch.weak, batch.strong]))
@@ -258,12 +257,12 @@ def test_without_unlabelled_images_it_is_supervised_training():
 
 
 def test_bfloat16_is_the_same_update_roughly():
-    losses = {True: [], False: []}
-    for bfloat16, reported in losses.items():
-        task = build(bfloat16=bfloat16, model="norm_cnn", lr=0.05)
+    losses = {"float32": [], "bfloat16": []}
+    for precision, reported in losses.items():
+        task = build(precision=precision, model="norm_cnn", lr=0.05)
         for index in range(3):
             task.step(task.fresh_batch(index), reported.append)
-    exact, rough = ([loss.item() for loss in losses[b]] for b in (False, True))
+    exact, rough = ([loss.item() for loss in reported] for reported in losses.values())
     assert rough == pytest.approx(exact, rel=0.03)
     assert rough != exact
 
@@ -482,7 +481,7 @@ def test_pictures_are_views_in_grey_levels():
     [
         ({"dataset": "digit"}, "did you mean 'digits'"),
         ({"mu": 0, "driver": "unsupervised"}, "mu: 0 leaves no unsupervised loss"),
-        ({"momentum": 0.0, "nesterov": True}, "nesterov needs a momentum"),
+        ({"optimizer": {"name": "nesterov", "momentum": 0.0}}, "optimizer: momentum must be above"),
         ({"labels": 10, "batch_size": 20}, "batch_size 20 exceeds the 10 labels"),
         ({"threshold": 1.5}, "threshold"),
         ({"ema_decay": 1.0}, "ema_decay"),
@@ -496,5 +495,6 @@ def test_settings_that_make_no_sense_are_refused(fields, message):
 
 def test_the_defaults_are_the_plan_s():
     config = SemiSupervisedConfig()
-    assert (config.lr, config.batch_size, config.momentum) == (1e-3, 64, 0.9)
+    assert (config.lr, config.batch_size) == (1e-3, 64)
+    assert config.optimizer == chosen("momentum", momentum=0.9, weight_decay=0.0)
     assert (config.threshold, config.unlabelled_weight, config.ema_decay) == (0.95, 1.0, 0.999)

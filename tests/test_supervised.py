@@ -21,6 +21,7 @@ from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.loop import train
 from repeatlab.schema import parse
 from repeatlab.tasks import supervised
+from repeatlab.tasks.optimization import chosen
 from repeatlab.tasks.supervised import (
     AUGMENTATION,
     Supervised,
@@ -130,7 +131,7 @@ def test_initial_weights_are_the_seed_s_whatever_was_drawn_before():
 
 def test_an_update_is_momentum_on_the_gradient_of_the_mean_cross_entropy():
     """Two updates in float64 by the formulas, against the task's in float32."""
-    task = build(lr=0.3, momentum=0.8, weight_decay=0.01)
+    task = build(lr=0.3, optimizer=chosen("momentum", momentum=0.8, weight_decay=0.01))
     reference = small_cnn(1, 10, width=16).double()
     reference.load_state_dict(task.model.state_dict())
     velocity = [torch.zeros_like(p) for p in reference.parameters()]
@@ -328,8 +329,8 @@ def test_the_training_metrics_are_of_one_fixed_subset_without_augmentation(monke
 
 def test_the_defaults_are_the_plan_s():
     config = SupervisedConfig()
-    assert (config.lr, config.batch_size, config.momentum) == (1e-3, 64, 0.9)
-    assert config.weight_decay == 0
+    assert (config.lr, config.batch_size) == (1e-3, 64)
+    assert config.optimizer == chosen("momentum", momentum=0.9, weight_decay=0.0)
     assert config.dataset == "digits"
 
 

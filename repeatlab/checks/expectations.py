@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp, log
 from typing import Any, Literal
 
@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 # Fields that add noise or a penalty to a loss, and what they are where there is none.
-QUIET = {"augment": False, "label_noise": 0.0, "weight_decay": 0.0, "bfloat16": False}
+QUIET = {
+    "augment": False,
+    "label_noise": 0.0,
+    "label_smoothing": 0.0,
+    "clip_norm": None,
+    "precision": "float32",
+    "compile": False,
+}
 NEAR_ZERO = 0.05  # of the first loss
 
 
@@ -71,6 +78,12 @@ def _equal_classes(task: Any, batch: Any) -> tuple[Expected, ...]:
     """
     value = log(task.data.classes)
     return (Expected(value, 0.15 * value),)
+
+
+def _equal_classes_twice(task: Any, batch: Any) -> tuple[Expected, ...]:
+    """ln(classes) for either network."""
+    (expected,) = _equal_classes(task, batch)
+    return tuple(replace(expected, name=f"the {n} network's loss") for n in ("first", "second"))
 
 
 def _equal_similarities(task: Any, batch: Any) -> tuple[Expected, ...]:
@@ -142,6 +155,12 @@ def _entropy(p: Tensor) -> Tensor:
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
+# Of a batch of `data.Batch`.
+_LABELLED = {
+    "scale": "standard",
+    "labelled": lambda batch: (batch.images, batch.labels, batch.indices),
+    "goal": _near_zero,
+}
 EXPECTATIONS: dict[str, Expectations] = {
     "supervised": Expectations(
         initial=_equal_classes,
@@ -182,5 +201,23 @@ EXPECTATIONS: dict[str, Expectations] = {
         initial=_even_odds,
         scale="symmetric",
         goal="D and G move against each other: no loss falls to its lowest value",
+    ),
+    "transfer": Expectations(
+        initial="features that were learnt have a scale of their own", **_LABELLED
+    ),
+    "continual": Expectations(
+        initial="it has learnt never to give the second half's labels", **_LABELLED
+    ),
+    "noisy_labels": Expectations(
+        initial=_equal_classes,
+        # The corrected loss, with a w that is no function of the network's weights.
+        differentiable={"warm_up": 0, "per_sample": False},
+        **_LABELLED,
+    ),
+    "co_teaching": Expectations(
+        initial=_equal_classes_twice,
+        # A selection that has begun.
+        differentiable={"forget_rate": 0.25, "ramp": 1},
+        **_LABELLED,
     ),
 }

@@ -58,6 +58,9 @@ class Subject:
         driver = type(self.config).model_fields.get("driver")
         if driver is not None:
             fields["driver"] = driver.default
+        optimizer = getattr(self.config, "optimizer", None)
+        if optimizer is not None:
+            fields["optimizer"] = optimizer.model_copy(update={"weight_decay": 0.0})
         return self.build(fields | dict(changes or {}))
 
 

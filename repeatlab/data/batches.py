@@ -97,7 +97,7 @@ class TrainStream:
         epoch, place = divmod(index, self.batches_per_epoch)
         if epoch != self._epoch:
             order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch))
-            self._order = order.to(self.data.labels.device)
+            self._order = order.to(self.data.labels.device, non_blocking=True)
             self._epoch = epoch
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
 

@@ -41,12 +41,14 @@ def strong_augment(images: Tensor, generator: torch.Generator) -> Tensor:
             places = (choice == which).nonzero().flatten()
             if operation is None or not len(places):
                 continue
-            strength = (low + (high - low) * level[places]).to(images.device)
+            strength = low + (high - low) * level[places]
+            strength = strength.to(images.device, non_blocking=True)
             places = places.to(images.device, non_blocking=True)
             result.index_copy_(0, places, operation(result.index_select(0, places), strength))
     down, right = (centre * torch.tensor([[height], [width]])).floor().to(torch.int64)
     side = round(CUTOUT_SHARE * min(height, width))
-    return cutout(result, down.to(images.device), right.to(images.device), side)
+    down, right = torch.stack([down, right]).to(images.device, non_blocking=True)
+    return cutout(result, down, right, side)
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:

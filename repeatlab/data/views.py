@@ -111,7 +111,9 @@ def _on_subset(images: Tensor, chosen: Tensor, operation, strength: Tensor | Non
     places = chosen.nonzero().flatten()
     if not len(places):
         return
-    arguments = () if strength is None else (strength[places].to(images.device),)
+    arguments = ()
+    if strength is not None:
+        arguments = (strength[places].to(images.device, non_blocking=True),)
     places = places.to(images.device, non_blocking=True)
     images.index_copy_(0, places, operation(images.index_select(0, places), *arguments))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,25 @@ def _sheet(images: np.ndarray, columns: int) -> np.ndarray:
     return sheet
 
 
+@dataclass(frozen=True)
+class SavedFigure:
+    """A figure on the disk. A notebook shows that file: drawing it anew would take as long again.
+
+    Attributes:
+        png: The file.
+    """
+
+    png: Path
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        data = self.png.read_bytes()
+        # Width and height stand in the first chunk of every PNG.
+        pixels = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
+        scale = STYLE["figure.dpi"] / STYLE["savefig.dpi"]
+        size = (round(scale * length) for length in pixels)
+        return data, dict(zip(("width", "height"), size, strict=True))
+
+
 def save_figure(
     figure: Figure,
     name: str,
@@ -261,13 +281,13 @@ def save_figure(
     notebook: str,
     records: Records,
     parameters: Mapping[str, Any],
-) -> Figure:
+) -> SavedFigure:
     """Write `figure` as PDF and PNG and enter it in the directory's manifest.json.
 
     The manifest ties each figure to notebook, parameters, run ids and commit.
 
     Returns:
-        The figure, so that a notebook's cell can end on this call and show it.
+        What was saved, so that a notebook's cell can end on this call and show it.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -292,7 +312,7 @@ def save_figure(
         manifest = read_manifest(directory) | {name: entry}
         write_json(directory / "manifest.json", dict(sorted(manifest.items())))
     plt.close(figure)
-    return figure
+    return SavedFigure(directory / f"{name}.png")
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:

@@ -26,6 +26,11 @@ TASKS: dict[str, str] = {
     "reinforcement": "repeatlab.tasks.reinforcement:Reinforcement",
     "unsupervised": "repeatlab.tasks.unsupervised:Unsupervised",
     "generative": "repeatlab.tasks.generative:Generative",
+    # Beyond the six: what repetition does where a network has to keep, or to doubt, what it learns.
+    "transfer": "repeatlab.tasks.transfer:Transfer",
+    "continual": "repeatlab.tasks.continual:Continual",
+    "noisy_labels": "repeatlab.tasks.noisy_labels:NoisyLabels",
+    "co_teaching": "repeatlab.tasks.co_teaching:CoTeaching",
 }
 
 
@@ -37,6 +42,9 @@ def load_task(target: str) -> type[Task]:
 
 class TaskConfig(Model):
     """Base of every task's configuration; a task gives its own defaults and adds its fields."""
+
+    unshared: ClassVar[str | None] = "data-parallel training is not built for it"
+    """Why several processes cannot share its batches; None where they can."""
 
     name: str
     lr: Annotated[float, Field(gt=0)]
@@ -74,6 +82,7 @@ class Task(Protocol):
         scoring_samples: Samples that go forward for a batch's `sample_losses`.
         bound_samples: Samples that go forward for a batch's `gradient_bounds`.
         environment_steps: Steps made in a simulator so far; 0 for tasks on a data set.
+        skipped_steps: Optimizer steps left out because gradients overflowed; only under float16.
     """
 
     Config: ClassVar[type[TaskConfig]]
@@ -85,6 +94,7 @@ class Task(Protocol):
     scoring_samples: int
     bound_samples: int
     environment_steps: int
+    skipped_steps: int
 
     def fresh_batch(self, index: int) -> Any:
         """Return the `index`-th fresh batch, with `.indices` of its samples, shape (batch,)."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from repeatlab.data import DATASETS, TrainStream, gather, load_splits
 from repeatlab.schema import did_you_mean
 from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.optimization import Descent
 
 
 class DatasetTaskConfig(TaskConfig):
@@ -42,6 +43,12 @@ class DatasetTask:
     stream: TrainStream
     forward_samples: int
     environment_steps = 0
+    share: slice | None = None  # this process's samples of every batch, in data-parallel training
+    descents: Sequence[Descent] = ()
+
+    @property
+    def skipped_steps(self) -> int:
+        return sum(descent.skipped for descent in self.descents)
 
     @property
     def batch_size(self) -> int:
@@ -68,8 +75,8 @@ class DatasetTask:
         return gather(blocks, picks, index)
 
 
-def cross_entropy_bounds(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ||softmax - onehot||_2 of every sample, (b,): 0.948683 for ten equal classes.
+def cross_entropy_bounds(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Return ||softmax - target||_2 of every sample, (b,): 0.948683 for ten equal classes.
 
     The norm of the cross-entropy's gradient at the last pre-activation, which bounds that at the
     weights up to a factor (Katharopoulos and Fleuret 2018, arXiv 1803.00942, eq. 16).
@@ -77,6 +84,8 @@ def cross_entropy_bounds(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: (b, classes).
         labels: int64, (b,).
+        smoothing: Share of the target that all classes get alike, as in torch's cross-entropy.
     """
-    residual = logits.softmax(1) - functional.one_hot(labels, logits.shape[1])
-    return residual.norm(dim=1)
+    classes = logits.shape[1]
+    target = (1 - smoothing) * functional.one_hot(labels, classes) + smoothing / classes
+    return (logits.softmax(1) - target).norm(dim=1)

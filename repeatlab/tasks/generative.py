@@ -11,9 +11,10 @@ The driver loss is `driver`: "discriminator" (default), "generator" or their "su
 known before any backward, G's and the sum only after D's step. At equilibrium none of them says how
 good the samples are: FID does.
 
-Convolutions and BatchNorm start from N(0, 0.02) and N(1, 0.02), as in the paper; Adam 2e-4 with
-betas (0.5, 0.999). Images are scaled to [-1, 1], and those whose width is no power of two are
-framed in black (MNIST: 32 pixels), the frame being cut off before FID and pictures.
+Convolutions and BatchNorm start from N(0, 0.02) and N(1, 0.02), as in the paper; so is Adam 2e-4
+with betas (0.5, 0.999), the default. Images are scaled to [-1, 1], and those whose width is no
+power of two are framed in black (MNIST: 32 pixels), the frame being cut off before FID and
+pictures.
 
 Under repetition: a repeat redraws z, so D meets the same real images beside new generated ones;
 `redraw_noise: false` keeps one z for all visits of a fresh batch. BatchNorm's running statistics
@@ -42,12 +43,21 @@ from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
+from repeatlab.tasks.optimization import (
+    Descent,
+    OptimizationConfig,
+    OptimizerChoice,
+    averaged,
+    chosen,
+    move_average,
+)
+from repeatlab.tasks.precision import Precision, place
 
 EVALUATION_BATCH = 500
 PICTURES = 64
 
 
-class GenerativeConfig(DatasetTaskConfig):
+class GenerativeConfig(DatasetTaskConfig, OptimizationConfig):
     """Settings of the generative task; the defaults are the plan's, on the embedded data."""
 
     name: Literal["generative"] = "generative"
@@ -56,10 +66,8 @@ class GenerativeConfig(DatasetTaskConfig):
     latent: Annotated[int, Field(ge=1)] = 100
     """Dimensions of z, standard normal."""
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
-        Field(strict=False),
-    ] = (0.5, 0.999)
+    optimizer: OptimizerChoice = chosen("adam", betas=(0.5, 0.999))
+    """Of D and of G, one each."""
     batch_size: Annotated[int, Field(ge=2)] = 64
     driver: Literal["discriminator", "generator", "sum"] = "discriminator"
     redraw_noise: bool = True
@@ -100,15 +108,17 @@ class Generative(DatasetTask):
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(derive(seed, "weights"))
             shape = {"channels": channels, "size": size, "width": config.width}
-            self.g = build_generator(**shape, latent=config.latent).apply(initialize).to(device)
-            self.d = build_discriminator(**shape).apply(initialize).to(device)
-        self.g_optimizer, self.d_optimizer = (
-            torch.optim.Adam(
-                model.parameters(), lr=config.lr, betas=config.betas, fused=device != "mps"
-            )
-            for model in (self.g, self.d)
-        )
-        self.optimizers = [self.d_optimizer, self.g_optimizer]
+            g = build_generator(**shape, latent=config.latent).apply(initialize)
+            d = build_discriminator(**shape).apply(initialize)
+        self.precision = Precision.of(config, device)
+        self.g, self.d = (place(network, config, device) for network in (g, d))
+        self.g_ema = averaged(self.g, config.ema_decay)
+        self.d_descent, self.g_descent = self.descents = [
+            Descent(network.parameters(), config, self.precision, device=device)
+            for network in (self.d, self.g)
+        ]
+        self.optimizers = [descent.optimizer for descent in self.descents]
+        self.d_optimizer, self.g_optimizer = self.optimizers
         self.noise = generator(seed, "noise")
         self.fid = Fid(self.data, config.extractor)
         self.forward_samples = self.backward_samples = 4 * config.batch_size
@@ -139,10 +149,11 @@ class Generative(DatasetTask):
         self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
         driver = self.config.driver
-        fake = self.g(self._latents(batch, self.noise))
+        run = self.precision
+        fake = run(self.g, self._latents(batch, self.noise))
 
-        real_logits = self.d(batch.images)
-        real_losses, fake_losses = softplus(-real_logits), softplus(self.d(fake.detach()))
+        real_logits = run(self.d, batch.images)
+        real_losses, fake_losses = softplus(-real_logits), softplus(run(self.d, fake.detach()))
         d_loss = real_losses.mean() + fake_losses.mean()
         if weights is None:
             objective, of_samples = d_loss, ()
@@ -151,25 +162,22 @@ class Generative(DatasetTask):
             of_samples = real_losses.detach(), (-real_logits.detach()).sigmoid()
         if driver == "discriminator":
             report(d_loss, *of_samples)
-        self.d_optimizer.zero_grad()
-        objective.backward()
-        self.d_optimizer.step()
+        self.d_descent(objective)
 
         self.d.requires_grad_(False)  # G's gradient passes through D, and leaves nothing there
-        g_loss = softplus(-self.d(fake)).mean()
+        g_loss = softplus(-run(self.d, fake)).mean()
         if driver != "discriminator":
             report(g_loss if driver == "generator" else g_loss + d_loss.detach(), *of_samples)
-        self.g_optimizer.zero_grad()
-        g_loss.backward()
-        self.g_optimizer.step()
+        self.g_descent(g_loss)
         self.d.requires_grad_(True)
+        move_average(self.g_ema, self.g, self.config.ema_decay)
 
     def _latents(self, batch: Batch, noise: torch.Generator) -> Tensor:
         """Return one draw for every sample, made on the CPU: (batch, latent, 1, 1)."""
         if not self.config.redraw_noise:
             noise = generator(self.seed, "noise", batch.index)
         shape = (len(batch.images), self.config.latent, 1, 1)
-        return torch.randn(shape, generator=noise).to(self.device)
+        return torch.randn(shape, generator=noise).to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def sample_losses(self, batch: Batch) -> Tensor:
@@ -182,8 +190,9 @@ class Generative(DatasetTask):
         upcoming = torch.Generator()
         upcoming.set_state(self.noise.get_state())
         self._evaluating(True)
-        fake_logits = self.d(self.g(self._latents(batch, upcoming)))
-        d_losses = softplus(-self.d(batch.images)) + softplus(fake_logits)
+        run = self.precision
+        fake_logits = run(self.d, run(self.g, self._latents(batch, upcoming)))
+        d_losses = softplus(-run(self.d, batch.images)) + softplus(fake_logits)
         self._evaluating(False)
         return self._driver(d_losses, softplus(-fake_logits))
 
@@ -191,7 +200,7 @@ class Generative(DatasetTask):
     def gradient_bounds(self, batch: Batch) -> Tensor:
         """Return 1 - D(x) of every real image, its part of the gradient at D's logit."""
         self._evaluating(True)
-        bounds = (-self.d(batch.images)).sigmoid()
+        bounds = (-self.precision(self.d, batch.images)).sigmoid()
         self._evaluating(False)
         return bounds
 
@@ -209,12 +218,14 @@ class Generative(DatasetTask):
         """Return the driver loss, the losses of D and G (nats), and FID.
 
         `fid_samples` images from fixed z against the split's real ones, with BatchNorm's running
-        statistics. FID on validation and test.
+        statistics. FID on validation and test. Where G's weights are averaged, the average's images
+        are evaluated.
         """
+        run = self.precision
         self._evaluating(True)
-        real = [self.d(self._framed(batch).images) for batch in self._batches(split)]
+        real = [run(self.d, self._framed(batch).images) for batch in self._batches(split)]
         fakes = self._samples(self.config.fid_samples)
-        logits = torch.cat([self.d(piece) for piece in fakes.split(EVALUATION_BATCH)]).double()
+        logits = torch.cat([run(self.d, piece) for piece in fakes.split(EVALUATION_BATCH)]).double()
         self._evaluating(False)
         d_loss = softplus(-torch.cat(real).double()).mean() + softplus(logits).mean()
         g_loss = softplus(-logits).mean()
@@ -235,7 +246,8 @@ class Generative(DatasetTask):
         """Return G's images for fixed z, always the same, in [-1, 1]: (count, ...)."""
         shape = (count, self.config.latent, 1, 1)
         latents = torch.randn(shape, generator=generator(0, "latents")).to(self.device)
-        return torch.cat([self.g(z) for z in latents.split(EVALUATION_BATCH)])
+        g = self.g_ema or self.g
+        return torch.cat([self.precision(g, z) for z in latents.split(EVALUATION_BATCH)])
 
     def _to_pixels(self, images: Tensor) -> Tensor:
         """Return images in [-1, 1] as uint8 at the dataset's own resolution."""
@@ -252,20 +264,23 @@ class Generative(DatasetTask):
         return {name: as_pictures(value) for name, value in images.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "generator": self.g.state_dict(),
             "discriminator": self.d.state_dict(),
-            "g_optimizer": self.g_optimizer.state_dict(),
-            "d_optimizer": self.d_optimizer.state_dict(),
+            "g_optimizer": self.g_descent.state_dict(),
+            "d_optimizer": self.d_descent.state_dict(),
             "noise": self.noise.get_state(),
         }
+        return state if self.g_ema is None else state | {"ema": self.g_ema.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.g.load_state_dict(state["generator"])
         self.d.load_state_dict(state["discriminator"])
-        self.g_optimizer.load_state_dict(state["g_optimizer"])
-        self.d_optimizer.load_state_dict(state["d_optimizer"])
+        self.g_descent.load_state_dict(state["g_optimizer"])
+        self.d_descent.load_state_dict(state["d_optimizer"])
         self.noise.set_state(state["noise"])
+        if self.g_ema is not None:
+            self.g_ema.load_state_dict(state["ema"])
 
 
 def stages(size: int, width: int) -> list[int]:
@@ -305,9 +320,9 @@ def build_discriminator(*, channels: int, size: int, width: int) -> nn.Sequentia
     """
     maps = stages(size, width)[::-1]
     layers: list[nn.Module] = []
-    for place, (inputs, outputs) in enumerate(pairwise([channels, *maps])):
+    for depth, (inputs, outputs) in enumerate(pairwise([channels, *maps])):
         layers.append(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False))
-        layers += [nn.BatchNorm2d(outputs)] if place else []
+        layers += [nn.BatchNorm2d(outputs)] if depth else []
         layers.append(nn.LeakyReLU(0.2))
     logit = nn.Conv2d(maps[-1], 1, size >> len(maps), bias=False)
     return nn.Sequential(*layers, logit, nn.Flatten(0))

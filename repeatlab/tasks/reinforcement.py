@@ -1,7 +1,7 @@
 """Reinforcement learning: DQN with target network and replay on CartPole-v1.
 
 The agent of Mnih et al. 2015 with double Q-learning (van Hasselt et al. 2016), 3-step returns and a
-two-layer MLP of 10,934 parameters. One update is one Adam step on the mean Huber loss of the TD
+two-layer MLP of 10,934 parameters. One update is one step on the mean Huber loss of the TD
 errors of a minibatch from the replay buffer, which is also the driver loss:
 
     delta = R + gamma^m Q_target(s', argmax_a Q(s', a)) - Q(s, a)
@@ -56,6 +56,8 @@ from repeatlab.data import gather
 from repeatlab.replay import ReplayBuffer, Transitions, episode_transitions
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.optimization import Descent, OptimizationConfig, OptimizerChoice, chosen
+from repeatlab.tasks.precision import Precision, place
 
 ENVIRONMENT = "CartPole-v1"
 MAX_EPISODE_STEPS = 500  # of CartPole-v1
@@ -66,15 +68,19 @@ RECENT_EPISODES = 20
 PROBED_TRANSITIONS = 1000
 
 
-class ReinforcementConfig(TaskConfig):
+class ReinforcementConfig(TaskConfig, OptimizationConfig):
     """Settings of the reinforcement task; the defaults are the plan's.
 
     The plan's recipe also lets the learning rate fall to 0 linearly: that is the method's choice,
     `schedule: {name: linear}`.
     """
 
+    unshared: ClassVar[str | None] = (
+        "every process would live through an environment and a replay buffer of its own"
+    )
     name: Literal["reinforcement"] = "reinforcement"
     lr: Annotated[float, Field(gt=0)] = 3e-4
+    optimizer: OptimizerChoice = chosen("adam")
     batch_size: Annotated[int, Field(ge=1)] = 32
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = (120, 84)
     """Widths of the hidden layers."""
@@ -116,9 +122,15 @@ class ReinforcementConfig(TaskConfig):
         }
 
     @model_validator(mode="after")
-    def _enough_to_sample(self) -> Self:
+    def _fit(self) -> Self:
         if self.learning_starts < self.n_steps or self.capacity < self.n_steps:
             raise ValueError("learning_starts and capacity must not be less than n_steps")
+        if self.ema_decay:
+            raise ValueError(
+                "ema_decay: the agent is judged as it acts, and its slow copy is the target network"
+            )
+        if self.channels_last:
+            raise ValueError("channels_last: observations are no images")
         return self
 
 
@@ -131,11 +143,11 @@ class Reinforcement:
         self.config, self.seed, self.device = config, seed, device
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(derive(seed, "weights"))
-            self.model = q_network(config.hidden).to(device)
+            self.model = place(q_network(config.hidden), config, device)
         self.target = deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.lr, fused=device != "mps"
-        )
+        self.precision = Precision.of(config, device)
+        self.descent = Descent(self.model.parameters(), config, self.precision, device=device)
+        self.optimizer = self.descent.optimizer
         self.optimizers = [self.optimizer]
         self.batch_size = config.batch_size
         self.forward_samples = 3 * config.batch_size
@@ -162,6 +174,10 @@ class Reinforcement:
     def environment_steps(self) -> int:
         return self.buffer.steps
 
+    @property
+    def skipped_steps(self) -> int:
+        return self.descent.skipped
+
     def epsilon(self) -> float:
         """Return the probability of a random action at the next step."""
         config, clock = self.config, self.environment_steps
@@ -178,7 +194,8 @@ class Reinforcement:
             if chance < self.epsilon():
                 action = int(choice * 2)
             else:
-                values = self.model(torch.from_numpy(self.observation).to(self.device))
+                seen = torch.from_numpy(self.observation).to(self.device, non_blocking=True)
+                values = self.precision(self.model, seen)
                 action = int(values.argmax())
             before = self.observation
             raw, reward, terminated, truncated, _ = self.environment.step(action)
@@ -279,9 +296,11 @@ class Reinforcement:
             loss = (weights * losses).mean()
             drivers = self._driver_losses(values.detach(), targets)
             report(drivers.mean(), drivers, huber_bounds(values.detach(), targets))
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.descent(loss)
+        self.count_update()
+
+    def count_update(self) -> None:
+        """See one more update of the network, which the target network may follow."""
         self.updates += 1
         config = self.config
         if config.target_clock == "updates" and self.updates % config.target_every == 0:
@@ -290,10 +309,11 @@ class Reinforcement:
     def _values_and_targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) and the double DQN targets of it, both (batch,)."""
         with torch.no_grad():
-            best = self.model(batch.next_observations).argmax(1, keepdim=True)
-            following = self.target(batch.next_observations).gather(1, best).squeeze(1)
-            targets = batch.returns + batch.discounts * following
-        values = self.model(batch.observations).gather(1, batch.actions.unsqueeze(1)).squeeze(1)
+            best = self.precision(self.model, batch.next_observations).argmax(1, keepdim=True)
+            later = self.precision(self.target, batch.next_observations)
+            targets = batch.returns + batch.discounts * later.gather(1, best).squeeze(1)
+        values = self.precision(self.model, batch.observations)
+        values = values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
         return values, targets
 
     def _driver_losses(self, values: Tensor, targets: Tensor) -> Tensor:
@@ -337,7 +357,9 @@ class Reinforcement:
             returns = [len(episode.actions) for episode in episodes]
         moved = [episode.to(self.device) for episode in episodes]
         losses = torch.cat([self.sample_losses(episode) for episode in moved])
-        values = torch.cat([self.model(episode.observations).amax(1) for episode in moved])
+        values = torch.cat(
+            [self.precision(self.model, episode.observations).amax(1) for episode in moved]
+        )
         return {
             "return": float(np.mean(returns)),
             "loss": losses.double().mean().item(),
@@ -354,7 +376,8 @@ class Reinforcement:
         observations, actions = [raw * self.scale], []
         lengths, failed = np.zeros(count, dtype=int), np.zeros(count, dtype=bool)
         while not lengths.all():
-            values = self.model(torch.from_numpy(observations[-1]).to(self.device))
+            seen = torch.from_numpy(observations[-1]).to(self.device)
+            values = self.precision(self.model, seen)
             actions.append(values.argmax(1).cpu().numpy())
             raw, _, terminated, truncated, _ = environments.step(actions[-1])
             observations.append(raw * self.scale)
@@ -388,7 +411,7 @@ class Reinforcement:
         return {
             "model": self.model.state_dict(),
             "target": self.target.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.descent.state_dict(),
             "updates": self.updates,
             "buffer": self.buffer.state_dict(),
             "episode": self.episode,
@@ -399,7 +422,7 @@ class Reinforcement:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.target.load_state_dict(state["target"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.descent.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
         self.buffer.load_state_dict(state["buffer"])
         self.recent_returns = deque(state["recent_returns"], maxlen=RECENT_EPISODES)

@@ -6,7 +6,7 @@ view i whose partner is j is NT-Xent
 
     l_i = -log( exp(z_i . z_j / tau) / sum over k != i of exp(z_i . z_k / tau) )    (nats)
 
-One update is one SGD step on the mean over all 2B views, which is also the driver loss. Were all
+One update is one step on the mean over all 2B views, which is also the driver loss. Were all
 similarities equal it would be ln(2B - 1); it cannot fall below ln(1 + (2B - 2) exp(-2 / tau)), far
 above 0, so that mappings which divide by t see a narrow range. A low loss may also mean that the
 views are too alike; collapse, where all features point one way, shows in `feature_std` near 0.
@@ -28,7 +28,7 @@ Public references, ResNet-18 on CIFAR-10: linear probe 90.74 % after 1,000 epoch
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -46,9 +46,19 @@ from repeatlab.data import ImageSet, TrainStream, iter_batches, load_splits
 from repeatlab.data.augment import normalize
 from repeatlab.data.views import ContrastiveViews
 from repeatlab.models import build_encoder
+from repeatlab.retrieval import retrieval
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
+from repeatlab.tasks.optimization import (
+    Descent,
+    OptimizationConfig,
+    OptimizerChoice,
+    averaged,
+    chosen,
+    move_average,
+)
+from repeatlab.tasks.precision import Precision, place
 
 EVALUATION_BATCH = 500
 LOSS_BATCHES = 8  # batches of a split over which the evaluated loss is averaged
@@ -57,9 +67,12 @@ PROBE_ITERATIONS = 200
 PICTURES = 16
 
 
-class SelfSupervisedConfig(DatasetTaskConfig):
+class SelfSupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     """Settings of the self-supervised task; the defaults are for the embedded data."""
 
+    unshared: ClassVar[str | None] = (
+        "a view's loss compares it with all others of its batch, and a process has but its share"
+    )
     name: Literal["selfsupervised"] = "selfsupervised"
     model: Literal["cnn", "norm_cnn", "resnet18"] = "cnn"
     width: Annotated[int, Field(ge=1)] = 16
@@ -69,8 +82,7 @@ class SelfSupervisedConfig(DatasetTaskConfig):
     temperature: Annotated[float, Field(gt=0)] = 0.5
     """tau; SimCLR's best on CIFAR-10."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: OptimizerChoice = chosen("momentum")
     batch_size: Annotated[int, Field(ge=2)] = 64
     """B images, 2B views."""
     min_area: Annotated[float, Field(gt=0, le=1)] = 0.08
@@ -87,8 +99,6 @@ class SelfSupervisedConfig(DatasetTaskConfig):
     """k of the nearest-neighbour classifier; 200 is usual for CIFAR-10."""
     bank: Annotated[int, Field(ge=1)] | None = None
     """Training images among which neighbours are looked for; null takes all."""
-    bfloat16: bool = False
-    """Whether to run the network under bfloat16 autocast, channels last."""
 
     def refusals(self) -> dict[str, str]:
         reason = "the loss of an image depends on the others of its batch, so that "
@@ -122,6 +132,7 @@ class SelfSupervised(DatasetTask):
 
     def __init__(self, config: SelfSupervisedConfig, *, seed: int, device: str) -> None:
         self.config, self.seed, self.device = config, seed, torch.device(device)
+        self.precision = Precision.of(config, device)
         self.data = load_splits(config.dataset, device=device)
         # Only its order is used: the views replace its batches.
         self.stream = TrainStream(
@@ -136,22 +147,15 @@ class SelfSupervised(DatasetTask):
         _, channels, side, _ = self.data.train.images.shape
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(derive(seed, "weights"))
-            self.encoder, size = build_encoder(
-                config.model, channels, side=side, width=config.width
-            )
-            self.head = nn.Sequential(
+            encoder, size = build_encoder(config.model, channels, side=side, width=config.width)
+            head = nn.Sequential(
                 nn.Linear(size, size), nn.ReLU(), nn.Linear(size, config.projection)
             )
-        layout = torch.channels_last if config.bfloat16 else torch.contiguous_format
-        self.encoder.to(device, memory_format=layout)
-        self.head.to(device)
-        self.optimizer = torch.optim.SGD(
-            [*self.encoder.parameters(), *self.head.parameters()],
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=device != "mps",
-        )
+        self.encoder, self.head = (place(network, config, device) for network in (encoder, head))
+        networks = nn.ModuleList([self.encoder, self.head])
+        self.ema = averaged(networks, config.ema_decay)
+        self.descent = Descent(networks.parameters(), config, self.precision, device=device)
+        self.descents, self.optimizer = [self.descent], self.descent.optimizer
         self.optimizers = [self.optimizer]
         self.forward_samples = self.backward_samples = 2 * config.batch_size
 
@@ -195,16 +199,14 @@ class SelfSupervised(DatasetTask):
             losses = self._by_image(projected)
             report(losses.detach().mean(), losses.detach())
             loss = (weights * losses).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.descent(loss)
+        for average, network in zip(self.ema or (), (self.encoder, self.head), strict=False):
+            move_average(average, network, self.config.ema_decay)
 
-    def _project(self, views: Tensor) -> Tensor:
+    def _project(self, views: Tensor, networks: Iterable[nn.Module] | None = None) -> Tensor:
         """Return z of every view: float32, (2 b, projection)."""
-        if not self.config.bfloat16:
-            return self.head(self.encoder(views))
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return self.head(self.encoder(views)).float()
+        encoder, head = networks or (self.encoder, self.head)
+        return self.precision(lambda views: head(encoder(views)), views)
 
     def _by_image(self, projected: Tensor) -> Tensor:
         """Return NT-Xent of every image, the mean over its two views: (b,)."""
@@ -221,7 +223,7 @@ class SelfSupervised(DatasetTask):
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """Return loss (nats), kNN accuracy and feature_std; on "test" linear_accuracy too.
+        """Return loss (nats), kNN accuracy, feature_std, retrieval; on "test" linear_accuracy too.
 
         The loss is that of always the same views. Neighbours and probe are learnt on train
         features; "train" is a fixed part of that split, which is then not among the neighbours.
@@ -238,6 +240,7 @@ class SelfSupervised(DatasetTask):
         unit = functional.normalize(found, dim=1)
         spread = unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5
         metrics["feature_std"] = spread.item()
+        metrics |= retrieval(found, queries.labels)
         if split == "test":
             metrics["linear_accuracy"] = self._linear_probe(found, queries.labels)
         self.encoder.train()
@@ -259,16 +262,18 @@ class SelfSupervised(DatasetTask):
 
     def _features(self, data: ImageSet) -> Tensor:
         """Return float32 (n, features), before the projection head, of the images as they are."""
+        encoder, _ = self.ema or (self.encoder, None)
         batches = iter_batches(data, EVALUATION_BATCH, self.data.mean, self.data.std)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
-            return torch.cat([self.encoder(batch.images).float() for batch in batches])
+        return torch.cat([self.precision(encoder, batch.images) for batch in batches])
 
     def _evaluated_loss(self, data: ImageSet) -> float:
         size = min(self.config.batch_size, len(data))
         batches = data.images[: LOSS_BATCHES * size].split(size)
         losses = [
             self._by_image(
-                self._project(self._two_views(images, generator(0, "evaluation views", i)))
+                self._project(
+                    self._two_views(images, generator(0, "evaluation views", i)), self.ema
+                )
             ).mean()
             for i, images in enumerate(batches)
             if len(images) == size
@@ -295,16 +300,19 @@ class SelfSupervised(DatasetTask):
         return {"first views": as_pictures(first), "second views": as_pictures(second)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "encoder": self.encoder.state_dict(),
             "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.descent.state_dict(),
         }
+        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.encoder.load_state_dict(state["encoder"])
         self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.descent.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
 
 
 def nt_xent(projected: Tensor, temperature: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 A fresh batch holds B labelled images, weakly augmented (mirror and crop), and `mu` unlabelled ones
 for each of them, each in a weak and a strong view (RandAugment and Cutout). With p = softmax of the
-logits, CE the cross-entropy in nats and tau the confidence threshold, one update is one SGD step on
+logits, CE the cross-entropy in nats and tau the confidence threshold, one update is one step on
 
     total = supervised + lambda_u * unsupervised
     supervised = mean over labelled images of CE(label, p(weak))
@@ -32,7 +32,6 @@ Public reference, error on CIFAR-10 with 4,000 labels, WRN-28-2: 4.26 +- 0.05 %.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -50,6 +49,15 @@ from repeatlab.models import build_classifier
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig, cross_entropy_bounds
+from repeatlab.tasks.optimization import (
+    Descent,
+    OptimizationConfig,
+    OptimizerChoice,
+    averaged,
+    chosen,
+    move_average,
+)
+from repeatlab.tasks.precision import Precision, place
 
 # Zero pixels around the weak view's random crop (an eighth of the side), and whether to mirror.
 WEAK = {"digits": (1, False), "mnist": (2, False), "cifar10": (4, True), "stl10": (12, True)}
@@ -57,9 +65,10 @@ EVALUATION_BATCH = 500
 PICTURES = 16
 
 
-class SemiSupervisedConfig(DatasetTaskConfig):
+class SemiSupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     """Settings of the semi-supervised task; the defaults are for the embedded data."""
 
+    unshared: ClassVar[str | None] = None
     name: Literal["semisupervised"] = "semisupervised"
     labels: Annotated[int, Field(ge=1)] | None = 100
     """Labelled images, the same number of every class; all others lose their label. Null keeps
@@ -71,9 +80,9 @@ class SemiSupervisedConfig(DatasetTaskConfig):
     """Channels of the CNNs' first layer; without effect on ResNet-18."""
     driver: Literal["total", "supervised", "unsupervised"] = "total"
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: OptimizerChoice = chosen("momentum")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the labelled images' targets; pseudo-labels stay as they are."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """B, the labelled images of a batch."""
     mu: Annotated[int, Field(ge=0)] = 3
@@ -83,10 +92,7 @@ class SemiSupervisedConfig(DatasetTaskConfig):
     unlabelled_weight: Annotated[float, Field(ge=0)] = 1.0
     """lambda_u."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Of the evaluated weights; 0 evaluates the trained ones."""
     ema_clock: Literal["updates", "fresh_batches"] = "updates"
-    bfloat16: bool = False
-    """Whether to run the network under bfloat16 autocast, channels last."""
 
     def prepare(self) -> None:
         super().prepare()
@@ -102,8 +108,6 @@ class SemiSupervisedConfig(DatasetTaskConfig):
     def _fit(self) -> Self:
         if not self.mu and self.driver == "unsupervised":
             raise ValueError("mu: 0 leaves no unsupervised loss to drive with")
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
         if self.labels is not None and self.labels < self.batch_size:
             raise ValueError(f"batch_size {self.batch_size} exceeds the {self.labels} labels")
         return self
@@ -138,6 +142,7 @@ class SemiSupervised(DatasetTask):
 
     def __init__(self, config: SemiSupervisedConfig, *, seed: int, device: str) -> None:
         self.config, self.seed, self.device = config, seed, torch.device(device)
+        self.precision = Precision.of(config, device)
         self.data = load_splits(config.dataset, device=device)
         self.labelled = labelled_subset(self.data.train, config.labels, config.split_seed)
         self.padding, self.flip = WEAK.get(config.dataset, (0, False))
@@ -163,20 +168,13 @@ class SemiSupervised(DatasetTask):
         _, channels, side, _ = self.labelled.images.shape
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(derive(seed, "weights"))
-            self.model, _ = build_classifier(
+            model, _ = build_classifier(
                 config.model, channels, self.data.classes, side=side, width=config.width
             )
-        layout = torch.channels_last if config.bfloat16 else torch.contiguous_format
-        self.model.to(device, memory_format=layout)
-        self.ema = deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=device != "mps",
-        )
+        self.model = place(model, config, device)
+        self.ema = averaged(self.model, config.ema_decay)
+        self.descent = Descent(self.model.parameters(), config, self.precision, device=device)
+        self.descents, self.optimizer = [self.descent], self.descent.optimizer
         self.optimizers = [self.optimizer]
         self.forward_samples = self.backward_samples = config.batch_size * (1 + 2 * config.mu)
         self.last_index = -1  # of the last update's fresh batch
@@ -241,23 +239,27 @@ class SemiSupervised(DatasetTask):
             drivers = self._choose(supervised, unsupervised, total).detach()
             report(driver, drivers, self._bounds(batch, *(o.detach() for o in outputs)))
             loss = (weights * total).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.descent(loss)
         if config.ema_clock == "updates" or batch.index != self.last_index:
-            self._move_ema()
+            move_average(self.ema, self.model, config.ema_decay)
         self.last_index = batch.index
 
     def _outputs(self, batch: SemiBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits of the labelled images, the weak and the strong views."""
-        logits = self._logits(self.model, torch.cat([batch.labelled, batch.weak, batch.strong]))
+        images = torch.cat([batch.labelled, batch.weak, batch.strong])
+        logits = self.precision(self.model, images)
         return logits.split([len(batch.labelled), len(batch.weak), len(batch.strong)])
 
     def _losses(
         self, batch: SemiBatch, labelled: Tensor, weak: Tensor, strong: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return supervised and unsupervised loss of every sample, (B,) each."""
-        supervised = functional.cross_entropy(labelled, batch.labels, reduction="none")
+        supervised = functional.cross_entropy(
+            labelled,
+            batch.labels,
+            reduction="none",
+            label_smoothing=self.config.label_smoothing,
+        )
         if not len(weak):
             return supervised, torch.zeros_like(supervised)
         mask, guess = self._pseudo_labels(weak)
@@ -271,7 +273,8 @@ class SemiSupervised(DatasetTask):
 
     def _bounds(self, batch: SemiBatch, labelled: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
         """Return the norm of a sample's total gradient at all its logits, (B,)."""
-        squares = cross_entropy_bounds(labelled, batch.labels).square()
+        smoothing = self.config.label_smoothing
+        squares = cross_entropy_bounds(labelled, batch.labels, smoothing=smoothing).square()
         if len(weak):
             mask, guess = self._pseudo_labels(weak)
             scale = self.config.unlabelled_weight / self.config.mu
@@ -282,19 +285,6 @@ class SemiSupervised(DatasetTask):
     def _choose(self, supervised: Tensor, unsupervised: Tensor, total: Tensor) -> Tensor:
         losses = {"supervised": supervised, "unsupervised": unsupervised, "total": total}
         return losses[self.config.driver]
-
-    def _logits(self, model: torch.nn.Module, images: Tensor) -> Tensor:
-        if not self.config.bfloat16:
-            return model(images)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return model(images).float()
-
-    @torch.no_grad()
-    def _move_ema(self) -> None:
-        averaged, trained = list(self.ema.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(averaged, trained, 1 - self.config.ema_decay)
-        for copy, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            copy.copy_(buffer)
 
     @torch.no_grad()
     def sample_losses(self, batch: SemiBatch) -> Tensor:
@@ -315,14 +305,17 @@ class SemiSupervised(DatasetTask):
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """Return loss (nats), accuracy, macro-averaged F1 and mask rate of the EMA network.
+        """Return loss (nats), accuracy, macro-averaged F1 and mask rate of the evaluated network.
 
         The mask rate is the share of images, unaugmented, that it is sure enough of. "train" means
         the labelled images, at most as many as the validation split has.
         """
         data = getattr(self.data, split) if split != "train" else self._train_subset()
         batches = iter_batches(data, EVALUATION_BATCH, self.data.mean, self.data.std)
-        logits = torch.cat([self._logits(self.ema, batch.images) for batch in batches]).double()
+        model = self.ema or self.model
+        self.model.eval()
+        logits = torch.cat([self.precision(model, batch.images) for batch in batches]).double()
+        self.model.train()
         labels, guesses = data.labels.cpu(), logits.argmax(1).cpu()
         sure = logits.softmax(1).amax(1) >= self.config.threshold
         return {
@@ -349,17 +342,18 @@ class SemiSupervised(DatasetTask):
         return {name: to_bytes(images * std + mean) for name, images in views.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.descent.state_dict(),
             "last_index": self.last_index,
         }
+        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.descent.load_state_dict(state["optimizer"])
         self.last_index = state["last_index"]
 
 

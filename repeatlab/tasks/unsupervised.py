@@ -1,7 +1,7 @@
 """Density modelling: a convolutional variational autoencoder on MNIST and digits.
 
 A VAE (Kingma and Welling 2014, arXiv 1312.6114) with a Gaussian posterior of diagonal covariance, a
-standard normal prior, and one Bernoulli per pixel. One update is one Adam step on the batch mean of
+standard normal prior, and one Bernoulli per pixel. One update is one step on the batch mean of
 the negative ELBO, in nats per image, with one draw of epsilon:
 
     -ELBO(x) = -log p(x | z) + KL(q(z | x) || p(z)),    z = mean(x) + std(x) * epsilon
@@ -35,20 +35,31 @@ from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
+from repeatlab.tasks.optimization import (
+    Descent,
+    OptimizationConfig,
+    OptimizerChoice,
+    averaged,
+    chosen,
+    move_average,
+)
+from repeatlab.tasks.precision import Precision, place
 
 EVALUATION_BATCH = 500
 PICTURES = 16  # of each kind
 
 
-class UnsupervisedConfig(DatasetTaskConfig):
+class UnsupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     """Settings of the unsupervised task; the defaults are the plan's, on the embedded data."""
 
+    unshared: ClassVar[str | None] = None
     name: Literal["unsupervised"] = "unsupervised"
     width: Annotated[int, Field(ge=1)] = 16
     """Channels of the first layer; 32 on MNIST is the plan's network of about 1 M parameters."""
     latent: Annotated[int, Field(ge=1)] = 20
     """Dimensions of z."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    optimizer: OptimizerChoice = chosen("adam")
     batch_size: Annotated[int, Field(ge=1)] = 128
     driver: Literal["elbo", "reconstruction", "kl"] = "elbo"
     binarize: bool = False
@@ -79,10 +90,13 @@ class Unsupervised(DatasetTask):
         )
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(derive(seed, "weights"))
-            self.model = VAE(channels, size, width=config.width, latent=config.latent).to(device)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.lr, fused=device != "mps"
-        )
+            self.model = VAE(channels, size, width=config.width, latent=config.latent)
+        precision = self.model.precision = Precision.of(config, device)
+        for part in (self.model.encoder, self.model.decoder):
+            place(part, config, device)
+        self.ema = averaged(self.model, config.ema_decay)
+        self.descent = Descent(self.model.parameters(), config, precision, device=device)
+        self.descents, self.optimizer = [self.descent], self.descent.optimizer
         self.optimizers = [self.optimizer]
         self.noise = generator(seed, "epsilon")
         self.fid = Fid(self.data, config.extractor)
@@ -115,9 +129,8 @@ class Unsupervised(DatasetTask):
             drivers = self._driver(*parts).detach()
             report(drivers.mean(), drivers, bernoulli_bounds(logits.detach(), batch.images))
             loss = (weights * losses).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.descent(loss)
+        move_average(self.ema, self.model, self.config.ema_decay)
 
     def _driver(self, reconstruction: Tensor, divergence: Tensor) -> Tensor:
         if self.config.driver == "elbo":
@@ -128,8 +141,9 @@ class Unsupervised(DatasetTask):
         """Return one draw for every sample, made on the CPU: (batch, latent)."""
         if not self.config.redraw_epsilon:
             noise = generator(self.seed, "epsilon", batch.index)
-        shape = (len(batch.images), self.config.latent)
-        return torch.randn(shape, generator=noise).to(self.device)
+        samples = len(batch.images) if self.share is None else self.batch_size
+        epsilon = torch.randn((samples, self.config.latent), generator=noise)
+        return epsilon[self.share or slice(None)].to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def sample_losses(self, batch: Batch) -> Tensor:
@@ -162,7 +176,7 @@ class Unsupervised(DatasetTask):
         for batch in iter_batches(data, EVALUATION_BATCH, **self.scale):
             images = binarize(batch.images, draws) if self.config.binarize else batch.images
             epsilon = torch.randn((len(images), self.config.latent), generator=draws)
-            pieces.append(torch.stack(self.model.losses(images, epsilon.to(self.device))))
+            pieces.append(torch.stack(self._evaluated.losses(images, epsilon.to(self.device))))
         reconstruction, divergence = torch.cat(pieces, dim=1).double().mean(dim=1)
         metrics = {
             "loss": self._driver(reconstruction, divergence).item(),
@@ -174,35 +188,43 @@ class Unsupervised(DatasetTask):
             metrics[self.fid.name] = self.fid(self._samples(self.config.fid_samples), split)
         return metrics
 
+    @property
+    def _evaluated(self) -> VAE:
+        return self.ema or self.model
+
     def _samples(self, count: int) -> Tensor:
         """Return the decoder's means at fixed draws from the prior: uint8, (count, ...)."""
         latents = torch.randn((count, self.config.latent), generator=generator(0, "latents"))
-        pieces = [self.model.decoder(z).sigmoid() for z in latents.to(self.device).split(500)]
+        model = self._evaluated
+        pieces = [model.decode(z).sigmoid() for z in latents.to(self.device).split(500)]
         return to_uint8(torch.cat(pieces))
 
     @torch.no_grad()
     def pictures(self) -> dict[str, np.ndarray]:
         """Return validation images, their reconstructions at the posterior's mean, and samples."""
-        originals = self.data.validation.images[:PICTURES]
-        means, _ = self.model.encode(originals.float() / 255)
+        originals, model = self.data.validation.images[:PICTURES], self._evaluated
+        means, _ = model.encode(originals.float() / 255)
         images = {
             "originals": originals,
-            "reconstructions": to_uint8(self.model.decoder(means).sigmoid()),
+            "reconstructions": to_uint8(model.decode(means).sigmoid()),
             "samples": self._samples(PICTURES),
         }
         return {name: as_pictures(value) for name, value in images.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.descent.state_dict(),
             "noise": self.noise.get_state(),
         }
+        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.descent.load_state_dict(state["optimizer"])
         self.noise.set_state(state["noise"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
 
 
 class VAE(nn.Module):
@@ -216,9 +238,14 @@ class VAE(nn.Module):
         width: Channels of the first layer; the second has twice as many.
         latent: Dimensions of z.
 
+    Attributes:
+        precision: In which encoder and decoder run; by default that of their weights.
+
     Raises:
         ValueError: `size` is not a multiple of 4.
     """
+
+    precision = Precision()
 
     def __init__(self, channels: int, size: int, *, width: int, latent: int) -> None:
         super().__init__()
@@ -253,8 +280,12 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the posterior's mean and log-variance, each (batch, latent)."""
-        mean, log_variance = self.encoder(images).chunk(2, dim=1)
+        mean, log_variance = self.precision(self.encoder, images).chunk(2, dim=1)
         return mean, log_variance
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the logits of the pixels, (batch, channels, size, size)."""
+        return self.precision(self.decoder, z)
 
     def losses(self, images: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         """Return reconstruction loss and KL divergence in nats per image, each (batch,).
@@ -268,7 +299,7 @@ class VAE(nn.Module):
     def terms(self, images: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the decoder's logits, shaped as the images, and the two parts of `losses`."""
         mean, log_variance = self.encode(images)
-        logits = self.decoder(mean + (0.5 * log_variance).exp() * epsilon)
+        logits = self.decode(mean + (0.5 * log_variance).exp() * epsilon)
         reconstruction = functional.binary_cross_entropy_with_logits(
             logits, images, reduction="none"
         )
@@ -284,5 +315,5 @@ def bernoulli_bounds(logits: Tensor, images: Tensor) -> Tensor:
 
 def binarize(images: Tensor, draws: torch.Generator) -> Tensor:
     """Return each pixel as 1 with the probability of its grey level in [0, 1], else 0."""
-    uniform = torch.rand(images.shape, generator=draws).to(images.device)
+    uniform = torch.rand(images.shape, generator=draws).to(images.device, non_blocking=True)
     return (uniform < images).to(images.dtype)

@@ -1,0 +1,266 @@
+"""Continual learning: two halves of the classes one after the other, and what is forgotten.
+
+Before the run, a classifier of all classes is trained on the first half of them, as
+`tasks/pretraining.py` says (its cost stands in the ledger). The run's updates then belong to the
+second half, under one of three strategies:
+
+- `plain`: the mean cross-entropy of images of the second half, and nothing else;
+- `replay`: `memory` images of the first half, the same number of each class, are trained on
+  together with the second half, as in iCaRL (Rebuffi et al. 2017, arXiv 1611.07725). They are
+  chosen by herding: each next exemplar brings the mean feature of those chosen closest to the
+  class's mean, features having length 1 (algorithm 4). iCaRL's distillation and its classification
+  by nearest means are not part of it;
+- `lwf`: learning without forgetting (Li and Hoiem 2016, arXiv 1606.09282): cross-entropy plus
+  `distillation_weight` times the cross-entropy between the old network's answers and the new
+  one's on the first half's outputs, both at `temperature` (2 in the paper), on images of the
+  second half. The old network goes forward in every update: 2 b samples.
+
+All losses are in nats. There is one head for all classes, and the evaluation is not told to which
+half an image belongs; metrics that end in `_known` are, and choose among the first half's classes
+alone. Forgetting is accuracy on the first half before the run minus that now (Chaudhry et al. 2018,
+arXiv 1801.10112); the second half is what is gained for it.
+
+The driver loss is the total or, without the distillation, the `new` cross-entropy. With replay it
+holds both halves as they fall into the batch.
+
+Under repetition: the first half is learnt by standard training in every arm, so that all arms of a
+seed have the same to forget. A batch repeated moves the network further towards the second half at
+each visit; whether that costs the first half more than it gains is what `forgetting` beside
+`second_accuracy` tells. The old network never changes, and so neither do its answers to a repeated
+view. BatchNorm's running statistics see a batch at every visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from repeatlab.data import Batch, ImageSet
+from repeatlab.retrieval import retrieval
+from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.classification import (
+    ClassifierConfig,
+    ClassifierTask,
+    make_stream,
+    metrics_of,
+    of_classes,
+)
+from repeatlab.tasks.learner import Learner, encode
+from repeatlab.tasks.pretraining import PretrainingConfig, pretrained
+
+
+class ContinualConfig(ClassifierConfig):
+    """Settings of the continual task; the defaults are for the embedded data."""
+
+    name: Literal["continual"] = "continual"
+    strategy: Literal["plain", "replay", "lwf"] = "plain"
+    driver: Literal["total", "new"] = "total"
+    first_classes: Annotated[int, Field(ge=1)] = 5
+    """Classes of the first half."""
+    memory: Annotated[int, Field(ge=1)] = 50
+    """Exemplars for `replay`, of all first classes together."""
+    distillation_weight: Annotated[float, Field(ge=0)] = 1.0
+    """lambda of `lwf`."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """T of `lwf`."""
+    pretraining: PretrainingConfig = PretrainingConfig()
+
+    def refusals(self) -> dict[str, str]:
+        return super().refusals() | {
+            "rho_loss": "its holdout models would each need a first half of their own"
+        }
+
+
+class Continual(ClassifierTask):
+    """See the module's docstring, and `repeatlab.tasks.Task` for the methods.
+
+    Attributes:
+        model: Encoder and head of all classes.
+        old: The same network as it was before the run.
+        exemplars: int64, (memory,): training images of the first half that `replay` keeps.
+        pretraining: What was spent before the run, by the names of `Ledger`.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = ContinualConfig
+
+    def __init__(self, config: ContinualConfig, *, seed: int, device: str) -> None:
+        super().__init__(config, seed=seed, device=device)
+        if config.first_classes >= self.data.classes:
+            raise ValueError(
+                f"first_classes must leave one of the {self.data.classes} classes of"
+                f" {config.dataset}; not {config.first_classes}"
+            )
+        self.first = range(config.first_classes)
+        network, self.pretraining = pretrained(
+            config,
+            config.pretraining,
+            self.first,
+            self.data.classes,
+            seed=seed,
+            device=device,
+        )
+        self.old = deepcopy(network).requires_grad_(False).eval()
+        train = of_classes(self.data.train, range(config.first_classes, self.data.classes))
+        if config.strategy == "replay":
+            self.exemplars = self._choose_exemplars()
+            kept = self.data.train.subset(self.exemplars.numpy())
+            train = ImageSet(
+                torch.cat([train.images, kept.images]), torch.cat([train.labels, kept.labels])
+            )
+        self.stream = make_stream(
+            train,
+            self.data,
+            batch_size=config.batch_size,
+            seed=seed,
+            augment=config.augment,
+        )
+        if config.strategy == "lwf":
+            self.forward_samples = 2 * config.batch_size
+        self.learner = Learner(network, config, device=device)
+        self.model, self.ema = self.learner.network, self.learner.average
+        self.descents = [self.learner.descent]
+        self.optimizers = [self.learner.descent.optimizer]
+
+    def _choose_exemplars(self) -> Tensor:
+        """Return which training images of the first half are kept, and charge for the choice."""
+        share = self.config.memory // len(self.first)
+        labels = self.data.train.labels.cpu()
+        chosen = []
+        for label in self.first:
+            members = (labels == label).nonzero().flatten()
+            if not 1 <= share <= len(members):
+                raise ValueError(
+                    f"memory must be from {len(self.first)}, one exemplar of every first class,"
+                    f" to {len(self.first) * len(members)}; not {self.config.memory}"
+                )
+            features = encode(self.old[0], self.data.train.subset(members.numpy()), self.data)
+            chosen.append(members[herding(features, share)])
+            self.pretraining["pretraining_forward_samples"] += len(members)
+        return torch.cat(chosen)
+
+    def step(
+        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
+    ) -> None:
+        logits, answers = self._outputs(batch)
+        new, total = self._losses(logits, answers, batch.labels)
+        drivers = self._driver(new, total).detach()
+        if weights is None:
+            report(drivers.mean())
+            loss = total.mean()
+        else:
+            bounds = self._bounds(logits.detach(), answers, batch.labels)
+            report(drivers.mean(), drivers, bounds)
+            loss = (weights * total).mean()
+        self.learner.step(loss)
+
+    def _outputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the logits, and what the old network says: (b, first classes) at temperature."""
+        if self.config.strategy != "lwf":
+            return self.learner(batch.images), None
+        with torch.no_grad():
+            old = self.old(batch.images)[:, : len(self.first)]
+        return self.learner(batch.images), (old / self.config.temperature).softmax(1)
+
+    def _losses(
+        self, logits: Tensor, answers: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of every sample, and the loss that is descended: (b,) each."""
+        new = functional.cross_entropy(logits, labels, reduction="none")
+        if answers is None:
+            return new, new
+        scaled = logits[:, : len(self.first)] / self.config.temperature
+        distilled = functional.cross_entropy(scaled, answers, reduction="none")
+        return new, new + self.config.distillation_weight * distilled
+
+    def _bounds(self, logits: Tensor, answers: Tensor | None, labels: Tensor) -> Tensor:
+        """Return the norm of the gradient of every sample's loss at its logits, (b,)."""
+        gradient = logits.softmax(1) - functional.one_hot(labels, logits.shape[1])
+        if answers is not None:
+            temperature, first = self.config.temperature, len(self.first)
+            excess = (logits[:, :first] / temperature).softmax(1) - answers
+            gradient[:, :first] += self.config.distillation_weight / temperature * excess
+        return gradient.norm(dim=1)
+
+    def _driver(self, new: Tensor, total: Tensor) -> Tensor:
+        return total if self.config.driver == "total" else new
+
+    @torch.no_grad()
+    def sample_losses(self, batch: Batch) -> Tensor:
+        with self.learner.evaluating():
+            return self._driver(*self._losses(*self._outputs(batch), batch.labels))
+
+    @torch.no_grad()
+    def gradient_bounds(self, batch: Batch) -> Tensor:
+        with self.learner.evaluating():
+            return self._bounds(*self._outputs(batch), batch.labels)
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Return loss, accuracy, macro-F1 and retrieval on all classes, and both halves' shares.
+
+        `forgetting` and `forgetting_known` may be negative: the first half then has gained.
+        """
+        data = self.data.evaluated(split)
+        features = self.learner.features(data, self.data)
+        logits = self.learner.classify(features)
+        now = self._by_half(logits, data.labels)
+        before = self._by_half(encode(self.old, data, self.data), data.labels)
+        lost = {
+            name.replace("first_accuracy", "forgetting"): before[name] - now[name]
+            for name in ("first_accuracy", "first_accuracy_known")
+        }
+        return metrics_of(logits, data.labels) | now | lost | retrieval(features, data.labels)
+
+    def _by_half(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        first = labels < len(self.first)
+        right = (logits.argmax(1) == labels).double()
+        known = (logits[:, : len(self.first)].argmax(1) == labels).double()
+        return {
+            "first_accuracy": right[first].mean().item(),
+            "second_accuracy": right[~first].mean().item(),
+            "first_accuracy_known": known[first].mean().item(),
+        }
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Return the exemplars that `replay` keeps, class by class, uint8."""
+        if self.config.strategy != "replay":
+            return {}
+        kept = self.data.train.images[self.exemplars.to(self.device)].permute(0, 2, 3, 1)
+        kept = kept.cpu().numpy()
+        return {"exemplars": kept[..., 0] if kept.shape[-1] == 1 else kept}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state)
+
+
+def herding(features: Tensor, count: int) -> Tensor:
+    """Return the first `count` exemplars of a class, in the order of their choice: int64, (count,).
+
+    Exemplar k is the one that brings the mean of the first k closest to the mean of all, with every
+    feature scaled to length 1 (Rebuffi et al. 2017, algorithm 4); none is chosen twice.
+
+    Args:
+        features: float, (n, d), of all images of the class.
+        count: At most n.
+    """
+    unit = functional.normalize(features.double(), dim=1)
+    mean, total = unit.mean(0), torch.zeros_like(unit[0])
+    free = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
+    chosen = []
+    for k in range(1, count + 1):
+        distances = (mean - (total + unit) / k).norm(dim=1)
+        best = int(distances.where(free, torch.inf).argmin())
+        chosen.append(best)
+        free[best] = False
+        total += unit[best]
+    return torch.tensor(chosen)

@@ -1,0 +1,315 @@
+"""How a task's networks follow their gradients: the optimizers, and one update with any of them.
+
+All are torch's, with the learning rate `lr` of the task, which the schedules scale; the classes
+here hold their other settings. Weight decay is an L2 penalty on the loss, except in AdamW, where it
+pulls the weights at the learning rate, apart from the gradient (Loshchilov and Hutter 2019, arXiv
+1711.05101). L-BFGS is not among them: it evaluates the loss several times in a step, and such
+forward and backward passes would not count against T.
+
+`clip_norm` scales an optimizer's gradients down to that norm where it is larger (Pascanu et al.
+2013, arXiv 1211.5063): the norm of all its weights together, for each optimizer of a task alone.
+
+Under float16 an update whose gradients overflow is skipped, and the scale of the losses halved. It
+counts against T all the same: the forward and backward passes were made, and the batch keeps its N.
+The ledger says how many there were (`skipped_steps`). RMSprop's step, and Adagrad's on CUDA, make
+the host wait then, since torch has no fused form of them that leaves itself out.
+
+`ema_decay` evaluates an exponential moving average of the weights in place of the weights. It moves
+once per update, and so N times on a batch repeated N times; BatchNorm's statistics are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from math import inf
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from repeatlab.schema import Choice, choices, named
+from repeatlab.tasks.precision import Precision, PrecisionConfig
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def _check(field: str, value: float, *, low: float = 0.0, below: float = inf) -> None:
+    if not low <= value < below:
+        upper = "" if below == inf else f" and below {below:g}"
+        raise ValueError(f"{field} must be at least {low:g}{upper}, not {value!r}")
+
+
+def _check_positive(field: str, value: float) -> None:
+    if not 0 < value < inf:
+        raise ValueError(f"{field} must be positive and finite, not {value!r}")
+
+
+def _fused(device: str) -> bool:
+    return torch.device(device).type != "mps"
+
+
+@dataclass(frozen=True)
+class SGD:
+    """w -= lr g."""
+
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("weight_decay", self.weight_decay)
+
+    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
+        """Return torch's optimizer of these weights."""
+        settings = {"weight_decay": self.weight_decay, "fused": _fused(device)}
+        return torch.optim.SGD(weights, lr=lr, **settings)
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """v = momentum v + g; w -= lr v."""
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+    nesterov = False
+
+    def __post_init__(self) -> None:
+        _check("momentum", self.momentum, below=1.0)
+        _check("weight_decay", self.weight_decay)
+        if self.nesterov and not self.momentum:
+            raise ValueError("momentum must be above 0 for nesterov")
+
+    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
+        """Return torch's optimizer of these weights."""
+        return torch.optim.SGD(
+            weights,
+            lr=lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+            fused=_fused(device),
+        )
+
+
+@dataclass(frozen=True)
+class Nesterov(Momentum):
+    """v = momentum v + g; w -= lr (g + momentum v) (Sutskever et al. 2013)."""
+
+    nesterov = True
+
+
+@dataclass(frozen=True)
+class Adagrad:
+    """s += g^2; w -= lr g / (sqrt(s) + eps) (Duchi et al. 2011)."""
+
+    eps: float = 1e-10
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_positive("eps", self.eps)
+        _check("weight_decay", self.weight_decay)
+
+    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
+        """Return torch's optimizer of these weights."""
+        fused = torch.device(device).type == "cpu"  # torch has it for no other device
+        settings = {"eps": self.eps, "weight_decay": self.weight_decay, "fused": fused}
+        return torch.optim.Adagrad(weights, lr=lr, **settings)
+
+
+@dataclass(frozen=True)
+class RMSprop:
+    """s = alpha s + (1 - alpha) g^2; w -= lr g / (sqrt(s) + eps) (Tieleman and Hinton 2012).
+
+    With a momentum, that of v = momentum v + g / (sqrt(s) + eps).
+    """
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("alpha", self.alpha, below=1.0)
+        _check_positive("eps", self.eps)
+        _check("momentum", self.momentum, below=1.0)
+        _check("weight_decay", self.weight_decay)
+
+    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
+        """Return torch's optimizer of these weights."""
+        return torch.optim.RMSprop(
+            weights,
+            lr=lr,
+            alpha=self.alpha,
+            eps=self.eps,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+
+@dataclass(frozen=True)
+class Adam:
+    """m and s as running means of g and g^2; w -= lr m / (sqrt(s) + eps), without their bias.
+
+    Kingma and Ba 2015, arXiv 1412.6980, algorithm 1.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    kind = torch.optim.Adam
+
+    def __post_init__(self) -> None:
+        for beta in self.betas:
+            _check("betas", beta, below=1.0)
+        _check_positive("eps", self.eps)
+        _check("weight_decay", self.weight_decay)
+
+    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
+        """Return torch's optimizer of these weights."""
+        return self.kind(
+            weights,
+            lr=lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=_fused(device),
+        )
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam, and w -= lr weight_decay w beside it."""
+
+    weight_decay: float = 0.01
+
+    kind = torch.optim.AdamW
+
+
+OPTIMIZERS: dict[str, type] = {
+    "sgd": SGD,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+    "adagrad": Adagrad,
+    "rmsprop": RMSprop,
+    "adam": Adam,
+    "adamw": AdamW,
+}
+_MODELS = choices(OPTIMIZERS)
+
+
+def _without_closures(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("name") in ("lbfgs", "l-bfgs", "LBFGS", "L-BFGS"):
+        raise ValueError(
+            "lbfgs evaluates the loss several times in a step, by a closure: its updates would "
+            "hide forward and backward passes from the budget"
+        )
+    return value
+
+
+OptimizerChoice = Annotated[
+    named("optimizer", _MODELS, lambda model: model), BeforeValidator(_without_closures)
+]
+
+
+def chosen(name: str, **settings: Any) -> Choice:
+    """Return an optimizer's configuration, for a task's default."""
+    return _MODELS[name](name=name, **settings)
+
+
+class OptimizationConfig(PrecisionConfig):
+    """Fields of a task that say how its networks are trained; a task gives a default optimizer."""
+
+    optimizer: OptimizerChoice
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of an optimizer's gradients; null leaves them as they are."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the average of the weights that is evaluated; 0 evaluates the weights themselves."""
+
+
+class Descent:
+    """One update of some weights for each call with their loss.
+
+    Args:
+        weights: What is trained.
+        config: A task's `OptimizationConfig`, with its `lr`.
+        precision: In which the losses are computed.
+        device: Where the weights are.
+
+    Attributes:
+        optimizer: Of these weights.
+    """
+
+    def __init__(
+        self, weights: Iterable[Tensor], config: Any, precision: Precision, *, device: str
+    ) -> None:
+        settings = config.optimizer.build()
+        self.optimizer: Optimizer = settings.make(weights, lr=config.lr, device=device)
+        self._clip_norm = config.clip_norm
+        self._scaler = precision.scaler()
+        self._one = torch.ones((), device=device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def skipped(self) -> int:
+        """How many updates were skipped so far because gradients overflowed; waits for them."""
+        return int(self._skipped) if self._scaler else 0
+
+    def __call__(self, loss: Tensor) -> None:
+        """Go backward from the 0-d loss, clip, and move the weights."""
+        self.optimizer.zero_grad()
+        if self._scaler is not None:
+            self._scaled(loss, self._scaler)
+            return
+        loss.backward()
+        self._clip()
+        self.optimizer.step()
+
+    def _scaled(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
+        scaler.scale(loss).backward()
+        if self._clip_norm is not None:
+            scaler.unscale_(self.optimizer)
+            self._clip()
+        before = scaler.scale(self._one)
+        scaler.step(self.optimizer)
+        scaler.update()
+        # The scale falls if, and only if, the step was skipped; the host does not wait to see it.
+        self._skipped += scaler.scale(self._one) < before
+
+    def _clip(self) -> None:
+        if self._clip_norm is not None:
+            weights = [w for group in self.optimizer.param_groups for w in group["params"]]
+            nn.utils.clip_grad_norm_(weights, self._clip_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state, with the scale of the losses where there is one."""
+        state = self.optimizer.state_dict()
+        if self._scaler is not None:
+            state["scaler"] = self._scaler.state_dict()
+            state["skipped"] = self.skipped
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.optimizer.load_state_dict(state)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+            self._skipped.fill_(state["skipped"])
+
+
+def averaged(network: N, decay: float) -> N | None:
+    """Return a copy of the network for the average of its weights; None where none is kept."""
+    return deepcopy(network).requires_grad_(False).eval() if decay else None
+
+
+@torch.no_grad()
+def move_average(average: nn.Module | None, network: nn.Module, decay: float) -> None:
+    """Move an average to decay average + (1 - decay) network, with a copy of its buffers."""
+    if average is None:
+        return
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    for copy, buffer in zip(average.buffers(), network.buffers(), strict=True):
+        copy.copy_(buffer)

@@ -1,0 +1,122 @@
+"""What a task has learnt before the run begins: a classifier, and what training it has cost.
+
+Ordinary training with SGD, momentum 0.9, at a constant rate: a function of settings, classes and
+seed, so that all arms of one seed start from the same network. Within a process it is made once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from time import perf_counter
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repeatlab.data import load_splits
+from repeatlab.schema import Model
+from repeatlab.seeding import derive
+from repeatlab.tasks.classification import (
+    ClassifierConfig,
+    make_classifier,
+    make_stream,
+    of_classes,
+)
+
+MOMENTUM = 0.9
+
+
+class PretrainingConfig(Model):
+    """How the network is trained before the run."""
+
+    updates: Annotated[int, Field(ge=0)] = 300
+    """0 keeps the first weights: nothing is known beforehand."""
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    batch_size: Annotated[int, Field(ge=1)] = 64
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights of encoder and head, as `load_state_dict` takes them, and the ledger's entries."""
+
+    weights: dict[str, Tensor]
+    spent: dict[str, float]
+
+
+def pretrained(
+    config: ClassifierConfig,
+    settings: PretrainingConfig,
+    classes: range,
+    outputs: int,
+    *,
+    seed: int,
+    device: str,
+) -> tuple[nn.Sequential, dict[str, float]]:
+    """Return a classifier that has learnt some classes of `config.dataset`, and its cost.
+
+    Args:
+        config: What the network is, and its data; its rate and batch size are not used.
+        settings: How it is trained.
+        classes: Which classes it sees; label c is output c - classes[0].
+        outputs: Of its head, at least as many.
+        seed: The run's seed.
+        device: Where it is trained and stays.
+    """
+    # What does not matter to it must not keep two tasks from sharing it.
+    own = ClassifierConfig(
+        name="pretraining",
+        dataset=config.dataset,
+        model=config.model,
+        width=config.width,
+        augment=config.augment,
+    )
+    found = _trained(own, settings, classes, outputs, seed=seed, device=device)
+    data = load_splits(config.dataset, device=device)
+    network = make_classifier(own, data, outputs, seed=seed).to(device)
+    network.load_state_dict(found.weights)
+    return network, dict(found.spent)
+
+
+@lru_cache(maxsize=4)
+def _trained(
+    config: ClassifierConfig,
+    settings: PretrainingConfig,
+    classes: range,
+    outputs: int,
+    *,
+    seed: int,
+    device: str,
+) -> Pretrained:
+    data = load_splits(config.dataset, device=device)
+    network = make_classifier(config, data, outputs, seed=seed).to(device)
+    stream = make_stream(
+        of_classes(data.train, classes),
+        data,
+        batch_size=settings.batch_size,
+        seed=derive(seed, "pretraining"),
+        augment=config.augment,
+    )
+    fused = torch.device(device).type != "mps"
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=settings.lr, momentum=MOMENTUM, fused=fused
+    )
+    start = perf_counter()
+    for index in range(settings.updates):
+        batch = stream.fresh_batch(index)
+        loss = functional.cross_entropy(network(batch.images), batch.labels - classes[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    samples = settings.updates * settings.batch_size
+    spent = {
+        "pretraining_updates": settings.updates,
+        "pretraining_forward_samples": samples,
+        "pretraining_backward_samples": samples,
+        "pretraining_seconds": perf_counter() - start,
+    }
+    return Pretrained(network.state_dict(), spent)

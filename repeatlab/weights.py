@@ -1,0 +1,87 @@
+"""The weights that a run keeps in its directory, for ensembles, distillation and use elsewhere.
+
+    runs/<task>/<run id>/weights-<update>.pt   of every network of the task, by name
+
+Such a file is written in one step, loaded without unpickling code, and held to the digest that it
+carries.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repeatlab.checkpoint import digest
+from repeatlab.records import Run, StoreError
+
+# Of one network, as its `load_state_dict` takes them.
+Weights = dict[str, Tensor]
+_UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError)
+
+
+def networks(task: Any) -> dict[str, nn.Module]:
+    """Return a task's networks by name, averages of weights included."""
+    return {name: part for name, part in vars(task).items() if isinstance(part, nn.Module)}
+
+
+def keep(directory: Path, task: Any, *, update: int, last: int) -> None:
+    """Write the weights after so many updates; of what was kept before, the `last` newest stay.
+
+    Raises:
+        StoreError: they cannot be written.
+    """
+    # Copies: a tensor that is a view would be written with all that it is a view of.
+    weights = {
+        name: {key: tensor.detach().cpu().clone() for key, tensor in network.state_dict().items()}
+        for name, network in networks(task).items()
+    }
+    path = directory / f"weights-{update:09d}.pt"
+    temporary = directory / f".{path.name}.{os.getpid()}"
+    try:
+        torch.save({"update": update, "weights": weights, "digest": digest(weights)}, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"{path} cannot be written: {reason}") from error
+    for earlier in _files(directory)[:-last]:
+        earlier.unlink()
+
+
+def kept(run: Run) -> list[int]:
+    """Return after how many updates weights were kept, ascending; none where none were."""
+    return [int(path.stem.removeprefix("weights-")) for path in _files(run.path)]
+
+
+def load(run: Run, update: int | None = None) -> dict[str, Weights]:
+    """Return the weights of a run's networks by name, on the CPU.
+
+    Args:
+        run: The run.
+        update: One of `kept`; by default the last.
+
+    Raises:
+        StoreError: there are none, or the file is damaged.
+    """
+    updates = kept(run)
+    if not updates or update not in (None, *updates):
+        asked = "no weights" if update is None else f"no weights after update {update}"
+        raise StoreError(f"{run.path} keeps {asked}: set evaluation.keep (kept: {updates})")
+    path = run.path / f"weights-{updates[-1] if update is None else update:09d}.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        whole = saved["digest"] == digest(saved["weights"])
+    except _UNREADABLE as error:
+        raise StoreError(f"{path} cannot be read: {type(error).__name__}") from error
+    if not whole:
+        raise StoreError(f"{path} is damaged: its content does not fit its digest")
+    return saved["weights"]
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("weights-*.pt"))

@@ -1,0 +1,87 @@
+"""What an arm in lock-step costs beside the same run alone.
+
+A study of 8 methods with the calibrations and controls that they need, in lock-step with all its
+seeds, and one by one with one of them: in turns in one process on one thread. The clock is the
+processor's, over all of it: data, updates, evaluations, records, directories.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from statistics import median
+from time import process_time
+
+import pytest
+
+from repeatlab.environment import processor
+from repeatlab.execution import Places
+from repeatlab.study import Study, run_studies
+
+RESULTS = Path(__file__).parent / "results" / "lockstep.csv"
+MOST = 0.25
+ROUNDS = 3
+METHODS = {
+    "standard": {},
+    "cosine": {"schedule": {"name": "cosine"}},
+    "fixed2": {"mapping": {"name": "constant", "repeats": 2}},
+    "random": {"mapping": {"name": "uniform", "low": 1, "high": 5}},
+    "threshold": {"mapping": {"name": "threshold", "t": "auto"}},
+    "linear": {"mapping": {"name": "linear", "t": "auto"}},
+    "zscore": {"mapping": {"name": "zscore"}},
+    "shuffled": {"mapping": {"name": "trace", "of": "linear", "control": "windowed"}},
+}
+MLP = {"name": "supervised", "model": "mlp", "lr": 0.02}
+# Task, seeds, updates, and the most that it may cost, if that is held to something.
+CASES = {
+    "40 arms, width 32": ({**MLP, "width": 32, "batch_size": 32}, 5, 2000, MOST),
+    "40 arms, width 64": ({**MLP, "width": 64, "batch_size": 64}, 5, 1000, None),
+    "8 arms, width 32": ({**MLP, "width": 32, "batch_size": 32}, 1, 2000, None),
+}
+
+
+def study(task: dict, seeds: list[int], updates: int) -> Study:
+    return Study.of(
+        name="lockstep",
+        tasks={"task": task},
+        methods=METHODS,
+        seeds=seeds,
+        max_updates=updates,
+        evaluation={"every": 1000},
+        calibration={"updates": 200},
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_arm_s_share_of_a_run_alone(case, tmp_path, record, capsys):
+    task, seeds, updates, most = CASES[case]
+    seconds: dict[bool, list[float]] = {True: [], False: []}  # an arm, in lock-step or not
+    run_studies([study(task, [0], 20)], tmp_path / "warm", places=Places(workers=0))
+    for turn in range(ROUNDS):
+        for lockstep in (True, False) if turn % 2 else (False, True):
+            made = study(task, list(range(seeds)) if lockstep else [turn], updates)
+            start = process_time()
+            report = run_studies([made], tmp_path, places=Places(workers=0, lockstep=lockstep))
+            seconds[lockstep].append((process_time() - start) / len(made.planned()))
+            assert set(report.status.values()) == {"complete"}
+            shutil.rmtree(tmp_path / task["name"])
+    ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
+    row = {
+        "task": task["name"],
+        "data": "digits",
+        "scale": f"width {task['width']}, batch {task['batch_size']}, T {updates}",
+        "arm": case,
+        "metric": "processor time in lock-step / one by one",
+        "n": ROUNDS,
+        "median": round(median(ratios), 3),
+        "low": round(min(ratios), 3),
+        "high": round(max(ratios), 3),
+        "seconds a run alone": round(median(seconds[False]), 3),
+        "processor": f"one thread of {processor()}",
+    }
+    record(RESULTS, [row])
+    with capsys.disabled():
+        print(f"\n  {case}: {row['median']} ({row['low']} to {row['high']})", end="")
+    if most is not None:
+        assert row["median"] <= most

@@ -1,0 +1,94 @@
+"""What a study of many small runs costs beside their training, and whether its workers grow.
+
+Everything but training is: starting the processes, handing runs out, building tasks, writing and
+finishing records. Training is what the runs' clocks say, and their evaluations' share is none of
+it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from time import perf_counter
+
+import pandas as pd
+import psutil
+
+from repeatlab import execution
+from repeatlab.environment import processor
+from repeatlab.records import Store
+from repeatlab.study import Study, run_studies
+
+RUNS, WORKERS, UPDATES = 200, 2, 400
+TABLE = Path(__file__).parent / "results" / "study_overhead.csv"
+
+
+def many_runs() -> Study:
+    return Study.of(
+        name="overhead",
+        tasks={"digits": {"name": "supervised", "width": 4, "batch_size": 32, "lr": 0.01}},
+        methods={
+            "standard": {},
+            "linear": {"mapping": {"name": "linear", "t": 0.8}},
+        },
+        seeds=RUNS // 2,
+        max_updates=UPDATES,
+        evaluation={"every": UPDATES, "splits": [], "test": False},
+        device="cpu",
+    )
+
+
+def worker_memory() -> list[float]:
+    """Return the resident megabytes of every worker process of this one."""
+    children = psutil.Process(os.getpid()).children(recursive=True)
+    workers = [c for c in children if "multiprocessing.spawn" in " ".join(c.cmdline())]
+    return sorted(worker.memory_info().rss / 2**20 for worker in workers)
+
+
+def test_a_study_of_many_small_runs(tmp_path, monkeypatch, capsys):
+    spread, ends, memory = execution.spread, [], []
+
+    def watched(*arguments, **options):
+        for outcome in spread(*arguments, **options):
+            ends.append(perf_counter())
+            memory.append(worker_memory())
+            yield outcome
+
+    monkeypatch.setattr("repeatlab.execution.spread", watched)
+    study = many_runs()
+    begin, used = perf_counter(), os.times()
+    report = run_studies([study], tmp_path, workers=WORKERS)
+    wall = perf_counter() - begin
+    processor_time = sum(os.times()[:4]) - sum(used[:4])
+    assert list(report.status.values()) == ["complete"] * RUNS
+    store = Store(tmp_path)
+    runs = [store.run(*run["run"]) for run in store.read_study("overhead")["runs"]]
+    training = sum(run.summary["ledger"]["seconds"] for run in runs)
+    row = {
+        "runs": RUNS,
+        "updates": UPDATES,
+        "workers": WORKERS,
+        "wall_seconds": round(wall, 1),
+        "training_seconds": round(training, 1),
+        "overhead": round(1 - training / (WORKERS * wall), 3),
+        # From the 20th run to the last: what starting the processes takes is left out.
+        "overhead_after_start": round(1 - _steady(runs, ends), 3),
+        "processor_seconds": round(processor_time, 1),
+        "worker_mb_after_20": round(max(memory[19])),
+        "worker_mb_after_all": round(max(memory[-1])),
+        "load_average": round(os.getloadavg()[0], 1),
+        "processor": processor(),
+    }
+    TABLE.parent.mkdir(exist_ok=True)
+    pd.DataFrame([row]).to_csv(TABLE, index=False)
+    with capsys.disabled():
+        print(f"\n{row}")
+    assert row["worker_mb_after_all"] < 1.1 * row["worker_mb_after_20"]
+    assert row["overhead_after_start"] < 0.15
+
+
+def _steady(runs: list, ends: list[float]) -> float:
+    """Return the share of the workers' time that runs trained in, from the 20th run's end on."""
+    ended = sorted(runs, key=lambda run: (run.path / "summary.json").stat().st_mtime_ns)
+    training = sum(run.summary["ledger"]["seconds"] for run in ended[20:])
+    return training / (WORKERS * (ends[-1] - ends[19]))

@@ -1,0 +1,191 @@
+"""JupyterLab in a real browser: it opens ready to use, and notebooks run to their end.
+
+Needs Chromium and the extra `browser`; where they are missing every test says so and is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = re.compile(r"bin/jupyter lab (.*)")
+ADDRESS = re.compile(r"http://127\.0\.0\.1:(?P<port>\d+)/lab")
+CELLS = ".jp-Notebook .jp-CodeCell"
+PATIENCE = 600  # seconds for a notebook, on a machine that has others to serve
+# Chromium refuses to isolate pages of the superuser, as in a container.
+ARGUMENTS = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Return what starts Chromium: the system's or that of playwright."""
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright: pip install -e .[browser]"
+    )
+    with sync_api.sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        names = ("chromium", "chromium-browser", "google-chrome")
+        found = [path for name in names if (path := shutil.which(name))]
+        found += [own] if Path(own).exists() else []
+        if not found:
+            pytest.skip("no Chromium: `apt install chromium` or `playwright install chromium`")
+        browser = playwright.chromium.launch(executable_path=found[0], args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+def _recipe() -> list[str]:
+    """Return the arguments that `make lab` gives to `jupyter lab`."""
+    command = ["make", "--dry-run", "--always-make", "lab"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (arguments,) = RECIPE.findall(printed)
+    return arguments.split()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Start what `make lab` starts, on copies of the notebooks; return address, token, folder."""
+    folder, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    settings = {name: str(folder / "settings" / name) for name in ("config", "data", "runtime")}
+    environment = os.environ | {f"JUPYTER_{k.upper()}_DIR": v for k, v in settings.items()}
+    environment["JUPYTER_CONFIG_PATH"] = str(ROOT / "etc" / "jupyter")
+    here = [f"--IdentityProvider.token={token}", "--no-browser", "--port=0", "--ip=127.0.0.1"]
+    command = [sys.executable, "-m", "jupyter", "lab", *_recipe(), *here]
+    server = subprocess.Popen(
+        [*command, "--allow-root"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = []
+    for line in server.stderr:
+        said.append(line)
+        if found := ADDRESS.search(line):
+            break
+    else:
+        pytest.fail("JupyterLab did not start:\n" + "".join(said))
+    # A full pipe would stop the server.
+    threading.Thread(target=server.stderr.read, daemon=True).start()
+    try:
+        _until_it_listens(int(found["port"]), server)
+        yield found.group(), token, folder
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def _until_it_listens(port: int, server: subprocess.Popen) -> None:
+    """Wait: the address is printed a moment before anything listens there."""
+    while server.poll() is None:
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            return
+        threading.Event().wait(0.1)
+    pytest.fail("JupyterLab has ended")
+
+
+def _get(address: str, token: str = "") -> bytes:
+    with urlopen(f"{address}?token={token}" if token else address, timeout=60) as answer:
+        return answer.read()
+
+
+def test_it_answers_to_whom_has_the_token_and_to_nobody_else(lab):
+    address, token, _ = lab
+    status = address.removesuffix("/lab") + "/api/status"
+    assert "started" in json.loads(_get(status, token))
+    with pytest.raises(HTTPError, match="403"):
+        _get(status)
+    assert b"jupyter-config-data" in _get(address, token)
+
+
+def test_comms_stay_out_of_subshells(lab):
+    """Pictures that are drawn in a widget's callback could be corrupted (jupyterlab#19719)."""
+    address, token, _ = lab
+    plugin = "@jupyterlab/apputils-extension:kernels-settings"
+    answer = json.loads(_get(f"{address}/api/settings/{plugin}", token))
+    assert answer["schema"]["properties"]["commsOverSubshells"]["default"] == "disabled"
+
+
+@pytest.fixture
+def page(chromium, request):
+    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(1000 * 60)
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    yield page
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{request.node.name}.png")
+    page.close()
+
+
+def _run_all(page, lab, name: str) -> None:
+    """Open a notebook, run all of its cells, and wait until the kernel has."""
+    address, token, _ = lab
+    page.goto(f"{address}/tree/notebooks/{name}.ipynb?token={token}&reset")
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+    # The notebooks keep the numbers of their cells, by which is seen here which have run.
+    for menu, item in (("Edit", "Clear Outputs of All Cells"), ("Run", "Run All Cells")):
+        page.click(f".lm-MenuBar-itemLabel:text-is('{menu}')")
+        page.click(f".lm-Menu-itemLabel:text-is('{item}')")
+    page.wait_for_function(
+        """selector => {
+            const cells = [...document.querySelectorAll(selector)];
+            const left = cells.map(cell => cell.querySelector('.jp-InputPrompt').textContent);
+            const failed = document.querySelector('[data-mime-type*="error"]');
+            return failed || left.every(prompt => /\\[\\d+\\]/.test(prompt));
+        }""",
+        arg=CELLS,
+        timeout=1000 * PATIENCE,
+        polling=500,  # milliseconds; without it, at frames, and a page that nobody sees has none
+    )
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+
+
+@pytest.mark.parametrize("name", ["00_quickstart", "10_supervised"])
+def test_a_notebook_runs_to_its_end_and_its_sliders_draw(page, lab, name):
+    _run_all(page, lab, name)
+    assert page.locator("[data-mime-type*='error']").all_text_contents() == []
+    figures = [
+        cell.locator(".jp-RenderedImage img").evaluate_all("all => all.map(image => image.src)")
+        for cell in page.locator(CELLS).all()
+    ]
+    assert sum(len(found) for found in figures) >= 1
+    # Drawn once: pyplot's figures are shown at a cell's end, and as its value, too.
+    assert all(len(found) == len(set(found)) for found in figures)
+
+    form = page.locator(CELLS).last
+    form.scroll_into_view_if_needed()
+    said, picture = form.locator(".widget-html-content"), form.locator("img.widget-image")
+    assert "mean N" in said.text_content()
+    shown = [said.text_content(), picture.get_attribute("src")]
+    handle = form.locator(".noUi-handle").first
+    handle.focus()
+    for _ in range(30):
+        handle.press("ArrowLeft")
+    page.wait_for_function(
+        """([cells, words, picture]) => {
+            const form = [...document.querySelectorAll(cells)].at(-1);
+            return form.querySelector('.widget-html-content').textContent != words
+                && form.querySelector('img.widget-image').src != picture;
+        }""",
+        arg=[CELLS, *shown],
+        polling=100,
+    )
+    assert "mean N" in said.text_content()
+    assert page.problems == []
