@@ -1,5 +1,5 @@
 # Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
-.PHONY: figures test notebooks bench bench-tasks lab
+.PHONY: figures test notebooks test-browser bench bench-tasks lab
 .DEFAULT_GOAL := figures
 SHELL := /bin/bash
 
@@ -16,7 +16,7 @@ figures: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 2 --ignore tests/benchmarks
+	$(BIN)/pytest -n 2 --ignore tests/benchmarks --ignore tests/browser
 	$(MAKE) --no-print-directory notebooks
 
 # Task notebooks first: the viewpoints read the studies that they leave in the store.
@@ -27,6 +27,11 @@ notebooks: $(STAMP)
 	$(NBVAL) -n 2 --dist loadfile notebooks/[01]*.ipynb
 	$(NBVAL) notebooks/[23]*.ipynb
 
+# JupyterLab in Chromium: 00 and 10 run to their end. It skips, and says so, where there is no browser.
+test-browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(BIN)/pytest tests/browser -rs
+
 # Ratios of interleaved runs in one process; bench-tasks trains every task on real data.
 bench: $(STAMP)
 	$(BIN)/pytest tests/benchmarks -s --ignore-glob '*/test_task_*.py'
@@ -35,12 +40,14 @@ bench-tasks: $(STAMP)
 	$(BIN)/pytest tests/benchmarks/test_task_*.py -s
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab --notebook-dir .
+	JUPYTER_CONFIG_PATH="$(CURDIR)/etc/jupyter" $(BIN)/jupyter lab --notebook-dir . \
+		notebooks/00_quickstart.ipynb
 
-# uv where it can be had, plain pip where not; the lock holds versions only.
+# uv where it can be had, plain pip where not; the lock holds versions only. Compiled at once: every
+# kernel and worker imports torch.
 $(STAMP): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
-		&& $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]' \
+		&& $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[test]' \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $(STAMP)
