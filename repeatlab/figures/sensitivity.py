@@ -76,7 +76,10 @@ def _even(axes: Axes, x: pd.Series) -> np.ndarray:
     """Give the axis a tick for each value of `x`, one apart, and return the values."""
     values = np.unique(x.dropna().to_numpy(float))
     size = 6 if len(values) > 4 else 7
-    axes.set_xticks(range(len(values)), [f"{value:g}" for value in values], fontsize=size)
+    words = [f"{value:g}".replace("e+0", "e") for value in values]
+    # More than a panel's width holds side by side.
+    turned = {"rotation": 40} if sum(map(len, words)) > 18 else {}
+    axes.set_xticks(range(len(values)), words, fontsize=size, **turned)
     axes.set_xlim(-0.6, max(0.6, len(values) - 0.4))
     return values
 

@@ -1,18 +1,17 @@
 """FixMatch on CIFAR-10 with 4,000 labels, against the same network trained on these labels alone.
 
 Scaled down to two CPU cores: a CNN of 0.88 M parameters (48, 96 and three times 192 channels) in
-bfloat16 in place of ResNet-18's 11.2 M, mu = 3 in place of 7, 5,000 updates in place of 2^20. As in
+bfloat16 in place of ResNet-18's 11.2 M, mu = 3 in place of 7, 8,000 updates in place of 2^20. As in
 the paper: batches of 64, threshold 0.95, lr 0.03 with Nesterov momentum 0.9, weight decay 5e-4, EMA
 0.999. The rate goes to 0 by a cosine. All of this was fixed beforehand; the network is the best of
 three on validation after 2,500 updates on the labels alone, another seed. Both arms share all of it
-and the number of updates; the labels-only arm is `mu: 0`, weak augmentation included. One thread.
-Test accuracy is that of the last EMA weights, never the best ones.
+and the number of updates; the labels-only arm is `mu: 0`, weak augmentation included. One thread;
+an update of FixMatch takes seven times as long. Test accuracy is that of the last EMA weights,
+never the best ones.
 
-The labels alone, one seed: 73.9 % on the test split, 73.7 on validation and 99.9 on the labelled
-images, so that the network is large enough to overfit them. NOT SHOWN so far that FixMatch is above
-it: its run is not finished (validation at update 3,000 of 5,000: 64.8 against 62.6 %). The table
-holds an earlier, smaller comparison, not told apart: 70.9 against 70.5 % with 54k parameters,
-batches of 32, mu 1, threshold 0.8 and 16,000 updates.
+FixMatch 79.9 % (seed 0), the labels alone 74.9 and 74.4 % (seeds 0 and 1), which fit their 4,000
+images perfectly: the network is large enough to overfit them. Earlier and smaller comparisons (54k
+parameters, batches of 32, mu 1, threshold 0.8, 16,000 updates) were not told apart: 70.9 to 70.5 %.
 """
 
 from __future__ import annotations
@@ -36,11 +35,12 @@ from repeatlab.loop import train
 from repeatlab.schema import parse
 from repeatlab.tasks.semisupervised import SemiSupervised, SemiSupervisedConfig
 
-SEEDS = 2
 UPDATES = 8000
 SCALE = "CNN of 0.88 M parameters, bf16, B 64"
 RESULTS = Path(__file__).parent / "results" / "semisupervised.csv"
 ARMS = {"FixMatch, mu 3": 3, "labels alone": 0}
+# An hour of a core each where there is something unlabelled to learn from.
+SEEDS = {"FixMatch, mu 3": 1, "labels alone": 2}
 
 
 def config(mu: int, seed: int) -> RunConfig:
@@ -79,33 +79,40 @@ def record(rows: list[dict]) -> None:
         table.writerows(rows)
 
 
+def rows_of(arm: str, summaries: list[dict]) -> list[dict]:
+    """Return the table's rows of an arm, given its runs' summaries."""
+    rows = []
+    for metric in ("test.accuracy", "test.macro_f1", "test.mask_rate", "train.accuracy"):
+        values = [summary["final"][metric] for summary in summaries]
+        middle, low, high = (float(value) for value in mean_interval(values))
+        rows.append(
+            {
+                "task": "semisupervised",
+                "data": "CIFAR-10, 4,000 labels",
+                "scale": SCALE,
+                "arm": arm,
+                "metric": metric.replace(".", " "),
+                "n": len(values),
+                "mean": round(middle, 4),
+                "low": round(low, 4),
+                "high": round(high, 4),
+                "updates": UPDATES,
+                "seconds per run": round(mean(s["ledger"]["seconds"] for s in summaries)),
+                "processor": processor(),
+            }
+        )
+    return rows
+
+
 def test_fixmatch_is_above_the_labels_alone(tmp_path, capsys):
     root = os.environ.get(DIRECTORY_VARIABLE)
     if not root or not (Path(root) / "cifar-10-batches-py/test_batch").exists():
         pytest.skip(f"cifar10: set {DIRECTORY_VARIABLE} to the directory that holds it")
     accuracy, rows = {}, []
     for arm, mu in ARMS.items():
-        summaries = [train(config(mu, seed), tmp_path).summary for seed in range(SEEDS)]
+        summaries = [train(config(mu, seed), tmp_path).summary for seed in range(SEEDS[arm])]
         accuracy[arm] = mean(summary["final"]["test.accuracy"] for summary in summaries)
-        for metric in ("test.accuracy", "test.macro_f1", "test.mask_rate", "train.accuracy"):
-            values = [summary["final"][metric] for summary in summaries]
-            middle, low, high = (float(value) for value in mean_interval(values))
-            rows.append(
-                {
-                    "task": "semisupervised",
-                    "data": "CIFAR-10, 4,000 labels",
-                    "scale": SCALE,
-                    "arm": arm,
-                    "metric": metric.replace(".", " "),
-                    "n": SEEDS,
-                    "mean": round(middle, 4),
-                    "low": round(low, 4),
-                    "high": round(high, 4),
-                    "updates": UPDATES,
-                    "seconds per run": round(mean(s["ledger"]["seconds"] for s in summaries)),
-                    "processor": processor(),
-                }
-            )
+        rows += rows_of(arm, summaries)
     with capsys.disabled():
         print()
         for row in rows:
