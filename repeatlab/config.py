@@ -19,6 +19,8 @@ from repeatlab.tasks import TASKS, load_task
 RECORD_VERSION = 3
 
 PositiveInt = Annotated[int, Field(ge=1)]
+# More threads than any machine has end the process rather than raise.
+Threads = Annotated[int, Field(ge=1, le=1024)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Control = Literal[
     "replay",
@@ -233,7 +235,7 @@ class RunConfig(Model):
     calibration: CalibrationConfig | None = None
     loader: LoaderConfig = LoaderConfig()
     device: Device = "auto"
-    threads: PositiveInt = 1
+    threads: Threads = 1
     """CPU threads of torch: sums, and so the records, depend on their number."""
     processes: PositiveInt = 1
     """Processes that share every batch (`repeatlab.data_parallel`), under torchrun where it is more

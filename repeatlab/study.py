@@ -21,6 +21,7 @@ from repeatlab.config import (
     PositiveInt,
     RunConfig,
     TaskChoice,
+    Threads,
 )
 from repeatlab.environment import commit
 from repeatlab.execution import Places, execute
@@ -74,7 +75,7 @@ class Study(Model):
     calibration: CalibrationConfig = CalibrationConfig()
     loader: LoaderConfig = LoaderConfig()
     device: Device = "auto"
-    threads: PositiveInt = 1
+    threads: Threads = 1
     processes: PositiveInt = 1
     """Processes that share every batch of a run, under torchrun where it is more than one."""
     lockstep: bool = True

@@ -10,7 +10,7 @@ import torch
 from repeatlab import tasks
 from repeatlab.records import Store
 from repeatlab.schema import ConfigError, parse
-from repeatlab.study import Report, StudyError, run_studies, run_study
+from repeatlab.study import Report, Study, StudyError, run_studies, run_study
 
 NOT_TIMES = ["seconds", "calibration_seconds"]
 
@@ -190,3 +190,22 @@ def test_a_stored_study_is_recognised_only_by_the_code_that_made_it(tmp_path, mo
 def test_the_report_says_how_the_runs_ended():
     report = Report({"a": "complete", "b": "complete", "c": "diverged"}, trained=2)
     assert str(report) == "3 runs: 2 complete, 1 diverged (2 trained now, 1 in the store)"
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_trained(tmp_path):
+    task = {"name": "supervised", "dataset": "digits", "batch_size": 5000}
+    study = Study.of(name="big", tasks={"digits": task}, methods={"standard": {}}, max_updates=3)
+    with pytest.raises(ConfigError, match=r"task\.batch_size: 5000 exceeds the \d+ samples"):
+        run_studies([study], tmp_path)
+    assert not list(tmp_path.glob("supervised/*"))
+
+
+def test_more_threads_than_any_machine_has_are_refused():
+    with pytest.raises(ConfigError, match="threads: Input should be less than or equal to 1024"):
+        Study.of(
+            name="many",
+            tasks={"digits": {"name": "supervised"}},
+            methods={"standard": {}},
+            max_updates=3,
+            threads=10**6,
+        )

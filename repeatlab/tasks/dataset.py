@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from repeatlab.data import DATASETS, TrainStream, gather, load_splits
-from repeatlab.schema import did_you_mean
+from repeatlab.schema import ConfigError, did_you_mean
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.optimization import Descent
 
@@ -21,7 +21,12 @@ class DatasetTaskConfig(TaskConfig):
     dataset: str = "digits"
 
     def prepare(self) -> None:
-        load_splits(self.dataset)
+        samples = len(load_splits(self.dataset).train)
+        if self.batch_size > samples:
+            raise ConfigError(
+                f"task.batch_size: {self.batch_size} exceeds the {samples} samples that "
+                f"{self.dataset} trains on"
+            )
 
     def refusals(self) -> dict[str, str]:
         return {

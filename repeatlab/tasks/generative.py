@@ -78,6 +78,7 @@ class GenerativeConfig(DatasetTaskConfig, OptimizationConfig):
     """How many images are generated for FID."""
 
     def prepare(self) -> None:
+        super().prepare()
         prepare(self.extractor, self.dataset)
 
     def refusals(self) -> dict[str, str]:

@@ -71,6 +71,7 @@ class UnsupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     """How many images are generated for FID."""
 
     def prepare(self) -> None:
+        super().prepare()
         prepare(self.extractor, self.dataset)
 
 
