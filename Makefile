@@ -1,5 +1,5 @@
 # Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
-.PHONY: figures test notebooks test-browser bench bench-tasks lab
+.PHONY: figures test notebooks test-browser bench bench-tasks lab api
 .DEFAULT_GOAL := figures
 SHELL := /bin/bash
 
@@ -38,6 +38,15 @@ bench: $(STAMP)
 
 bench-tasks: $(STAMP)
 	$(BIN)/pytest tests/benchmarks/test_task_*.py -s
+
+# Pages of the public modules, from their docstrings: build/api/index.html. Needs a network only once.
+# The warnings left out say that an annotation of a named tuple is shown as it is written.
+api: $(BIN)/pdoc
+	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --docformat google \
+		--output-directory build/api repeatlab
+
+$(BIN)/pdoc: | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 
 lab: $(STAMP)
 	JUPYTER_CONFIG_PATH="$(CURDIR)/etc/jupyter" $(BIN)/jupyter lab --notebook-dir . \

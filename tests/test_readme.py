@@ -13,6 +13,7 @@ from repeatlab.cli import ROOT
 from repeatlab.study import Study
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -46,3 +47,65 @@ def test_the_methods_are_valid():
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
 def test_links_lead_somewhere(target):
     assert (ROOT / target).exists()
+
+
+# --- the same page in Chinese ---------------------------------------------------------------------
+
+
+def sections(page: str) -> list[str]:
+    """Return a page cut at its headings, without the links between the two languages."""
+    page = re.sub(r"\[[^]]*\]\(README[^)]*\)", "", page)
+    return re.split(
+        r"^(?=#+ )", re.sub(r"```.*?```", "", page, flags=re.DOTALL), flags=re.MULTILINE
+    )
+
+
+def numbers(text: str) -> list[str]:
+    """Return every number in a text, sorted: languages say things in different orders."""
+    return sorted(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text))
+
+
+def rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+PAIRS = list(zip(sections(README), sections(CHINESE), strict=False))
+every_section = pytest.mark.parametrize(
+    ("english", "chinese"), PAIRS, ids=[english.partition("\n")[0] for english, _ in PAIRS]
+)
+
+
+def test_the_chinese_page_has_the_same_sections_and_code():
+    assert len(sections(CHINESE)) == len(sections(README))
+    pattern = re.compile(r"```.*?```", re.DOTALL)
+    assert pattern.findall(CHINESE) == pattern.findall(README)
+    assert "](README.md)" in CHINESE
+
+
+@every_section
+def test_the_chinese_page_has_the_same_numbers(english, chinese):
+    assert numbers(chinese) == numbers(english)
+
+
+@every_section
+def test_the_chinese_page_has_the_same_names_and_links(english, chinese):
+    # A line break inside a span is a space.
+    for pattern in (r"(?<!`)`([^`]+)`(?!`)", r"\]\(([^)]+)\)"):
+        found = [
+            sorted(" ".join(part.split()) for part in re.findall(pattern, page))
+            for page in (english, chinese)
+        ]
+        assert found[0] == found[1]
+
+
+@every_section
+def test_the_chinese_page_has_the_same_tables(english, chinese):
+    tables = [
+        [(line.count("|"), numbers(line)) for line in rows(page)] for page in (english, chinese)
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_both_languages_link_to_each_other():
+    assert "](README.zh-CN.md)" in README
+    assert "](README.md)" in CHINESE
