@@ -206,6 +206,14 @@ def test_a_study_goes_on_when_one_of_a_scheduler_s_workers_is_killed(tmp_path):
     assert len(run.updates) == 100
 
 
+def test_workers_have_one_thread_and_the_allocator_as_it_is(monkeypatch):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    with local_client(1) as client:
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
+        found = [client.submit(os.environ.get, name).result() for name in names]
+    assert found == ["1", "1", None]
+
+
 def test_a_cluster_that_was_told_to_stop_trains_the_next_study(tmp_path):
     """Ctrl-C stops the workers' runs, not the workers, which may be somebody else's."""
     slow = study(updates=50, loader=SLOW)
