@@ -324,7 +324,6 @@ class RunConfig(Model):
             "rho_loss trains models beforehand that would need teachers of their own": (
                 sampler and sampler.name == "rho_loss"
             ),
-            "its teachers are made by one process": self.processes > 1,
         }
         for reason, holds in refused.items():
             if holds:

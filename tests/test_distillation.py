@@ -320,7 +320,6 @@ def test_every_kind_of_method_makes_its_updates(method, store):
         ({"method": {"mapping": {"name": "linear", "t": "auto"}}}, "t: auto is measured on"),
         ({"method": {"sampler": {"name": "rho_loss"}}}, "rho_loss trains models beforehand"),
         ({"method": {"warm_up": {"updates": 11}}}, "end before the teachers' warm-up does"),
-        ({"processes": 2}, "made by one process"),
     ],
 )
 def test_what_a_teacher_would_not_fit_is_refused(fields, message):

@@ -438,7 +438,7 @@ def test_bad_fields_are_named(changes, message):
         ({"metric": "acuracy"}, "metric: unknown metric 'acuracy'; did you mean 'accuracy'?"),
         (
             {"space": {"task.batch_size": {"choices": [8, 5000]}}},
-            "space: with task.batch_size = 5000: `batch_size` must be from 1 to the",
+            "space: with task.batch_size = 5000: task.batch_size: 5000 exceeds the 1079 samples",
         ),
         (
             {"space": {"task.dataset": {"choices": ["digits", "mnist"]}}},

@@ -101,8 +101,8 @@ def _check_tasks(search: Search) -> None:
         config = search.config(point, seed=0).task
         if config in built:
             continue
-        config.prepare()
         try:
+            config.prepare()
             task = load_task(TASKS[config.name])(config, seed=0, device=device)
         except ValueError as error:
             raise ConfigError(f"space: with {describe(point)}: {error}") from None
