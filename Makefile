@@ -52,11 +52,14 @@ lab: $(STAMP)
 	JUPYTER_CONFIG_PATH="$(CURDIR)/etc/jupyter" $(BIN)/jupyter lab --notebook-dir . \
 		notebooks/00_quickstart.ipynb
 
-# uv where it can be had, plain pip where not; the lock holds versions only. Compiled at once: every
-# kernel and worker imports torch.
+# uv where it can be had, plain pip where not; the lock holds versions only. Then what most processes
+# import is compiled, here and once: also where Python is told to write no bytecode.
+COMPILE := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c
 $(STAMP): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
-		&& $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[test]' \
+		&& $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]' \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(COMPILE) "import gymnasium, sklearn.linear_model, torchvision" & \
+		$(COMPILE) "import distributed, ipykernel_launcher, ipywidgets, optuna, papermill, seaborn" && wait $$!
 	touch $(STAMP)

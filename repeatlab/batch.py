@@ -3,13 +3,16 @@
     # params/quick/supervised.yaml
     notebook: 10_supervised
     parameters: {...}          # every name must stand in the notebook's `parameters` cell
+    alone: false               # true where it times what it trains
 
 Methods that many studies share are written once: in a study, `methods: {include: [FILES], without:
 [NAMES], defaults: {...}, NAME: {...}}` takes those of YAML files beside it, but for some, puts
 `defaults` into each that does not say otherwise, and adds or replaces others.
 
-Notebooks run in the order of their names. Those that train run one after another: what they train
-runs in processes of their own, one per core. Those in between that only read run side by side.
+All studies of a profile are trained first, by the same processes, one per core: no core waits for
+the last run of a study, or for a notebook. Then notebooks only draw, and run side by side; those of
+a later group of names (20 on, 30 on) after those of an earlier one, whose runs they read. One that
+is `alone` trains by itself, in its turn, with nothing beside it.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ class BatchEntry(Model):
 
     notebook: str
     parameters: dict[str, Any] = Field(default_factory=dict)
+    alone: bool = False
+    """Whether nothing may run beside the notebook, since it times what it trains."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,21 @@ class Job:
     source: Path
     notebook: Path
     parameters: dict[str, Any]
+    alone: bool = False
 
     @property
     def stage(self) -> tuple[str, bool]:
         """Notebooks that follow each other with equal stage need nothing of each other."""
-        return self.notebook.name[0], not self.trains
+        return self.notebook.name[0], self.alone
 
     @property
-    def trains(self) -> bool:
-        """Whether any parameter is a study, rather than the name of one that is in the store."""
-        return any(isinstance(v, dict) and "methods" in v for v in self.parameters.values())
+    def studies(self) -> dict[str, dict[str, Any]]:
+        """The parameters that are studies, rather than the name of one that is in the store."""
+        return {
+            name: value
+            for name, value in self.parameters.items()
+            if isinstance(value, dict) and "methods" in value
+        }
 
 
 def read_profile(profile: str, root: Path) -> list[Job]:
@@ -102,7 +112,7 @@ def read_job(path: Path, root: Path) -> Job:
                 f"{path}: parameters.{name}: {notebook.name} has no such parameter; "
                 f"{did_you_mean(name, known)}"
             )
-    return Job(path, notebook, _with_included(entry.parameters, path))
+    return Job(path, notebook, _with_included(entry.parameters, path), alone=entry.alone)
 
 
 class Included(Model):
@@ -207,13 +217,28 @@ def execute_profile(
     figures: Path,
     echo: Callable[[str], None] = print,
 ) -> list[str]:
-    """Execute a profile's notebooks and return the names of the figures they wrote.
+    """Train a profile's studies, execute its notebooks, and return the figures that they wrote.
 
-    All parameter files are checked before the first notebook starts.
+    All parameter files are checked before anything is trained.
+
+    Raises:
+        ConfigError: a parameter file is not valid.
+        StudyError: runs have failed; all others are in the store.
+        NotebookError: a notebook could not be executed.
     """
     from repeatlab.figures import read_manifest
+    from repeatlab.study import run_all
 
     jobs = read_profile(profile, root)
+    studies = {
+        f"{job.source}: parameters.{name}": study
+        for job in jobs
+        if not job.alone
+        for name, study in job.studies.items()
+    }
+    if studies:
+        start = perf_counter()
+        echo(f"{len(studies)} studies: {run_all(studies, runs)}, {perf_counter() - start:.0f} s")
 
     def run(job: Job) -> None:
         echo(f"{job.notebook.stem} ({job.source.relative_to(root)})")
@@ -221,8 +246,8 @@ def execute_profile(
         execute(job, output=runs / "notebooks" / profile, runs=runs, figures=figures)
         echo(f"{job.notebook.stem}: {perf_counter() - start:.0f} s")
 
-    for (_, reads), group in groupby(jobs, key=lambda job: job.stage):
-        with ThreadPoolExecutor(os.cpu_count() if reads else 1) as pool:
+    for (_, alone), group in groupby(jobs, key=lambda job: job.stage):
+        with ThreadPoolExecutor(1 if alone else os.cpu_count()) as pool:
             _finish([pool.submit(run, job) for job in group])
     notebooks = {job.notebook.stem for job in jobs}
     manifest = read_manifest(figures)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -57,26 +57,37 @@ class Places:
 
 
 def execute(
-    configs: Mapping[str, RunConfig], store: Store, places: Places
+    configs: Mapping[str, RunConfig],
+    store: Store,
+    places: Places,
+    *,
+    apart: Container[str] = (),
 ) -> Iterator[tuple[str, str | None]]:
     """Make all runs, each after those that it needs; yield run ids with why they failed, or None.
 
     Ctrl-C makes every run leave a checkpoint before it is passed on.
+
+    Args:
+        configs: The runs by their ids.
+        store: Where their records go.
+        places: Where they are made.
+        apart: The ids of runs that are not to train in lock-step.
     """
     root = str(store.root.resolve())
     left = dict(configs)
+    groupable = {i: config for i, config in configs.items() if i not in apart}
 
     def ended(outcomes: Mapping[str, str | None]) -> Iterator[tuple[str, str | None]]:
         return ((i, why) for i, why in outcomes.items() if left.pop(i, None) is not None)
 
     if places.workers == 0 and places.scheduler is None:
-        for outcomes in _in_step(configs, store, places):
+        for outcomes in _in_step(groupable, store, places):
             yield from ended(outcomes)
         for run_id, config in left.items():
             yield run_id, train_job(config.to_json(), root)
         return
     with _client(places, with_needs(configs.values())) as client:
-        for outcomes in _in_step(configs, store, places, client):
+        for outcomes in _in_step(groupable, store, places, client):
             yield from ended(outcomes)
         yield from spread(left, client, root, time_limit=places.time_limit)
 

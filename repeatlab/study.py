@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -203,6 +203,32 @@ def run_study(
     return _in_store(fields, Store(runs)) or Study.of(**fields).run(runs, workers=workers)
 
 
+def run_all(studies: Mapping[str, dict[str, Any]], runs: str | Path = "runs") -> Report:
+    """Make what the store lacks of many studies, by the same processes; see `run_study`.
+
+    Args:
+        studies: Where the fields of a study stand, for error messages -> the fields.
+        runs: Directory of the run store.
+
+    Raises:
+        ConfigError: fields are not valid; nothing was trained then.
+    """
+    reports = {where: _in_store(fields, Store(runs)) for where, fields in studies.items()}
+    found = [report for report in reports.values() if report is not None]
+    lacking = [
+        parse(Study, studies[where], source=where)
+        for where, report in reports.items()
+        if report is None
+    ]
+    if lacking:
+        found.append(run_studies(lacking, runs))
+    return Report(
+        {run_id: status for report in found for run_id, status in report.status.items()},
+        trained=sum(report.trained for report in found),
+        retried={run_id: n for report in found for run_id, n in report.retried.items()},
+    )
+
+
 def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
     """Return the report of a study that is there as a whole, made by this commit, else None."""
     code = commit()
@@ -256,8 +282,10 @@ def run_studies(
         for task in {config.task for config in missing.values()}:
             task.prepare()
         places = places or Places(workers=workers)
-        together = places.lockstep and all(study.lockstep for study in studies)
-        outcomes = execute(missing, store, replace(places, lockstep=together))
+        apart = {
+            p.config.run_id for study in studies if not study.lockstep for p in study.planned()
+        }
+        outcomes = execute(missing, store, places, apart=apart)
         progress = tqdm(outcomes, total=len(missing), desc="runs", unit="run")
         failed = {run_id: why for run_id, why in progress if why is not None}
     status = {i: _handle(store, config).status["status"] for i, config in configs.items()}
