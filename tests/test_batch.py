@@ -85,7 +85,7 @@ with open(meeting, "w" if name == "left" else "r") as end:
 """
 
 
-def test_notebooks_that_only_read_run_side_by_side(project):
+def test_notebooks_run_side_by_side(project):
     root = project(MEETING)
     (root / "params" / "tiny" / "small.yaml").unlink()
     source = root / "notebooks" / "00_small.ipynb"
@@ -101,15 +101,46 @@ def test_notebooks_that_only_read_run_side_by_side(project):
     assert _execute(root) == []
 
 
-def test_what_trains_runs_alone_and_in_order():
-    study = {"study": {"methods": {"standard": {}}}}
-    given = {"10_a": study, "11_b": study, "20_c": {"views": []}, "21_d": {}, "24_e": study}
-    jobs = [Job(Path("a.yaml"), Path(f"{n}.ipynb"), p) for n, p in given.items()]
-    assert [job.trains for job in jobs] == [True, True, False, False, True]
+def test_notebooks_of_one_group_share_a_stage_but_those_that_time_what_they_train():
+    alone = {"10_a": False, "11_b": False, "20_c": False, "21_d": False, "26_e": True}
+    jobs = [Job(Path("a.yaml"), Path(f"{n}.ipynb"), {}, alone=flag) for n, flag in alone.items()]
+    assert jobs[0].stage == jobs[1].stage
     assert jobs[2].stage == jobs[3].stage
     assert len({job.stage for job in jobs}) == 3
-    paper = Job(Path("p.yaml"), Path("30_paper.ipynb"), {})
-    assert paper.stage != jobs[3].stage
+    assert Job(Path("p.yaml"), Path("30_paper.ipynb"), {}).stage != jobs[3].stage
+
+
+STUDY = """
+parameters:
+  study:
+    name: tiny
+    tasks: {digits: {name: supervised, width: 2, batch_size: 8}}
+    methods: {standard: {}}
+    seeds: 1
+    max_updates: 2
+    evaluation: {every: 2, splits: [], test: false}
+    device: cpu
+"""
+STORED = "stored = list(pathlib.Path(runs).glob('supervised/*/summary.json'))\n"
+
+
+@pytest.mark.parametrize(("alone", "stored"), [("false", 1), ("true", 0)])
+def test_studies_are_trained_before_the_notebooks_but_for_those_alone(project, alone, stored):
+    code = f"import pathlib\n{STORED}assert len(stored) == {stored}"
+    root = project(code, f"notebook: 00_small\nalone: {alone}\n{STUDY}")
+    notebook = root / "notebooks" / "00_small.ipynb"
+    notebook.write_text(notebook.read_text().replace("rate = 1.0", "study = {}"))
+    assert _execute(root) == []
+
+
+def test_a_bad_study_is_refused_before_anything_runs(project):
+    text = STUDY.replace("max_updates: 2", "max_updates: 0")
+    root = project("raise SystemExit", f"notebook: 00_small\n{text}")
+    notebook = root / "notebooks" / "00_small.ipynb"
+    notebook.write_text(notebook.read_text().replace("rate = 1.0", "study = {}"))
+    with pytest.raises(ConfigError, match=r"small\.yaml: parameters\.study.*max_updates"):
+        _execute(root)
+    assert not (root / "runs").exists()
 
 
 @pytest.mark.parametrize(

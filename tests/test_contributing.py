@@ -219,12 +219,12 @@ import json
 from pathlib import Path
 from repeatlab.batch import read_job
 job = read_job(Path("params/quick/square_loss.yaml").resolve(), Path.cwd())
-print(json.dumps([job.notebook.name, job.trains, list(job.parameters["study"]["methods"])]))
+print(json.dumps([job.notebook.name, list(job.studies), list(job.parameters["study"]["methods"])]))
 """
 
 
 def test_the_notebook_fits_its_parameter_file(copy):
-    assert said(copy, READ) == ["19_square_loss.ipynb", True, ["standard", "linear"]]
+    assert said(copy, READ) == ["19_square_loss.ipynb", ["study"], ["standard", "linear"]]
 
 
 # What the package's own tests ask of a new mapping, sampler, control, task and notebook.
