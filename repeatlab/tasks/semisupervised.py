@@ -231,15 +231,14 @@ class SemiSupervised(DatasetTask):
         outputs = self._outputs(batch)
         supervised, unsupervised = self._losses(batch, *outputs)
         total = supervised + config.unlabelled_weight * unsupervised
-        loss = total.mean()
-        driver = self._choose(supervised.mean(), unsupervised.mean(), loss).detach()
+        drivers = self._choose(supervised, unsupervised, total).detach()
         if weights is None:
-            report(driver)
+            report(drivers.mean())
+            self.descent(total.mean())
         else:
-            drivers = self._choose(supervised, unsupervised, total).detach()
-            report(driver, drivers, self._bounds(batch, *(o.detach() for o in outputs)))
-            loss = (weights * total).mean()
-        self.descent(loss)
+            bounds = self._bounds(batch, *(o.detach() for o in outputs))
+            report(drivers.mean(), drivers, bounds)
+            self.descent((weights * total).mean())
         if config.ema_clock == "updates" or batch.index != self.last_index:
             move_average(self.ema, self.model, config.ema_decay)
         self.last_index = batch.index
