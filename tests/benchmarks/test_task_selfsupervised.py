@@ -28,7 +28,7 @@ from repeatlab.loop import train
 from repeatlab.schema import parse
 from repeatlab.tasks.selfsupervised import SelfSupervised, SelfSupervisedConfig, knn_accuracy
 
-SEEDS = 1
+SEEDS = 3
 UPDATES = 2000
 SCALE = "CNN 32-64-128 bf16, B 64"
 RESULTS = Path(__file__).parent / "results" / "selfsupervised.csv"
