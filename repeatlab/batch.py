@@ -21,7 +21,7 @@ import ast
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import groupby
@@ -76,12 +76,17 @@ class Job:
         }
 
 
-def read_profile(profile: str, root: Path) -> list[Job]:
+def read_profile(profile: str, root: Path, *, only: Collection[str] = ()) -> list[Job]:
     """Return the jobs of params/<profile>, checked, in the order of their notebooks.
+
+    Args:
+        profile: A folder in params/.
+        root: Where params/ and notebooks/ are.
+        only: Names of notebooks; if there are any, the jobs of the others are left out.
 
     Raises:
         ConfigError: no such profile, a file that is not valid, a notebook that does not exist or a
-            parameter that it does not have.
+            parameter that it does not have; a name in `only` that is no notebook of the profile.
     """
     directory = root / "params" / profile
     files = sorted(directory.glob("*.yaml"))
@@ -92,6 +97,12 @@ def read_profile(profile: str, root: Path) -> list[Job]:
             f"no profile {profile!r} in {root / 'params'}; {did_you_mean(profile, known)}"
         )
     jobs = [read_job(path, root) for path in files]
+    notebooks = {job.notebook.stem for job in jobs}
+    for name in only:
+        if name not in notebooks:
+            hint = did_you_mean(name, sorted(notebooks))
+            raise ConfigError(f"no notebook {name!r} in the profile {profile!r}; {hint}")
+    jobs = [job for job in jobs if not only or job.notebook.stem in only]
     return sorted(jobs, key=lambda job: (job.notebook.name, job.source.name))
 
 
@@ -215,11 +226,13 @@ def execute_profile(
     root: Path,
     runs: Path,
     figures: Path,
+    only: Collection[str] = (),
     echo: Callable[[str], None] = print,
 ) -> list[str]:
     """Train a profile's studies, execute its notebooks, and return the figures that they wrote.
 
-    All parameter files are checked before anything is trained.
+    All parameter files are checked before anything is trained. Where notebooks are named in `only`,
+    just their studies are trained and just they are executed.
 
     Raises:
         ConfigError: a parameter file is not valid.
@@ -229,7 +242,7 @@ def execute_profile(
     from repeatlab.figures import read_manifest
     from repeatlab.study import run_all
 
-    jobs = read_profile(profile, root)
+    jobs = read_profile(profile, root, only=only)
     studies = {
         f"{job.source}: parameters.{name}": study
         for job in jobs

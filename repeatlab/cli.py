@@ -36,14 +36,19 @@ def cli() -> None:
 
 
 @cli.command()
+@click.argument("notebooks", nargs=-1)
 @click.option("--profile", default="quick", show_default=True, help="A directory in params/.")
 @RUNS
 @FIGURES
-def figures(profile: str, runs: Path, figures: Path) -> None:
-    """Execute a profile's notebooks; runs that the store has are not trained again."""
+def figures(notebooks: tuple[str, ...], profile: str, runs: Path, figures: Path) -> None:
+    """Train a profile's studies and execute its notebooks: all of them, or those named.
+
+    Runs that the store has are not trained again.
+    """
     from repeatlab.batch import execute_profile
 
-    names = execute_profile(profile, root=ROOT, runs=runs, figures=figures, echo=click.echo)
+    places = {"root": ROOT, "runs": runs, "figures": figures}
+    names = execute_profile(profile, **places, only=notebooks, echo=click.echo)
     click.echo(f"{len(names)} figures in {figures}/ (PDF and PNG, manifest.json):")
     for name in names:
         click.echo(f"  {figures / name}.pdf")

@@ -171,6 +171,14 @@ def test_an_unknown_profile_names_those_that_exist(project):
         read_profile("tyny", project(""))
 
 
+def test_notebooks_can_be_named():
+    chosen = read_profile("quick", ROOT, only=["20_convergence", "10_supervised"])
+    assert [job.notebook.stem for job in chosen] == ["10_supervised", "20_convergence"]
+    assert len(read_profile("quick", ROOT)) > 2
+    with pytest.raises(ConfigError, match=r"no notebook '10_supervized' .* '10_supervised'"):
+        read_profile("quick", ROOT, only=["10_supervized"])
+
+
 PARAMETER_FILES = [p for p in sorted(ROOT.glob("params/*/*.yaml")) if p.parent.name != SEARCHES]
 
 
