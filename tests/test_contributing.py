@@ -16,13 +16,14 @@ from repeatlab.cli import ROOT
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^## (A .*)$", GUIDE, re.MULTILINE)
+BLOCK = re.compile(r"^```diff\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COPIED = ("repeatlab", "tests", "params", "notebooks", "pyproject.toml")
 
 
 def diff(title: str) -> str:
     """Return the diff of one section."""
     section = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", GUIDE, re.MULTILINE | re.DOTALL)
-    (block,) = re.findall(r"```diff\n(.*?)```", section[1], re.DOTALL)
+    (block,) = BLOCK.findall(section[1])
     return block
 
 
@@ -44,7 +45,7 @@ def copy(tmp_path_factory):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, root / name)
-    for text in re.findall(r"```diff\n(.*?)```", GUIDE, re.DOTALL):
+    for text in BLOCK.findall(GUIDE):
         # Not the repository that a temporary directory may lie in.
         outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
         command = ["git", "apply", "--verbose", "-"]
@@ -228,7 +229,7 @@ def test_the_notebook_fits_its_parameter_file(copy):
 
 
 # What the package's own tests ask of a new mapping, sampler, control, task and notebook.
-CONTRACT = ("mappings", "notebooks", "tasks", "checks", "host_reads")
+CONTRACT = ("mappings", "notebooks", "hosted", "tasks", "checks", "host_reads")
 ASKED = (
     "registered or SquareRoot or 19_square_loss or square_loss and (says_why or sample_losses)"
     " or makes_exactly and ([square_loss-standard or [square_loss-linear] or [square_loss-mirrored"
@@ -244,6 +245,7 @@ def test_what_is_added_passes_the_package_s_own_tests(copy):
         "test_every_registered_mapping",
         "SquareRoot(",
         "[19_square_loss]",
+        "test_every_task_notebook_names_the_same_first_cell[19_square_loss]",
         "[square_loss-linear]",
         "[supervised-easiest]",
         "[square_loss-mirrored]",
