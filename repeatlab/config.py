@@ -214,7 +214,7 @@ class EvaluationConfig(Model):
     """When the run ends before T, for want of a better validation metric."""
     keep: Annotated[int, Field(ge=0)] = 0
     """Of how many evaluations, the last ones, the networks' weights stay in the run's directory;
-    1 keeps those at the end."""
+    1 keeps those at the end. Under `restore_best`, of the last that were a new best."""
 
     @model_validator(mode="after")
     def _sees_what_it_stops_by(self) -> Self:

@@ -3,9 +3,14 @@
 The rule of most libraries, "UP" with s = 1 and a patience in Prechelt 1998 ("Early stopping, but
 when?"): the run ends with the evaluation that is the `patience`-th in a row without a new best. A
 new best is better than the last one by more than `min_delta`; the evaluation before the first
-update is the first best. A metric that is not a number is never one. What the run keeps and is
-tested with are the weights at its end, not those of the best evaluation. A batch whose visits the
-end cuts short keeps in the record the N that was planned.
+update is the first best. A metric that is not a number is never one. A batch whose visits the end
+cuts short keeps in the record the N that was planned.
+
+A run is tested with the weights at its end unless `restore_best` says otherwise. That is the
+default because it is how runs without this rule are read: after what they have spent. The best of
+many looks at the validation split is a choice by that split: it flatters what is read there, and
+most of all the arm with the roughest curve, which may be a repeating one. Restoring is fair to the
+test split, which has no part in the choice, where all arms are evaluated at the same updates.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from collections.abc import Mapping
 from math import isnan
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from repeatlab.schema import Model
 
@@ -30,6 +35,17 @@ class EarlyStopping(Model):
     """Whether less of the metric is better, or more."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """A new best exceeds the last one by more than this."""
+    restore_best: bool = False
+    """Whether the run ends with the weights of its best evaluation, stopped early or not: with them
+    it is tested, the final metrics are theirs, and `evaluation.keep` keeps the last new bests."""
+
+    @model_serializer(mode="wrap")
+    def _without_its_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Say nothing of `restore_best` where it is off: earlier runs keep their identity."""
+        fields = write(self)
+        if not self.restore_best:
+            fields.pop("restore_best", None)
+        return fields
 
 
 class Patience:
@@ -46,6 +62,11 @@ class Patience:
         self.best: float | None = None
         self.best_update = 0
         self.waited = 0
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the last evaluation was a new best."""
+        return self.best is not None and self.waited == 0
 
     @property
     def exhausted(self) -> bool:

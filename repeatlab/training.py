@@ -109,6 +109,8 @@ class Training:
         self.budget = Budget(config, task)
         rule = config.evaluation.early_stopping
         self.patience = Patience(rule) if rule else None
+        # Of the best evaluation, where the run ends with it.
+        self.best: dict[str, Any] = {}
         self.seconds: list[float] = []
         self.elapsed, self.recorded = 0.0, 0
         self.last_evaluation: dict[str, dict[str, float]] = {}
@@ -234,8 +236,6 @@ class Training:
         evaluation = self.config.evaluation
         if done % evaluation.every == 0 or done == self.repeater.max_updates:
             self._evaluate()
-            if evaluation.keep and self.leads:
-                weights.keep(self.writer.path, self.task, update=done, last=evaluation.keep)
             if self.patience is not None and self.patience.exhausted:
                 self.repeater.stop()
                 self._flush()
@@ -314,6 +314,7 @@ class Training:
             "elapsed": self.elapsed,
             "recorded": self.recorded,
             "last_evaluation": self.last_evaluation,
+            "best": self.best,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -324,7 +325,7 @@ class Training:
             part.load_state_dict(state[name])
         self.rates.rebind(self.task.optimizers)
         self.ledger = Ledger(**state["ledger"])
-        for name in ("seconds", "elapsed", "recorded", "last_evaluation"):
+        for name in ("seconds", "elapsed", "recorded", "last_evaluation", "best"):
             setattr(self, name, state[name])
         impatient = self.patience is not None and self.patience.exhausted
         if impatient or self._spent(self.elapsed) >= self.budget.limit:
@@ -357,16 +358,25 @@ class Training:
             self.writer.evals(self.ledger.updates, self.last_evaluation, self.ledger.to_json())
         if self.patience is not None:
             self.patience.see(self.ledger.updates, self.last_evaluation["validation"])
+        if self.leads:
+            self._keep_weights()
+
+    def _keep_weights(self) -> None:
+        """Keep the weights of this evaluation where they may be asked for."""
+        done, keep = self.repeater.updates, self.config.evaluation.keep
+        kept = done > 0
+        if self._restores_best:
+            kept = self.patience.at_best
+            if kept:
+                copies = weights.copied(self.task)
+                self.best = {"weights": copies, "metrics": self.last_evaluation}
+        if keep and kept:
+            weights.keep(self.writer.path, self.task, update=done, last=keep)
 
     def _finish(self, status: str, **details: Any) -> None:
         if not self.leads:
             return
-        final = dict(self.last_evaluation) if status == "complete" else {}
-        if status == "complete" and self.config.evaluation.test:
-            final["test"] = self.task.evaluate("test")
-            self.writer.evals(self.ledger.updates, {"test": final["test"]}, self.ledger.to_json())
-        if status == "complete":
-            self.writer.pictures(self.task.pictures())
+        final = self._completed() if status == "complete" else {}
         cuda = pick_device(self.config.device) == "cuda"
         self.writer.finish(
             status,
@@ -375,7 +385,7 @@ class Training:
                 "ledger": self.ledger.to_json(),
                 "calibration": self.calibration or None,
                 "label_noise": self.noise.summary(),
-                "early_stopping": self._early_stopping(),
+                "early_stopping": self._early_stopping(status),
                 "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
                 "state_sha256": digest(self.task.state_dict()),
                 **details,
@@ -384,8 +394,28 @@ class Training:
         )
         checkpoint.remove(self.writer.path)
 
-    def _early_stopping(self) -> dict[str, Any] | None:
+    def _completed(self) -> dict[str, dict[str, float]]:
+        """Return the final metrics by split, with what the task shows at its end written."""
+        final = dict(self.last_evaluation)
+        if self.best:
+            weights.restore(self.task, self.best["weights"])
+            final = dict(self.best["metrics"])
+        if self.config.evaluation.test:
+            final["test"] = self.task.evaluate("test")
+            self.writer.evals(self.ledger.updates, {"test": final["test"]}, self.ledger.to_json())
+        self.writer.pictures(self.task.pictures())
+        return final
+
+    @property
+    def _restores_best(self) -> bool:
+        return self.patience is not None and self.patience.rule.restore_best
+
+    def _early_stopping(self, status: str) -> dict[str, Any] | None:
         if self.patience is None:
             return None
         unused = self.budget.unused(self.ledger.updates, self._spent(self.elapsed))
-        return self.patience.summary() | unused
+        found = self.patience.summary() | unused
+        if self._restores_best:
+            restored = status == "complete" and self.best
+            found["restored_update"] = self.patience.best_update if restored else None
+        return found

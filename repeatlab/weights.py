@@ -1,4 +1,4 @@
-"""The weights that a run keeps in its directory, for ensembles, distillation and use elsewhere.
+"""The weights that a run comes back to, or keeps for ensembles, distillation and use elsewhere.
 
     runs/<task>/<run id>/weights-<update>.pt   of every network of the task, by name
 
@@ -29,17 +29,28 @@ def networks(task: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in vars(task).items() if isinstance(part, nn.Module)}
 
 
+def copied(task: Any) -> dict[str, Weights]:
+    """Return the weights of a task's networks as they are now, on the CPU."""
+    # Copies also of what is there already: a view would be written with all that it is a view of.
+    return {
+        name: {key: tensor.detach().cpu().clone() for key, tensor in network.state_dict().items()}
+        for name, network in networks(task).items()
+    }
+
+
+def restore(task: Any, weights: dict[str, Weights]) -> None:
+    """Give a task's networks the weights that `copied` has returned."""
+    for name, network in networks(task).items():
+        network.load_state_dict(weights[name])
+
+
 def keep(directory: Path, task: Any, *, update: int, last: int) -> None:
     """Write the weights after so many updates; of what was kept before, the `last` newest stay.
 
     Raises:
         StoreError: they cannot be written.
     """
-    # Copies: a tensor that is a view would be written with all that it is a view of.
-    weights = {
-        name: {key: tensor.detach().cpu().clone() for key, tensor in network.state_dict().items()}
-        for name, network in networks(task).items()
-    }
+    weights = copied(task)
     path = directory / f"weights-{update:09d}.pt"
     temporary = directory / f".{path.name}.{os.getpid()}"
     try:

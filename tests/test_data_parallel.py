@@ -244,6 +244,22 @@ def test_clipping_and_a_stop_of_the_patient_act_on_all_alike(single, tmp_path):
         torch.testing.assert_close(answer["weights"], weights, rtol=1e-4, atol=1e-5)
 
 
+def test_all_go_on_to_the_end_and_the_one_that_leads_comes_back_to_the_best(single, tmp_path):
+    run = small(method="fixed3").to_json()
+    rule = {"patience": 9, "min_delta": 100.0, "restore_best": True}  # the first is the best
+    run["evaluation"]["early_stopping"] = rule
+    run = RunConfig.from_json(run)
+    alone, _ = single(run, tmp_path / "one")
+    runs = tmp_path / "runs"
+    _, codes = in_ranks(2, shared_run, over(run, 2).to_json(), runs, folder=tmp_path / "ranks")
+    assert codes == [0, 0]
+    record = Store(runs).run("supervised", over(run, 2).run_id)
+    assert record.summary["early_stopping"]["restored_update"] == 0
+    assert record.summary["ledger"]["updates"] == 12
+    # Initial weights are those of a single process to the bit.
+    assert record.summary["final"] == alone.summary["final"]
+
+
 def test_a_decision_sends_no_message_of_its_own(tmp_path):
     sent = {}
     for name, method in {

@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from repeatlab import weights
 from repeatlab.analysis import curves, final_table, load, to_target
 from repeatlab.config import RunConfig
 from repeatlab.early_stopping import EarlyStopping, Patience
-from repeatlab.loop import train
+from repeatlab.loop import build_task, torch_settings, train
 from repeatlab.pairs import Endpoint, pairs
 from repeatlab.records import Run, Store
 from repeatlab.schema import ConfigError, parse
+from repeatlab.tasks import TASKS
 from repeatlab.training import STOP, CheckpointPlan, Interrupted, Training
 from repeatlab.verification import damaged
 
@@ -162,6 +164,80 @@ def test_a_control_replays_a_source_up_to_its_early_end(store):
     assert control.updates["loss"].equals(original.updates["loss"])
 
 
+# --- with the weights of the best evaluation ----------------------------------------------------
+
+
+def test_off_it_leaves_a_run_its_identity():
+    plain = run_config(stopping={"patience": 2})
+    assert run_config(stopping={"patience": 2, "restore_best": False}).run_id == plain.run_id
+    assert list(plain.to_json()["evaluation"]["early_stopping"]) == [
+        "patience",
+        "metric",
+        "mode",
+        "min_delta",
+    ]
+    restoring = run_config(stopping={"patience": 2, "restore_best": True})
+    assert restoring.run_id != plain.run_id
+    assert RunConfig.from_json(restoring.to_json()) == restoring
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_comes_back_to_the_weights_that_the_best_evaluation_saw(task, tmp_path):
+    # Nothing is so much better than the first evaluation: the best weights are the initial ones.
+    rule = {"patience": 5, "min_delta": 1e9, "restore_best": True}
+    evaluation = {"every": 2, "splits": ["validation"], "early_stopping": rule, "keep": 2}
+    fields = {"name": task, "batch_size": BATCH}
+    fields |= {} if task == "reinforcement" else {"ema_decay": 0.5}
+    run = run_config(task=fields, evaluation=evaluation, max_updates=4)
+    made = train(run, tmp_path)
+    assert made.summary["ledger"]["updates"] == 4
+    final = made.summary["final"]
+    with torch_settings(run):
+        fresh = build_task(run, "cpu")  # never trained
+        for split in ("validation", "test"):
+            seen = fresh.evaluate(split)
+            assert {m: final[f"{split}.{m}"] for m in seen} == seen
+    evals = made.evals.set_index(["split", "update", "metric"])["value"]
+    assert evals["validation", 0, "loss"] != evals["validation", 4, "loss"]
+    assert evals["test", 4, "loss"] == final["test.loss"]
+    assert made.summary["early_stopping"]["restored_update"] == 0
+    assert weights.kept(made) == [0]
+    for name, network in weights.networks(fresh).items():
+        for key, tensor in network.state_dict().items():
+            assert tensor.equal(weights.load(made)[name][key])
+
+
+@pytest.mark.parametrize("patience", [2, T], ids=["stopped", "to the end"])
+def test_a_run_is_tested_as_one_that_ends_with_its_best_evaluation(patience, store):
+    evaluation = {"every": EVERY, "early_stopping": {"patience": patience, "restore_best": True}}
+    restored = train(run_config(evaluation=evaluation | {"keep": 2}), store)
+    best = int(losses(restored).idxmin())
+    assert 0 < best < restored.summary["ledger"]["updates"]
+    shorter = train(run_config(evaluation={"every": EVERY, "keep": 1}, max_updates=best), store)
+    assert restored.summary["final"] == shorter.summary["final"]
+    assert weights.kept(restored)[-1] == best
+    for name, kept in weights.load(shorter).items():
+        for key, tensor in kept.items():
+            assert tensor.equal(weights.load(restored)[name][key])
+    # What was tried afterwards stays in the record, and is paid for.
+    plain = train(run_config(stopping={"patience": patience}), store)
+    assert losses(restored).equals(losses(plain))
+    seconds = {"seconds"}
+    ledgers = [
+        {name: count for name, count in run.summary["ledger"].items() if name not in seconds}
+        for run in (restored, plain)
+    ]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_a_diverged_run_comes_back_to_nothing(tmp_path):
+    task = {"name": "supervised", "lr": 1e20, "batch_size": BATCH}
+    run = train(run_config(task=task, stopping={"patience": 9, "restore_best": True}), tmp_path)
+    assert run.status["status"] == "diverged"
+    assert run.summary["final"] == {}
+    assert run.summary["early_stopping"]["restored_update"] is None
+
+
 # --- stopped, killed and gone on with -----------------------------------------------------------
 
 
@@ -178,9 +254,12 @@ def same_record(first: Run, second: Run) -> None:
     assert timeless(first.evals).equals(timeless(second.evals))
 
 
+@pytest.mark.parametrize("restores", [False, True], ids=["last", "best"])
 @pytest.mark.parametrize("method", ["fixed5", "until"])
-def test_a_run_stopped_in_its_waiting_is_the_unbroken_run(method, store, tmp_path, monkeypatch):
-    run = run_config(method, stopping={"patience": 3})
+def test_a_run_stopped_in_its_waiting_is_the_unbroken_run(
+    method, restores, store, tmp_path, monkeypatch
+):
+    run = run_config(method, stopping={"patience": 3, "restore_best": restores})
     unbroken = train(run, store)
     end = unbroken.summary["ledger"]["updates"]
     best = unbroken.summary["early_stopping"]["best_update"]
@@ -220,9 +299,10 @@ def test_a_run_stopped_in_its_waiting_is_the_unbroken_run(method, store, tmp_pat
     "limits",
     [
         {"stopping": {"patience": 2}},
+        {"stopping": {"patience": 2, "restore_best": True}},
         {"budget": {"unit": "cost"}, "method": "selective"},
     ],
-    ids=["patience", "budget"],
+    ids=["patience", "best", "budget"],
 )
 def test_a_kill_before_the_summary_makes_no_further_update(limits, store, tmp_path, monkeypatch):
     run = run_config(**limits)

@@ -231,14 +231,20 @@ def test_an_arm_that_diverges_or_ends_earlier_leaves_and_the_others_go_on(tmp_pa
     assert len(found.updates) == len(expected.updates)
 
 
-def test_early_stopping_ends_one_arm_alone(tmp_path):
-    stopping = {"every": 3, "early_stopping": {"patience": 2, "min_delta": 0.3}}
+@pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
+def test_early_stopping_ends_one_arm_alone(best, tmp_path):
+    rule = {"patience": 2, "min_delta": 0.3, "restore_best": best}
+    stopping = {"every": 3, "early_stopping": rule}
     runs = configs(methods=["standard", "random", "cosine", "fixed3"], evaluation=stopping, seeds=1)
     run_all(runs, tmp_path / "together")
     lengths = set()
     for config in runs:
-        assert_same(at(tmp_path / "together", config), train(config, tmp_path / "alone"))
-        lengths.add(len(at(tmp_path / "together", config).updates))
+        found, alone = at(tmp_path / "together", config), train(config, tmp_path / "alone")
+        assert_same(found, alone)
+        lengths.add(len(found.updates))
+        stopped, expected = (run.summary["early_stopping"] for run in (found, alone))
+        assert stopped["best_update"] == expected["best_update"] < len(found.updates)
+        assert stopped.get("restored_update") == (stopped["best_update"] if best else None)
     assert min(lengths) < T
 
 
