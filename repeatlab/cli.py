@@ -233,6 +233,56 @@ def search(parameters: Path, runs: Path, workers: int | None) -> None:
 
 
 @cli.command()
+@click.argument("study")
+@click.option("--task", help="What the study calls the task, if it has several.")
+@click.option("--method", help="The arm, if the study has several.")
+@click.option("--seed", "seeds", type=int, multiple=True, help="May be repeated; all by default.")
+@click.option(
+    "--of",
+    "kind",
+    type=click.Choice(["seeds", "checkpoints", "ema"]),
+    default="seeds",
+    show_default=True,
+    help="Of all seeds; or, seed by seed, of the evaluations that kept their weights, or of the "
+    "weights at the end and their average.",
+)
+@click.option(
+    "--network",
+    type=click.Choice(["model", "ema"]),
+    help="Of seeds and checkpoints: the weights or their average; by default what is evaluated.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["validation", "test"]),
+    default="validation",
+    show_default=True,
+    help="The test split is to be read once.",
+)
+@RUNS
+def ensemble(
+    study: str, kind: str, network: str | None, split: str, runs: Path, **arm: Any
+) -> None:
+    """Evaluate ensembles of networks that a study's runs have kept, beside the single ones."""
+    from repeatlab import ensembles
+    from repeatlab.environment import pick_device
+
+    if kind == "ema" and network:
+        raise click.UsageError("--of ema has both networks: leave --network out")
+    try:
+        found = ensembles.runs_of(Store(runs), study, **arm)
+        if kind == "seeds":
+            groups = [ensembles.of_seeds(found, network=network)]
+        elif kind == "checkpoints":
+            groups = [ensembles.of_checkpoints(run, network=network) for run in found]
+        else:
+            groups = [ensembles.of_average(run) for run in found]
+        for members in groups:
+            click.echo(str(ensembles.evaluate(members, split, device=pick_device("auto"))))
+    except ValueError as error:  # what makes no ensemble says why
+        raise ConfigError(str(error)) from error
+
+
+@cli.command()
 @click.argument("task")
 @click.option("--dataset", help="By default the embedded one.")
 def check(task: str, dataset: str | None) -> None:

@@ -5,9 +5,12 @@ weights in place of the weights. An ensemble predicts the mean of its members' s
 probabilities, as in Lakshminarayanan et al. 2017 (arXiv 1612.01474), so that its negative
 log-likelihood is at most its members' mean (Jensen's inequality); its accuracy need not be higher.
 
-    runs = [Run(Path(p)) for p in records.runs["path"]]     # of runs with evaluation.keep >= 1
+    runs = runs_of(Store("runs"), "my-study", method="standard")  # with evaluation.keep >= 1
     print(evaluate(of_seeds(runs)))
-    print(evaluate(of_checkpoints(runs[0])))                # of a run with evaluation.keep >= 2
+    print(evaluate(of_average(runs[0])))                          # with ema_decay
+    print(evaluate(of_checkpoints(runs[0])))                      # with evaluation.keep >= 2
+
+`repeatlab ensemble` does the same.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from repeatlab import weights
 from repeatlab.config import RunConfig
 from repeatlab.cost import Ledger
 from repeatlab.data import ImageSet, iter_batches
-from repeatlab.records import Run
+from repeatlab.records import Run, Store
+from repeatlab.schema import ConfigError, did_you_mean
 from repeatlab.tasks import TASKS, load_task
 
 EVALUATION_BATCH = 500
@@ -84,6 +88,44 @@ class EnsembleReport:
         return self.table.to_html()
 
 
+def runs_of(
+    store: Store,
+    study: str,
+    *,
+    task: str | None = None,
+    method: str | None = None,
+    seeds: Sequence[int] = (),
+) -> list[Run]:
+    """Return the runs of one arm of a study, in the order of its seeds.
+
+    Args:
+        store: Where the study is.
+        study: Its name.
+        task: What it calls the task; to be given where it has several.
+        method: The arm; likewise.
+        seeds: Which; by default all.
+
+    Raises:
+        StoreError: there is no such study.
+        ConfigError: it has no such task, method or seed, or several and it must be said which.
+    """
+    planned = store.read_study(study)["runs"]
+    for what, name in (("task", task), ("method", method)):
+        known = list(dict.fromkeys(run[what] for run in planned))
+        if name is None and len(known) > 1:
+            raise ConfigError(f"{what}: say which of those of '{study}': {', '.join(known)}")
+        if name is not None and name not in known:
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"{what}: '{study}' has no {what} {name!r}; {hint}")
+        planned = [run for run in planned if name in (None, run[what])]
+    there = {run["seed"]: store.run(*run["run"]) for run in planned}
+    for seed in seeds:
+        if seed not in there:
+            known = ", ".join(map(str, there))
+            raise ConfigError(f"seed: '{study}' has no seed {seed} (known: {known})")
+    return [there[seed] for seed in seeds or there]
+
+
 def of_seeds(runs: Sequence[Run], *, network: str | None = None) -> list[Member]:
     """Return the last kept network of every run.
 
@@ -97,6 +139,17 @@ def of_seeds(runs: Sequence[Run], *, network: str | None = None) -> list[Member]
 def of_checkpoints(run: Run, *, network: str | None = None) -> list[Member]:
     """Return the network of one run at every update at which it was kept; see `of_seeds`."""
     return [_member(run, update, network) for update in weights.kept(run) or [None]]
+
+
+def of_average(run: Run) -> list[Member]:
+    """Return the last kept network of a run, and the average (EMA) of its weights.
+
+    Raises:
+        ValueError: it makes no average.
+    """
+    if "ema" not in weights.load(run):
+        raise ValueError(f"{run.path} keeps no average of its weights: set ema_decay on the task")
+    return [_member(run, None, network) for network in ("model", "ema")]
 
 
 def _member(run: Run, update: int | None, network: str | None) -> Member:

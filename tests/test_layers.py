@@ -18,7 +18,7 @@ ROOT = Path(repeatlab.__file__).parent
 # is a module or a folder of the package. A new one is given its place here.
 BELOW: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"batch", "checks", "measure", "paper", "search", "study", "verification"},
+    "cli": {"batch", "checks", "ensembles", "measure", "paper", "search", "study", "verification"},
     "checks": {"config", "environment"},
     "search": {"study", "analysis"},
     "batch": {"study", "figures"},
