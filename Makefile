@@ -1,5 +1,5 @@
 # Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
-.PHONY: figures test notebooks test-browser bench bench-tasks lab api
+.PHONY: figures readme test notebooks test-browser bench bench-tasks lab api
 .DEFAULT_GOAL := figures
 SHELL := /bin/bash
 
@@ -12,6 +12,11 @@ export OMP_NUM_THREADS ?= 1
 
 figures: $(STAMP)
 	$(BIN)/repeatlab figures --profile $(PROFILE)
+
+# What the figures' runs say in numbers, into both READMEs: a test holds them to it.
+readme:
+	sed -i -e '/<!-- results -->/,/<!-- end of results -->/{//!d}' \
+		-e '/<!-- results -->/r figures/results.md' README.md README.zh-CN.md
 
 test: $(STAMP)
 	$(BIN)/ruff check .

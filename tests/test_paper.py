@@ -21,7 +21,7 @@ from repeatlab.cli import ROOT, cli
 from repeatlab.cost import Ledger
 from repeatlab.figures import save_figure
 from repeatlab.hypotheses import HYPOTHESES
-from repeatlab.paper import gather, typeset
+from repeatlab.paper import gather, typeset, write_results
 from repeatlab.records import Store
 from repeatlab.schema import ConfigError
 
@@ -129,6 +129,24 @@ def test_the_final_table_holds_the_means_of_the_runs(gathered):
     expected = {m: sum(_value(m, s, 20) for s in seeds[m]) / len(seeds[m]) for m in METHODS}
     assert final["mean"].to_dict() == pytest.approx(expected)
     assert final["missing"].to_dict() == dict.fromkeys(METHODS, 0) | {"windowed": 1}
+
+
+def test_the_results_in_short_are_the_runs_numbers_and_the_verdicts(gathered, tmp_path):
+    page = write_results(gathered, tmp_path / "figures").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    assert rows[0] == ["task", "metric", "`standard`", "`threshold`", "`linear`"]
+    # 0.01 apart: Student's interval of three is 2.484 times the standard deviation.
+    means = [_value(method, 1, 20) for method in ("standard", "threshold", "linear")]
+    cells = [f"{m:.3f} [{m - 0.02484:.3f}, {m + 0.02484:.3f}]" for m in means]
+    assert rows[2] == ["letters", "accuracy (more is better)", *cells]
+    assert [row[1] for row in rows[5:]] == [one.verdict for one in gathered.verdicts]
+    assert [row[0][:2] for row in rows[5:]] == [one.name for one in HYPOTHESES]
+    assert "Profile tiny: 20 updates, 3 seeds, 15 runs planned (14 complete, 0 diverged," in page
+    assert "Abacus, 7 cores; made by commit 0ddba11. No study of never-made." in page
+    more = write_results(gathered, tmp_path, methods=["windowed", "cosine"])
+    cells = more.read_text(encoding="utf-8").splitlines()[4].strip("| ").split(" | ")
+    # Of two, 0.01 apart: 0.0635 to each side.
+    assert cells[2:] == ["0.753 [0.689, 0.817] (1 missing)"]
 
 
 def test_differences_are_those_of_the_pairs_on_every_axis(gathered):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 import torch
@@ -104,6 +105,32 @@ def test_the_chinese_page_has_the_same_tables(english, chinese):
         [(line.count("|"), numbers(line)) for line in rows(page)] for page in (english, chinese)
     ]
     assert tables[0] == tables[1]
+
+
+# --- results --------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "figures" / "results.md"
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="no `make figures` has written results.md yet")
+@pytest.mark.parametrize("page", [README, CHINESE], ids=["English", "Chinese"])
+def test_the_results_are_those_of_the_committed_figures(page):
+    (shown,) = re.findall(r"<!-- results -->\n(.*?)<!-- end of results -->", page, re.DOTALL)
+    assert shown == RESULTS.read_text(encoding="utf-8"), "`make readme` puts them in"
+
+
+def test_make_readme_puts_in_the_results(tmp_path):
+    """The target works on pages that hold others, and a second time."""
+    (tmp_path / "figures").mkdir()
+    for name, page in {"README.md": README, "README.zh-CN.md": CHINESE}.items():
+        (tmp_path / name).write_text(page, encoding="utf-8")
+    for results in ("| one |\n", "text\n\n| two |\n| / & |\n"):
+        (tmp_path / "figures" / "results.md").write_text(results, encoding="utf-8")
+        subprocess.run(["make", "-s", "-f", ROOT / "Makefile", "readme"], cwd=tmp_path, check=True)
+        for name, page in {"README.md": README, "README.zh-CN.md": CHINESE}.items():
+            before, after = page.split("<!-- results -->\n")[0], page.split("<!-- end of")[1]
+            expected = f"{before}<!-- results -->\n{results}<!-- end of{after}"
+            assert (tmp_path / name).read_text(encoding="utf-8") == expected
 
 
 def test_both_languages_link_to_each_other():

@@ -42,12 +42,14 @@ class Gathered:
         directory: Where.
         tables: Name to table.
         verdicts: One for each hypothesis.
+        banner: Where the numbers come from, as banner.json holds it.
         missing_figures: Names of the figures that the paper shows as missing.
     """
 
     directory: Path
     tables: dict[str, pd.DataFrame]
     verdicts: list[Verdict]
+    banner: dict[str, Any]
     missing_figures: list[str]
 
     @property
@@ -114,7 +116,7 @@ def gather(
     for name, content in written.items():
         write_json(directory / f"{name}.json", content)
     missing = [entry["name"] for entry in entries if entry["file"] is None]
-    return Gathered(directory, tables, verdicts, missing)
+    return Gathered(directory, tables, verdicts, written["banner"], missing)
 
 
 def _plan(given: Mapping[str, Any]) -> Plan:
