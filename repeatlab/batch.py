@@ -108,7 +108,10 @@ def read_profile(profile: str, root: Path, *, only: Collection[str] = ()) -> lis
 
 def read_job(path: Path, root: Path) -> Job:
     """Return the job that one parameter file describes, checked against its notebook."""
-    entry = parse(BatchEntry, read_yaml(path), source=str(path))
+    content = read_yaml(path)
+    if "space" in content:
+        raise ConfigError(f"{path}: is a search, which `repeatlab search` makes")
+    entry = parse(BatchEntry, content, source=str(path))
     notebooks = {p.stem: p for p in (root / "notebooks").glob("*.ipynb")}
     if entry.notebook not in notebooks:
         hint = did_you_mean(entry.notebook, notebooks)

@@ -68,10 +68,13 @@ def figures(notebooks: tuple[str, ...], profile: str, runs: Path, figures: Path)
 @click.option("--pages", is_flag=True, help="Write each page as PNG, too.")
 def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> None:
     """Build the paper as a PDF from what store and figures hold; what is missing shows as such."""
-    from repeatlab.batch import read_job
+    from repeatlab.batch import read_profile
     from repeatlab.paper import gather, typeset
 
-    job = read_job(ROOT / "params" / profile / "paper.yaml", ROOT)
+    jobs = [job for job in read_profile(profile, ROOT) if job.source.stem == "paper"]
+    if not jobs:
+        raise ConfigError(f"the profile '{profile}' has no paper.yaml: it makes no paper")
+    (job,) = jobs
     found = gather(runs, figures, out, **job.parameters)
     click.echo(found.verdict_table[["hypothesis", "verdict"]].to_string(index=False, header=False))
     if found.missing_figures:
@@ -158,6 +161,8 @@ def verify(runs: Path, remove: bool) -> None:
     """Read every run of a store that is done, and name those that are damaged."""
     from repeatlab import verification
 
+    if not runs.is_dir():
+        raise StoreError(f"{runs} is not there: name the run store with --runs")
     store = Store(runs)
     found = list(verification.damaged(store))
     for damage in found:
@@ -228,7 +233,10 @@ def search(parameters: Path, runs: Path, workers: int | None) -> None:
     """Search the hyperparameters of a file in params/search on the validation split."""
     from repeatlab.search import Search, run_search
 
-    definition = parse(Search, read_yaml(parameters), source=str(parameters))
+    content = read_yaml(parameters)
+    if "notebook" in content:
+        raise ConfigError(f"{parameters}: is a notebook's, which `repeatlab run` trains")
+    definition = parse(Search, content, source=str(parameters))
     click.echo(str(run_search(definition, runs, workers=workers)))
 
 

@@ -63,11 +63,23 @@ class Model(BaseModel):
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
             message = f"unknown key; {did_you_mean(item['loc'][0], cls.model_fields)}"
+        elif item["type"] == "model_type":
+            keys = ", ".join(sorted(cls.model_fields))
+            message = f"must be a mapping with keys among {keys}; not {item['input']!r}"
         elif item["type"] not in ("missing", "value_error", "repeatlab"):
-            message = f"{message}, not {item['input']!r}"
+            # YAML and notebooks write tuples as lists.
+            message = f"{message.replace('tuple', 'list')}, not {item['input']!r}"
+            if isinstance(item["input"], str) and _is_number(item["input"]):
+                message = f"{message}, which is text: write it without quotes"
         return InitErrorDetails(
             type=PydanticCustomError("repeatlab", message), loc=item["loc"], input=item["input"]
         )
+
+
+def _is_number(text: str) -> bool:
+    with suppress(ValueError):
+        return isfinite(float(text))
+    return False
 
 
 # --- one of several, by name ------------------------------------------------------------------

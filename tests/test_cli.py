@@ -85,6 +85,15 @@ def test_a_process_of_its_own_ends_with_status_2_and_one_message(tmp_path):
         ({"method": "{mapping: {name: linear, t: .nan}}"}, "mapping.t: must be a finite number or"),
         ({"updates": "0"}, "max_updates: Input should be greater than or equal to 1, not 0"),
         ({"updates": "10\n    extra: 1"}, "extra: unknown key"),
+        (
+            {"task": "{name: supervised, lr: '1e-3'}"},
+            "tasks.digits.lr: Input should be a valid number, not '1e-3', which is text: write it",
+        ),
+        ({"method": "linear"}, "methods.arm: must be a mapping with keys among apply, base_batch_"),
+        (
+            {"method": "{mapping: {name: quantile, levels: auto}}"},
+            "methods.arm.mapping.levels: Input should be a valid list, not 'auto'",
+        ),
     ],
 )
 def test_bad_input_names_file_and_field_and_writes_nothing(tmp_path, repeatlab, changes, message):
@@ -120,10 +129,31 @@ def test_a_missing_parameter_file(repeatlab):
     assert (code, err) == (2, "Error: absent.yaml: cannot be read: No such file or directory\n")
 
 
-def test_an_unknown_profile(repeatlab):
-    code, _, err = repeatlab("figures", "--profile", "quik")
+@pytest.mark.parametrize("command", ["figures", "paper"])
+def test_an_unknown_profile(command, repeatlab):
+    code, _, err = repeatlab(command, "--profile", "quik")
     assert code == 2
     assert "did you mean 'quick'?" in err
+
+
+def test_a_profile_without_a_paper(repeatlab):
+    code, _, err = repeatlab("paper", "--profile", "tuning")
+    assert code == 2
+    assert "the profile 'tuning' has no paper.yaml" in err
+
+
+def test_a_parameter_file_of_the_other_kind_names_the_command_that_takes_it(tmp_path, repeatlab):
+    search = ROOT / "params" / "search" / "supervised.yaml"
+    code, _, err = repeatlab("run", search)
+    assert (code, err) == (2, f"Error: {search}: is a search, which `repeatlab search` makes\n")
+    study = _write(tmp_path)
+    code, _, err = repeatlab("search", study)
+    assert (code, err) == (2, f"Error: {study}: is a notebook's, which `repeatlab run` trains\n")
+
+
+def test_verify_of_a_store_that_is_not_there(repeatlab):
+    code, _, err = repeatlab("verify", "--runs", "nowhere")
+    assert (code, err) == (2, "Error: nowhere is not there: name the run store with --runs\n")
 
 
 def test_help_does_not_wait_for_torch(tmp_path):
