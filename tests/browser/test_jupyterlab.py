@@ -52,7 +52,7 @@ def _recipe() -> list[str]:
     """Return the arguments that `make lab` gives to `jupyter lab`."""
     command = ["make", "--dry-run", "--always-make", "lab"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (arguments,) = RECIPE.findall(printed)
+    (arguments,) = RECIPE.findall(printed.replace("\\\n", " "))  # a line may go on in the next
     return arguments.split()
 
 
