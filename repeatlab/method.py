@@ -66,8 +66,16 @@ def _controlled(choice: TraceConfig, source: Source, seed: int) -> np.ndarray:
     }[choice.control]()
 
 
-def start_sampler(config: RunConfig, task: Task) -> RunningSampler | None:
-    """Return what chooses the samples of the run's fresh batches; None takes them as they come."""
+def start_sampler(
+    config: RunConfig, task: Task, *, progress: Callable[[], float]
+) -> RunningSampler | None:
+    """Return what chooses the samples of the run's fresh batches; None takes them as they come.
+
+    Args:
+        config: The run.
+        task: Its task.
+        progress: Returns which share of the run is over, in [0, 1].
+    """
     if config.method.sampler is None:
         return None
 
@@ -75,7 +83,7 @@ def start_sampler(config: RunConfig, task: Task) -> RunningSampler | None:
         return type(task)(config.task, seed=derive(config.seed, stream), device=str(task.device))
 
     return config.method.sampler.build().start(
-        task, seed=config.seed, updates=config.max_updates, rebuild=rebuild
+        task, seed=config.seed, progress=progress, rebuild=rebuild
     )
 
 

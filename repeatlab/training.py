@@ -77,7 +77,7 @@ class Training:
         method = config.method
         self.team, self.leads = team, team is None or team.leads
         self.shared = SharedTask(task, team) if team else None
-        self.sampler = start_sampler(config, task)
+        self.sampler = start_sampler(config, task, progress=self._share)
         self.noise = NoiseLog(getattr(task, "corrupted", None))
         loader = {"settings": config.loader, "seen": self.noise.fresh_batch}
         mapping: Mapping = Constant(1)
@@ -224,7 +224,12 @@ class Training:
         return int(self._share(seconds) * self.config.max_updates)
 
     def _share(self, seconds: float | None = None) -> float:
-        """Return the share of the budget that is spent, by default after the last update."""
+        """Return the share of the run that is over, by default after the last update.
+
+        Of T, or of the budget.
+        """
+        if self.config.budget is None:
+            return self.repeater.updates / self.config.max_updates
         if seconds is None:
             seconds = self.seconds[-1] if self.seconds else self.elapsed
         return min(1.0, self._spent(seconds) / self.budget.limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil, cos, inf, pi
 from typing import Any
 
@@ -20,6 +20,7 @@ from repeatlab.mappings import Linear, LinearRepeats, Trace
 from repeatlab.pacing import Budget, Rates, StepSize
 from repeatlab.records import Run
 from repeatlab.sampling import rho
+from repeatlab.sampling.history import RunningHardMining, RunningOnlineSelection
 from repeatlab.schema import ConfigError, parse
 from repeatlab.tasks import TASKS, load_task
 from repeatlab.tasks.supervised import Supervised
@@ -304,6 +305,39 @@ def test_n_by_the_clock_follows_the_spent_share(tmp_path, clock):
     expected = [int(5 - 4 * share + 0.5) for share in spent / (T * update)]
     assert starts["repeats"].tolist()[:-1] == expected[:-1]
     assert expected[-1] == 1
+
+
+SELECTIVITY: dict[str, tuple[dict[str, Any], Callable[[float], float]]] = {
+    "hard_mining._beta": ({"beta": 0.4, "beta_end": 1.0}, lambda share: 0.4 + 0.6 * share),
+    "online._pressure": (
+        {"pressure": 256.0, "pressure_end": 4.0},
+        lambda share: 256.0 * (4.0 / 256.0) ** share,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIVITY)
+def test_a_sampler_that_moves_follows_the_spent_share(tmp_path, clock, monkeypatch, name):
+    (sampler, moving), (fields, at) = name.split("."), SELECTIVITY[name]
+    kind = {"hard_mining": RunningHardMining, "online": RunningOnlineSelection}[sampler]
+    inner, found = getattr(kind, moving), []
+    monkeypatch.setattr(kind, moving, lambda self: found.append(inner(self)) or found[-1])
+    method = {
+        "sampler": {"name": sampler} | fields,
+        "mapping": {"name": "linear", "t": "auto", "max_repeats": 3},
+    }
+    for budget, shares in (
+        (None, lambda updates: updates / T),
+        # Four updates of half a second for t, then twelve.
+        (seconds(8.0)["budget"], lambda updates: (4 + updates) / 16),
+        ({"unit": "cost", "k": 3.0}, lambda updates: (4 + updates) / T),
+    ):
+        found.clear()
+        config = run_config(method, budget=budget, calibration={"updates": 4})
+        run = train(config, tmp_path)
+        starts = run.updates.query("repeat == 0")["update"]
+        assert 1 < len(starts) < len(run.updates)
+        assert found == pytest.approx([at(share) for share in shares(starts)])
 
 
 def test_n_scales_a_rate_that_the_budget_moves(tmp_path):

@@ -30,6 +30,7 @@ from repeatlab.sampling import (
     HardMining,
     Importance,
     OnlineBatchSelection,
+    Progress,
     RhoLoss,
     Sampler,
     SelectiveBackprop,
@@ -105,11 +106,13 @@ def build(name: str, seed: int = 0, **fields: Any) -> Any:
     return kind(parse(kind.Config, fields), seed=seed, device="cpu")
 
 
-def start(settings: Sampler, task: Any, *, seed: int = 0, updates: int = 100) -> RunningSampler:
+def start(
+    settings: Sampler, task: Any, *, seed: int = 0, progress: Progress = lambda: 0.0
+) -> RunningSampler:
     def rebuild(stream: str) -> Any:
         return build("supervised", seed=derive(seed, stream), **RHO_TASK)
 
-    return settings.start(task, seed=seed, updates=updates, rebuild=rebuild)
+    return settings.start(task, seed=seed, progress=progress, rebuild=rebuild)
 
 
 def always_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,17 +654,16 @@ def test_hard_samples_are_drawn_as_often_as_their_priority_says(alpha, floor, be
 def test_the_weights_are_those_of_prioritized_replay():
     task = Toy(LOSSES, bounds=LOSSES.flip(0) + 0.1)
     settings = HardMining(score="gradient_norm", alpha=0.6, floor=0.2, beta=0.4, beta_end=1.0)
-    running = start(settings, task, updates=10)
-    see_all(task, running)  # counts as the first of ten visits
+    running = start(settings, task, progress=lambda: share)
+    see_all(task, running)
     likely = probabilities(task.bounds, 0.6, 0.2)
-    for made in range(1, 12):
+    for made, share in enumerate([0.0, 0.1, 0.5, 0.9, 1.0]):
         indices, weights = running.fresh_batch(made).indices, running.fresh_batch(made).weights
-        beta = 0.4 + 0.6 * min(1.0, made / 10)
+        beta = 0.4 + 0.6 * share
         expected = (len(LOSSES) * likely[indices]) ** -beta
         assert weights.tolist() == pytest.approx((expected / expected.max()).tolist(), rel=1e-5)
         assert weights.max() == 1
         assert weights.dtype == torch.float32
-        visit(task, running, running.fresh_batch(made))
 
 
 def test_at_beta_one_the_weighted_mean_is_the_plain_one_up_to_a_factor():
@@ -770,15 +772,15 @@ def test_a_rank_is_drawn_as_often_as_its_closed_form_says(pressure, monkeypatch)
     assert closed[0] / closed[-1] == pytest.approx(pressure ** (39 / 40))
 
 
-def test_the_pressure_moves_exponentially_with_the_updates(monkeypatch):
+def test_the_pressure_moves_exponentially_over_the_run(monkeypatch):
     seen = spied(monkeypatch)
     task = Toy(LOSSES)
-    running = start(OnlineBatchSelection(pressure=256.0, pressure_end=1.0), task, updates=4)
-    for made, pressure in enumerate([256, 64, 16, 4, 1, 1]):
-        selection = running.fresh_batch(made)
+    settings = OnlineBatchSelection(pressure=256.0, pressure_end=1.0)
+    running = start(settings, task, progress=lambda: made / 4)
+    for made, pressure in enumerate([256, 64, 16, 4, 1]):
+        running.fresh_batch(made)
         ratio = seen[-1][0] / seen[-1][12]  # half the ranks apart
         assert ratio == pytest.approx(sqrt(pressure))
-        visit(task, running, selection)
 
 
 def test_what_was_never_seen_ranks_first_and_sorting_waits_its_turn():
@@ -956,7 +958,10 @@ def test_what_is_mislabelled_is_not_reducible():
     task = build("supervised", **fields)
     settings = RhoLoss(holdout_updates=100)
     running = settings.start(
-        task, seed=0, updates=1, rebuild=lambda s: build("supervised", derive(0, s), **fields)
+        task,
+        seed=0,
+        progress=lambda: 0.0,
+        rebuild=lambda s: build("supervised", derive(0, s), **fields),
     )
     running.prepare()
     wrong, right = running.irreducible[task.corrupted], running.irreducible[~task.corrupted]
@@ -978,7 +983,7 @@ def test_a_saved_sampler_goes_on_with_the_same_choices(task, name, monkeypatch):
     always_on(monkeypatch)
     fields = RHO_TASK if (task, name) == ("supervised", "rho_loss") else SMALL.get(task, {})
     unbroken = build(task, **fields)
-    running = start(CHOICES[name], unbroken, updates=12)
+    running = start(CHOICES[name], unbroken, progress=lambda: index / 12)
     if name == "rho_loss":
         running._rebuild = lambda stream: build(task, seed=derive(0, stream), **fields)
         running.prepare()
@@ -988,7 +993,7 @@ def test_a_saved_sampler_goes_on_with_the_same_choices(task, name, monkeypatch):
         visit(unbroken, running, selection)
     resumed = build(task, **fields)
     resumed.load_state_dict(through_file(unbroken.state_dict()))
-    again = start(CHOICES[name], resumed, updates=12)
+    again = start(CHOICES[name], resumed, progress=lambda: index / 12)
     again.load_state_dict(through_file(running.state_dict()))
     running.drain()  # what was recorded before is not part of the state
     for index in range(5, 12):

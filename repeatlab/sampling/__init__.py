@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from repeatlab.tasks import Task
 
 Score = Literal["loss", "gradient_norm"]
+Progress = Callable[[], float]
 
 
 def _check_count(field: str, value: int, least: int = 1) -> None:
@@ -51,14 +52,15 @@ class Sampler(ABC):
 
     @abstractmethod
     def start(
-        self, task: Task, *, seed: int, updates: int, rebuild: Callable[[str], Task]
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
     ) -> RunningSampler:
         """Return what draws the fresh batches of one run.
 
         Args:
             task: The task that is trained.
             seed: The run's seed; draws are functions of (seed, fresh-batch index).
-            updates: T, for what moves over the run.
+            progress: Returns which share of the run is over, in [0, 1], for what moves over it: of
+                T, or of what the run may spend.
             rebuild: Returns another task of the same configuration, its initial weights drawn
                 from the random stream that it is given.
         """
@@ -82,7 +84,8 @@ class HardMining(Sampler):
         alpha: Exponent of the priority; 0 draws uniformly.
         floor: Smallest priority, as a share of the mean score.
         beta: Exponent of the weights at the first update.
-        beta_end: The same at the last update, reached linearly; by default `beta`.
+        beta_end: The same at the last update, reached linearly; by default `beta`. Under a budget
+            both go by the share of it that is spent.
     """
 
     score: Score = "loss"
@@ -101,11 +104,11 @@ class HardMining(Sampler):
                 raise ValueError(f"beta_end must exceed beta, but {self.beta_end} <= {self.beta}")
 
     def start(
-        self, task: Task, *, seed: int, updates: int, rebuild: Callable[[str], Task]
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
     ) -> RunningSampler:
         from repeatlab.sampling.history import RunningHardMining
 
-        return RunningHardMining(self, task, seed, updates)
+        return RunningHardMining(self, task, seed, progress)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ class OnlineBatchSelection(Sampler):
 
     Attributes:
         pressure: s_e at the first update, at least 1.
-        pressure_end: s_e at the last update, reached exponentially; by default `pressure`.
+        pressure_end: s_e at the last update, reached exponentially; by default `pressure`. Under a
+            budget both go by the share of it that is spent.
         sort_every: Fresh batches between two sortings.
     """
 
@@ -133,11 +137,11 @@ class OnlineBatchSelection(Sampler):
         _check_count("sort_every", self.sort_every)
 
     def start(
-        self, task: Task, *, seed: int, updates: int, rebuild: Callable[[str], Task]
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
     ) -> RunningSampler:
         from repeatlab.sampling.history import RunningOnlineSelection
 
-        return RunningOnlineSelection(self, task, seed, updates)
+        return RunningOnlineSelection(self, task, seed, progress)
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class Importance(Sampler):
         _check_range("ema", self.ema, 0, 0.9999)
 
     def start(
-        self, task: Task, *, seed: int, updates: int, rebuild: Callable[[str], Task]
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
     ) -> RunningSampler:
         from repeatlab.sampling.importance import RunningImportance
 
@@ -201,7 +205,7 @@ class SelectiveBackprop(Sampler):
         _check_count("history", self.history)
 
     def start(
-        self, task: Task, *, seed: int, updates: int, rebuild: Callable[[str], Task]
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
     ) -> RunningSampler:
         from repeatlab.sampling.selective import RunningSelective
 
@@ -230,7 +234,7 @@ class RhoLoss(Sampler):
         _check_count("holdout_updates", self.holdout_updates)
 
     def start(
-        self, task: Task, *, seed: int, updates: int, rebuild: Callable[[str], Task]
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
     ) -> RunningSampler:
         from repeatlab.sampling.rho import RunningRhoLoss
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from repeatlab.sampling.running import RunningSampler, Selection, draw, draw_distinct
 
 if TYPE_CHECKING:
-    from repeatlab.sampling import HardMining, OnlineBatchSelection
+    from repeatlab.sampling import HardMining, OnlineBatchSelection, Progress
     from repeatlab.tasks import Task
 
 
@@ -20,13 +20,14 @@ class RunningHistory(RunningSampler):
     Attributes:
         scores: float64, (samples so far,), by sample number.
         largest: The largest score so far.
+        progress: Returns which share of the run is over.
     """
 
     kind = "loss"
 
-    def __init__(self, task: Task, seed: int, updates: int) -> None:
+    def __init__(self, task: Task, seed: int, progress: Progress) -> None:
         super().__init__(task, seed)
-        self.updates, self.visits = updates, 0
+        self.progress = progress
         self.scores = torch.zeros(0, dtype=torch.float64)
         self.largest = 0.0
 
@@ -34,7 +35,6 @@ class RunningHistory(RunningSampler):
         seen = losses if self.kind == "loss" else bounds
         self.scores = self.scores.to(seen.device)
         self.scores[batch.indices.to(seen.device)] = seen.double()
-        self.visits += 1
 
     def known(self, numbers: range) -> Tensor:
         """Return the scores of the samples `numbers`; those never seen have the largest so far."""
@@ -49,25 +49,20 @@ class RunningHistory(RunningSampler):
             self.largest = max(self.largest, float(seen.max()))
         return scores.nan_to_num(self.largest or 1.0)
 
-    @property
-    def progress(self) -> float:
-        """Share of the run's updates that are made, from 0 to 1."""
-        return min(1.0, self.visits / self.updates)
-
     def state_dict(self) -> dict[str, Any]:
-        own = {"visits": self.visits, "scores": self.scores.cpu(), "largest": self.largest}
+        own = {"scores": self.scores.cpu(), "largest": self.largest}
         return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.visits, self.scores, self.largest = state["visits"], state["scores"], state["largest"]
+        self.scores, self.largest = state["scores"], state["largest"]
 
 
 class RunningHardMining(RunningHistory):
     """See `repeatlab.sampling.HardMining`."""
 
-    def __init__(self, settings: HardMining, task: Task, seed: int, updates: int) -> None:
-        super().__init__(task, seed, updates)
+    def __init__(self, settings: HardMining, task: Task, seed: int, progress: Progress) -> None:
+        super().__init__(task, seed, progress)
         self.settings, self.kind = settings, settings.score
 
     def fresh_batch(self, index: int) -> Selection:
@@ -89,14 +84,16 @@ class RunningHardMining(RunningHistory):
 
     def _beta(self) -> float:
         start, end = self.settings.beta, self.settings.beta_end
-        return start if end is None else start + self.progress * (end - start)
+        return start if end is None else start + self.progress() * (end - start)
 
 
 class RunningOnlineSelection(RunningHistory):
     """See `repeatlab.sampling.OnlineBatchSelection`."""
 
-    def __init__(self, settings: OnlineBatchSelection, task: Task, seed: int, updates: int) -> None:
-        super().__init__(task, seed, updates)
+    def __init__(
+        self, settings: OnlineBatchSelection, task: Task, seed: int, progress: Progress
+    ) -> None:
+        super().__init__(task, seed, progress)
         self.settings = settings
         self.order = torch.zeros(0, dtype=torch.int64)  # sample numbers, largest loss first
 
@@ -113,7 +110,7 @@ class RunningOnlineSelection(RunningHistory):
 
     def _pressure(self) -> float:
         start, end = self.settings.pressure, self.settings.pressure_end
-        return start if end is None else start * (end / start) ** self.progress
+        return start if end is None else start * (end / start) ** self.progress()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"order": self.order.cpu()}
