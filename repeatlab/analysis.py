@@ -15,7 +15,7 @@ from scipy.special import stdtrit  # not scipy.stats, which takes a second to im
 from repeatlab.records import Run, Store
 
 RUN_KEYS = ["task", "method", "seed"]
-# x axis of learning curves -> label; `seconds` is training time, calibration included.
+# x axis of learning curves -> label; `cost` and `seconds` hold what came before the first update.
 AXES = {
     "update": "gradient updates",
     "fresh_batches": "fresh batches",
@@ -205,8 +205,11 @@ def with_cost(
 ) -> pd.DataFrame:
     """Return `evals` with the column `cost`: what was spent so far, in one sample's forward.
 
-    forward + k backward + scoring samples, those of calibration and holdout included: what chose
-    the batches or t is charged like what trained on them. A count that the records lack is 0.
+    As `Ledger.cost_units`: forward + k backward + scoring samples, with those of calibration,
+    holdout and pretraining. What chose the batches or t is charged like what trained on them. A
+    task's pretraining moves all its arms alike and no difference between them; it is charged
+    because tasks that are set beside each other may differ in it. A count that the records lack is
+    0.
 
     Args:
         evals: The rows of `Records.evals`.
@@ -221,7 +224,7 @@ def with_cost(
         if isinstance(backward_ratio, (int, float))
         else evals["task"].map(dict(backward_ratio))
     )
-    prepared = ("", "calibration_", "holdout_")
+    prepared = ("", "calibration_", "holdout_", "pretraining_")
     forward, backward = (
         sum(count(part + direction) for part in prepared) for direction in ("forward", "backward")
     )
@@ -229,9 +232,19 @@ def with_cost(
 
 
 def _prepared_seconds(frame: pd.DataFrame) -> pd.Series:
-    """Return the time of the runs that gave t or served a sampler; older records lack columns."""
-    holdout = frame["holdout_seconds"].fillna(0.0) if "holdout_seconds" in frame else 0.0
-    return frame["calibration_seconds"] + holdout
+    """Return the time of what came before the first update; older records lack columns.
+
+    A task's pretraining is one for all arms of a seed, however long it took in each of their
+    processes: they are charged the median.
+    """
+    calibration, holdout, pretraining = (
+        frame[f"{part}_seconds"].fillna(0.0)
+        if f"{part}_seconds" in frame
+        else pd.Series(0.0, index=frame.index)
+        for part in ("calibration", "holdout", "pretraining")
+    )
+    shared = pretraining.groupby([frame["task"], frame["seed"]]).transform("median")
+    return calibration + holdout + shared
 
 
 def counted_axes(frame: pd.DataFrame) -> list[str]:
@@ -277,9 +290,9 @@ def final_table(records: Records, metric: str, *, split: str = "validation") -> 
     """Return one row per task and method: how its runs ended and what they cost.
 
     Columns: runs, missing, diverged, mean of the metric at T with 95 % limits (complete runs only),
-    mean E[N] = updates / fresh batches, fresh batches, training seconds with calibration.
+    mean E[N] = updates / fresh batches, fresh batches, training seconds with what came before them.
     """
-    rows = []
+    rows, prepared = [], _prepared_seconds(records.done)
     for (task, method), group in records.runs.groupby(["task", "method"], sort=False):
         complete = group[group["status"] == "complete"]
         row = {
@@ -291,7 +304,7 @@ def final_table(records: Records, metric: str, *, split: str = "validation") -> 
         }
         if len(complete):
             mean, low, high = mean_interval(complete[f"{split}.{metric}"].to_numpy())
-            seconds = complete["seconds"] + _prepared_seconds(complete)
+            seconds = complete["seconds"] + prepared[complete.index]
             row |= {
                 metric: float(mean),
                 "low": float(low),

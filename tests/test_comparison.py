@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from repeatlab.analysis import Records, load, together, with_cost
+from repeatlab.analysis import Records, final_table, load, together, with_cost
 from repeatlab.comparison import comparison_table, over_tasks
 from repeatlab.cost import Ledger
 from repeatlab.findings import adjusted, finding, joint
@@ -25,11 +25,18 @@ def records(tmp_path):
 
     A run is given by its values at updates 0, 10, 20, ..., or by its status where it has none.
     `repeats` is how many updates a method makes of a fresh batch, `calibration` what t cost it,
-    `holdout` the seconds that its sampler needed beforehand.
+    `holdout` the seconds that its sampler needed beforehand, `pretraining` those of (task, method).
     """
 
     def make(
-        runs, *, metric="accuracy", repeats=None, calibration=None, holdout=None, name="made"
+        runs,
+        *,
+        metric="accuracy",
+        repeats=None,
+        calibration=None,
+        holdout=None,
+        pretraining=None,
+        name="made",
     ) -> Records:
         store, planned = Store(tmp_path), []
         for task, method, seed in runs:
@@ -53,12 +60,14 @@ def records(tmp_path):
                         calibration_backward_samples=(calibration or {}).get(method, 0),
                         calibration_seconds=float((calibration or {}).get(method, 0)),
                         holdout_seconds=(holdout or {}).get(method, 0.0),
+                        pretraining_seconds=(pretraining or {}).get((task, method), 0.0),
                     ).to_json()
                     writer.evals(done, {"validation": {metric: value}}, ledger)
                 if status == "failed":
                     writer.fail(RuntimeError("lost"))
                 else:
-                    writer.finish(status, {"ledger": ledger, "final": {}})
+                    final = {f"validation.{metric}": values[-1]} if status == "complete" else {}
+                    writer.finish(status, {"ledger": ledger, "final": final})
         store.write_study(name, {"name": name, "max_updates": 20, "runs": planned})
         return load(tmp_path, name)
 
@@ -114,16 +123,39 @@ def test_what_a_sampler_needed_beforehand_is_part_of_its_time(records):
     assert frame[["x", "value", "other"]].to_numpy().tolist() == [[20, pytest.approx(0.2), 0.8]]
 
 
+def test_what_a_task_had_behind_it_moves_its_arms_alike(records):
+    arms = ("standard", "twice", "thrice")
+    runs = {(task, arm, 0): [0.0, 0.4, 0.8] for task in ("known", "new") for arm in arms}
+    # One and the same pretraining, on three processes that were not equally fast.
+    took = {("known", "standard"): 7.0, ("known", "twice"): 5.0, ("known", "thrice"): 6.0}
+    study = records(runs, pretraining=took)
+    starts = study.evals.query("update == 0").groupby("task")["seconds"].unique()
+    assert {task: seconds.tolist() for task, seconds in starts.items()} == {
+        "known": [6.0],
+        "new": [0.0],
+    }
+    frame = pairs(study, {"known": ACCURACY, "new": ACCURACY}, axis="seconds")
+    assert frame["x"].tolist() == [26, 26, 20, 20]
+    assert frame["difference"].tolist() == [0] * 4
+    table = final_table(study, "accuracy").groupby("task")["seconds"].unique()
+    assert {task: seconds.tolist() for task, seconds in table.items()} == {
+        "known": [26.0],
+        "new": [20.0],
+    }
+
+
 def test_the_cost_is_the_ledgers(records):
     ledger = Ledger(
         forward_samples=7, backward_samples=5, scoring_samples=11,
         calibration_forward_samples=3, calibration_backward_samples=3, holdout_forward_samples=2,
+        pretraining_forward_samples=13, pretraining_backward_samples=9,
     )  # fmt: skip
     rows = pd.DataFrame([{"task": "a"} | ledger.to_json(), {"task": "b"} | ledger.to_json()])
     cost = with_cost(rows, {"a": 1.5, "b": 2.0})["cost"]
     assert cost.tolist() == [ledger.cost_units(1.5), ledger.cost_units(2.0)]
     assert with_cost(rows)["cost"].tolist() == [ledger.cost_units(2.0)] * 2
-    old = rows.drop(columns=["scoring_samples", "holdout_forward_samples"])
+    later = ("scoring", "holdout", "pretraining")
+    old = rows.drop(columns=[name for name in rows if name.startswith(later)])
     assert with_cost(old, 2.0)["cost"].tolist() == [7 + 2 * 5 + 3 * 3] * 2
 
 
