@@ -15,15 +15,21 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from repeatlab.config import EvaluationConfig, MethodConfig, RunConfig
+from repeatlab.config import EvaluationConfig, LoaderConfig, MethodConfig, RunConfig
 from repeatlab.environment import describe, pick_device
 from repeatlab.prediction import PRESAMPLE, REPEATS, Measurement
-from repeatlab.records import RunWriter
+from repeatlab.records import Run, RunWriter
 from repeatlab.tasks import TASKS, Task, TaskConfig, load_task
 from repeatlab.training import Training
 from repeatlab.watch import watched
 
 MOST_UPDATES = 2000  # in a block
+# What the slow loader sleeps, in seconds: with prefetch it has to be slower than an update to be
+# waited for at all, and beside a long sleep its waking is nothing.
+SHORTEST_DELAY, LONGEST_DELAY = 0.004, 0.050
+# A loop runs so long, in seconds, before it is timed: after another kind of loop, and above all
+# after one that slept, it is slower at first, and blocks are too short for that to even out.
+START_UP = 0.05
 
 
 def measure(
@@ -65,6 +71,9 @@ class Bench:
 
     Attributes:
         updates: Updates in a block.
+        started: Updates before them, to which the clock pays no attention.
+        delay: What the slow loader sleeps for a batch, in seconds.
+        waits: Updates in a block with it.
         rounds: Seconds by kind and part, one entry for each round.
     """
 
@@ -87,18 +96,24 @@ class Bench:
         task.step(task.fresh_batch(first_batch), lambda *reported: None)
         self._start = deepcopy(task.state_dict())
         self.task = _Later(task, first_batch + 1)
-        self.updates = REPEATS
+        self.updates = self.waits = REPEATS
+        self.started = 0
+        self.delay = SHORTEST_DELAY
         self.rounds: list[dict[str, dict[str, float]]] = []
         refused = task_config.refusals()
         self._weighs = "importance" not in refused
         self._resamples = "fresh_samples" not in refused
+        self._prefetches = "prefetch" not in refused
 
     def warm_up(self, block_seconds: float) -> None:
         """Run once, and give the blocks the size that takes so long."""
         with self._settings():
             self._loop(REPEATS)
             seconds = self._loop(REPEATS)
-        self.updates = min(MOST_UPDATES, REPEATS * ceil(block_seconds / seconds / REPEATS))
+        self.started = REPEATS * int(START_UP / seconds / REPEATS)
+        self.delay = min(LONGEST_DELAY, max(SHORTEST_DELAY, 2 * seconds))
+        self.updates = _block(block_seconds / seconds)
+        self.waits = _block(block_seconds / (seconds + self.delay))
 
     def round(self) -> None:
         """Run one block of each kind; every other round runs them backwards."""
@@ -107,10 +122,13 @@ class Bench:
             "repeated": lambda: self._loop(repeats=REPEATS),
             "parts": self._parts,
             "singles": self._singles,
+            "delayed": self._delayed,
         }
         if self._weighs:
             kinds["uniform"] = lambda: self._loop(threshold=inf)
             kinds["chosen"] = lambda: self._loop(threshold=-inf)
+        if self._prefetches:
+            kinds["prefetched"] = lambda: self._delayed(prefetch=True)
         order = list(kinds)[:: -1 if len(self.rounds) % 2 else 1]
         with self._settings():
             done = {kind: kinds[kind]() for kind in order}
@@ -142,6 +160,7 @@ class Bench:
             flops=flops,
             blocks=len(self.rounds),
             updates=self.updates,
+            delay=self.delay,
             environment=environment,
             **medians,
         )
@@ -157,41 +176,59 @@ class Bench:
         finally:
             torch.set_num_threads(before)
 
+    def _delayed(self, *, prefetch: bool = False) -> float:
+        """Return the seconds of an update with the slow loader."""
+        loader = LoaderConfig(delay_ms=1000 * self.delay, prefetch=prefetch)
+        return self._loop(self.waits, loader=loader)
+
     def _loop(
-        self, updates: int | None = None, *, repeats: int = 1, threshold: float | None = None
+        self,
+        updates: int | None = None,
+        *,
+        repeats: int = 1,
+        threshold: float | None = None,
+        loader: LoaderConfig | None = None,
     ) -> float:
-        """Return the seconds of an update in a loop as `repeatlab.loop` runs it.
+        """Return the seconds of an update in a loop as `repeatlab.loop` runs it once it is going.
 
         Args:
-            updates: How many; by default those of a block.
+            updates: How many are timed; by default those of a block.
             repeats: N, the same for every batch.
             threshold: tau_th of importance sampling; by default there is none.
+            loader: How slow it is; by default not at all.
         """
         method: dict[str, Any] = {"mapping": {"name": "constant", "repeats": repeats}}
         if threshold is not None:
             method["sampler"] = {"name": "importance", "presample": PRESAMPLE}
         self._restart()
         updates = updates or self.updates
+        total = self.started + updates
         config = RunConfig(
             task=self.config,
             method=MethodConfig.model_validate(method),
-            max_updates=updates,
-            evaluation=EvaluationConfig(every=updates, splits=(), test=False),
+            max_updates=total,
+            evaluation=EvaluationConfig(every=total, splits=(), test=False),
+            loader=loader or LoaderConfig(),
             device=self.device,
             threads=self.threads,
         )
+        # A slow loader changes the task that it is given.
+        task = self.task if loader is None else self.task.again()
         with TemporaryDirectory() as directory:
-            training = Training(config, self.task, RunWriter(Path(directory)), calibration={})
+            training = Training(config, task, RunWriter(Path(directory)), calibration={})
             if threshold is not None:
                 training.sampler.threshold = threshold
             training.run()
-        return training.ledger.seconds / updates
+            seconds = Run(Path(directory)).updates["seconds"].to_numpy()
+        begin = seconds[self.started - 1] if self.started else 0.0
+        return float(seconds[-1] - begin) / updates
 
     def _parts(self) -> dict[str, float]:
         """Return the seconds of each part of an update, in a loop with a watch."""
         with watched(self.task, self._clock) as watch:
             self._loop()
-        return {part: total / self.updates for part, total in watch.totals.items()}
+        updates = self.started + self.updates
+        return {part: total / updates for part, total in watch.totals.items()}
 
     def _singles(self) -> dict[str, float]:
         """Return the seconds of what is done with a batch outside of an update."""
@@ -234,6 +271,11 @@ class Bench:
         return perf_counter()
 
 
+def _block(updates: float) -> int:
+    """Return how many updates a block of about so many has: whole batches at N = `REPEATS`."""
+    return min(MOST_UPDATES, REPEATS * ceil(updates / REPEATS))
+
+
 class _Later:
     """A task whose fresh batches are counted from a later one, `first`."""
 
@@ -243,6 +285,10 @@ class _Later:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
+
+    def again(self) -> _Later:
+        """Return the same task apart from what is changed on either from here on."""
+        return _Later(self._task, self.first)
 
     def fresh_batch(self, index: int) -> Any:
         return self._task.fresh_batch(self.first + index)

@@ -22,8 +22,8 @@ def measured(
 ) -> dict[str, Measurement]:
     """Return the measurement of every task of a study, by what the study calls the task.
 
-    One that the store has for this processor, device and number of threads is not made again. The
-    machine should have nothing else to do meanwhile.
+    One that the store has for this processor, device and number of threads is not made again, if it
+    knows what a slow loader costs. The machine should have nothing else to do meanwhile.
 
     Args:
         fields: The study's.
@@ -41,7 +41,7 @@ def measured(
     for name, task in study.tasks.items():
         key = measurement_key(task.model_dump(mode="json"), here["device"], study.threads)
         old = known.get(key)
-        if old is not None and old.environment["processor"] == here["processor"]:
+        if old and old.delay and old.environment["processor"] == here["processor"]:
             found[name] = old
             continue
         task.prepare()

@@ -47,13 +47,16 @@ class Measurement:
             other samples in its place. Those that the task has not are missing.
         loops: An update in whole loops, with all that comes to it: `once` at N = 1, `repeated` at
             N = `REPEATS`, `uniform` and `chosen` at N = 1 with importance sampling off and on at
-            p = `PRESAMPLE`. The latter two are missing where the task refuses it.
+            p = `PRESAMPLE`, `delayed` and `prefetched` at N = 1 with a loader that sleeps `delay`
+            seconds a batch, in turn with the updates and meanwhile. Missing where the task refuses
+            it.
         spread: Interquartile range over the blocks of everything above.
         flops: Floating-point operations of one update, `forward` and `backward`: those of matrix
             products and convolutions, a multiplication with its addition counted as two.
         blocks: Blocks of updates that were timed, of each kind in turn.
         updates: Updates in a block.
         environment: Versions, processor and device.
+        delay: How long the slow loader slept, in seconds; 0 if there was none yet.
     """
 
     task: dict[str, Any]
@@ -71,6 +74,7 @@ class Measurement:
     blocks: int
     updates: int
     environment: dict[str, Any]
+    delay: float = 0.0
 
     @property
     def key(self) -> str:
@@ -107,6 +111,34 @@ class Measurement:
             return 0.0
         presample = (PRESAMPLE - 1) * self.model.data + PRESAMPLE * self.parts["bounds"]
         return self.loops["chosen"] - self.loops["uniform"] - presample
+
+    @property
+    def waking(self) -> float:
+        """Seconds by which sleeping for a batch takes longer than the sleep; 0 if not measured."""
+        if "delayed" not in self.loops:
+            return 0.0
+        return max(0.0, self.loops["delayed"] - self.loops["once"] - self.delay)
+
+    @property
+    def prefetch_waking(self) -> float:
+        """The same where batches are made meanwhile; 0 too if updates were the slower ones."""
+        if "prefetched" not in self.loops:
+            return 0.0
+        model = self.model
+        busy = max(model.data + self.delay, model.update)
+        return max(0.0, self.loops["prefetched"] - busy)
+
+    def delayed(self, seconds: float) -> CostModel:
+        """Return the cost model with a loader that sleeps so long for every batch."""
+        model = self.model
+        if not seconds:
+            return model
+        return replace(
+            model,
+            data=model.data + seconds,
+            waking=self.waking,
+            prefetch_waking=self.prefetch_waking,
+        )
 
     @property
     def model(self) -> CostModel:
@@ -209,7 +241,8 @@ def predict(
     """Return the training time of a run, in seconds, from what its ledger has counted.
 
     N update + d for each fresh batch, after `CostModel.run`. To that come, as the run's method
-    asks: a slow loader's delay for every batch made, new views and samples, and what choosing
+    asks: a slow loader's delay for every batch made, with what waking from it costs, new views and
+    samples, and what choosing
     samples takes: the presample, its scores, weights. What is not in it: calibration and models
     trained beforehand, which have their own seconds; the sorting and drawing of samplers
     other than importance sampling.
@@ -225,8 +258,7 @@ def predict(
     updates, fresh_batches = ledger["updates"], ledger["fresh_batches"]
     if not fresh_batches:
         return 0.0
-    model = measurement.model
-    slow = replace(model, data=model.data + loader.get("delay_ms", 0.0) / 1000)
+    slow = measurement.delayed(loader.get("delay_ms", 0.0) / 1000)
     seconds = slow.run(updates, fresh_batches, prefetch=loader.get("prefetch", False))
     if method.get("fresh_views"):
         seconds += (updates - fresh_batches) * measurement.parts["refresh"]

@@ -39,6 +39,8 @@ TAKES = {
     "pick": 0.25,
     "refresh": 7.0,
     "resample": 6.0,
+    "waking": 9.0,
+    "cold": 100.0,
 }
 
 
@@ -86,7 +88,9 @@ class ToyConfig(TaskConfig):
     batch_size: int = 2
     networks: int = 1
     """Forward, backward and step of each in turn, as in a GAN."""
-    refused: tuple[str, ...] = ()
+    cold: int = 0
+    """Updates of a loop, the first ones, that take longer."""
+    refused: tuple[str, ...] = ("prefetch",)  # the clock on paper is not for two threads
 
     def refusals(self) -> dict[str, str]:
         return dict.fromkeys(self.refused, "for the test")
@@ -99,7 +103,7 @@ class Toy:
     def __init__(self, config: ToyConfig, *, seed: int, device: str) -> None:
         self.weights = [nn.Parameter(torch.ones(())) for _ in range(config.networks)]
         self.optimizers = [SlowSGD([weight], lr=config.lr) for weight in self.weights]
-        self.batch_size = config.batch_size
+        self.batch_size, self.cold = config.batch_size, config.cold
         self.forward_samples, self.backward_samples = 3 * self.batch_size, self.batch_size
         self.scoring_samples = self.bound_samples = self.forward_samples
         self.steps = 0
@@ -111,6 +115,9 @@ class Toy:
 
     def candidates(self, index: int, block: int) -> ToyBatch:
         return self.fresh_batch(block)
+
+    def batch_of(self, indices, index):
+        return self.fresh_batch(index)
 
     def pick(self, blocks, picks, index):
         Clock.take("pick")
@@ -137,6 +144,8 @@ class Toy:
             loss.backward()
             optimizer.step()
         Clock.take("after")
+        if self.steps < 1 + self.cold:  # one was made before any loop
+            Clock.take("cold")
         self.steps += 1
 
     def sample_losses(self, batch):
@@ -167,6 +176,12 @@ def toy(monkeypatch):
     for module in ("measure", "training"):
         monkeypatch.setattr(f"repeatlab.{module}.perf_counter", lambda: Clock.now)
 
+    def sleep(seconds: float) -> None:
+        Clock.now += seconds
+        Clock.take("waking")
+
+    monkeypatch.setattr("repeatlab.method.sleep", sleep)
+
     def run(threads: int = 1, **fields: Any) -> Measurement:
         settings = {"device": "cpu", "threads": threads, "blocks": 4, "block_seconds": 300}
         return measure(ToyConfig(**fields), **settings)
@@ -192,12 +207,21 @@ def test_every_second_goes_to_the_part_that_took_it(toy):
         "repeated": 22 + 11 / 4,
         "uniform": 22 + 11 + 0.5,
         "chosen": 22 + 0.5 + 3 * (11 + 3) + 0.25,
+        "delayed": pytest.approx(22 + 11 + found.delay + 9),
     }
+    assert found.waking == pytest.approx(9)
     assert (found.weighting, found.selection) == (0.5, 0.25)
-    assert set(found.spread.values()) == {0.0}
+    assert max(found.spread.values()) == pytest.approx(0, abs=1e-9)
     assert found.backward_ratio == 2
     assert found.sample_ratio == 6
     assert (found.model.update, found.model.data) == (22, 11)
+
+
+def test_a_loop_is_timed_once_it_is_going(toy, monkeypatch):
+    warm = toy().loops
+    assert toy(cold=4).loops != warm
+    monkeypatch.setattr(repeatlab.measure, "START_UP", 3000)
+    assert toy(cold=4).loops == pytest.approx(warm)
 
 
 def test_an_update_with_two_networks_adds_up_too(toy):
@@ -218,7 +242,7 @@ def test_every_loop_begins_where_the_others_do(toy):
     bench.measurement()
     begins = [steps for index, steps in STEPS_AT if index == 101]
     assert min(STEPS_AT)[0] == 101
-    assert begins == 9 * [1]  # two loops to warm up, six kinds, the FLOPs
+    assert begins == 10 * [1]  # two loops to warm up, seven kinds, the FLOPs
 
 
 def test_measuring_leaves_nothing_behind(toy):
@@ -245,6 +269,8 @@ def test_every_task_can_be_measured(name, request):
     refused = study.tasks["t"].refusals()
     assert ("chosen" in found.loops) == ("bounds" in found.parts) == ("importance" not in refused)
     assert ("resample" in found.parts) == (name == "reinforcement")
+    assert found.loops["delayed"] > found.delay >= 0.004
+    assert ("prefetched" in found.loops) == ("prefetch" not in refused)
     assert found.flops["backward"] > found.flops["forward"] / 3
 
 
@@ -268,8 +294,8 @@ def test_every_fresh_batch_is_acted_for():
     add = buffer.add
     buffer.add = lambda *args, **kwargs: (steps.append(buffer.steps), add(*args, **kwargs))
     bench.round()
-    # N = 1 four times, N = 4, and one batch for what is done outside of updates
-    assert len(steps) == 4 * bench.updates + bench.updates / 4 + 1
+    # N = 1 four times and slowly once, N = 4, and one batch for what is done outside of updates
+    assert len(steps) == 4 * bench.updates + bench.waits + bench.updates / 4 + 1
     assert min(steps) == 40 + 11
     assert max(steps) == 40 + 11 + bench.updates - 1
 

@@ -127,6 +127,36 @@ def test_seconds_by_hand(ledger, config, expected):
     assert predict(measurement(loops=loops), ledger, config=config) == pytest.approx(expected)
 
 
+SLEPT = LOOPS | {"delayed": 0.0061, "prefetched": 0.0046}  # sleeping 4 ms a batch
+
+
+@pytest.mark.parametrize(
+    ("loader", "expected"),
+    [
+        ({}, 30 * 0.0009 + 10 * 0.0002),
+        ({"prefetch": True}, 30 * 0.0009),
+        # 6.1 = 1.1 + 4 + 1: late, or slower for having slept
+        ({"delay_ms": 50}, 30 * 0.0009 + 10 * 0.0512),
+        ({"delay_ms": 2}, 30 * 0.0009 + 10 * 0.0032),
+        # 4.6 = 0.2 + 4 + 0.4; three updates of 0.9 ms take longer than a batch of 2.6
+        ({"delay_ms": 50, "prefetch": True}, 10 * 0.0506),
+        ({"delay_ms": 2, "prefetch": True}, 30 * 0.0009),
+    ],
+)
+def test_what_waking_costs_is_paid_once_a_batch(loader, expected):
+    found = measurement(SHORT, SLEPT, delay=0.004)
+    assert found.waking == pytest.approx(0.001)
+    assert found.prefetch_waking == pytest.approx(0.0004)
+    assert predict(found, counts(30, 10), config={"loader": loader}) == pytest.approx(expected)
+
+
+def test_a_loader_that_is_not_waited_for_wakes_nobody():
+    # Updates of 100 ms beside a sleep of 50: what is left over is noise.
+    loops = {"once": 0.120, "delayed": 0.168, "prefetched": 0.099}
+    found = measurement(loops=loops, delay=0.050)
+    assert (found.waking, found.prefetch_waking) == (0, 0)
+
+
 IMPORTANCE = {"name": "importance", "presample": 3, "score": "gradient_norm"}
 
 
