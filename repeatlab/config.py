@@ -280,6 +280,12 @@ class RunConfig(Model):
                 f"method.warm_up.updates: {method.warm_up.updates} exceeds max_updates: "
                 f"{self.max_updates}"
             )
+        counts = getattr(method.mapping, "counts", None)
+        if counts is not None and sum(counts) < self.max_updates:
+            raise ValueError(
+                f"method.mapping.counts: they end after {sum(counts)} updates, before "
+                f"max_updates: {self.max_updates}"
+            )
         if self.device != "auto":
             from repeatlab.tasks.precision import check_device
 

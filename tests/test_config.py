@@ -20,7 +20,7 @@ REQUIRED = {
     "threshold": {"t": 1.5},
     "linear": {"t": 1.5},
     "until": {"t": 1.5},
-    "trace": {"counts": [3, 1, 2]},
+    "trace": {"counts": [3, 1, 2] * 17},
 }
 
 
@@ -221,6 +221,17 @@ def test_a_value_out_of_range_is_named(fields, named):
     lines = refusal(**fields).splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(named)
+
+
+@pytest.mark.parametrize("apply", ["repeat", "fresh_samples"])
+def test_a_trace_that_ends_before_the_run_is_refused_with_both_numbers(apply):
+    fields = {"task": {"name": "reinforcement"}, "max_updates": 7}
+    method = mapping("trace", counts=[3, 1, 2]) | {"apply": apply}
+    assert refusal(**fields, method=method) == (
+        "method.mapping.counts: they end after 6 updates, before max_updates: 7"
+    )
+    enough = mapping("trace", counts=[3, 1, 9]) | {"apply": apply}  # the last one is cut to T
+    assert run_config(**fields, method=enough).max_updates == 7
 
 
 def test_a_configuration_cannot_be_changed():

@@ -11,6 +11,7 @@ import json
 import random
 from copy import deepcopy
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from hypothesis import strategies as st
 
 from repeatlab.config import RunConfig, TraceConfig
 from repeatlab.loop import train
+from repeatlab.mappings import Mapping
 from repeatlab.method import build_mapping
+from repeatlab.repeater import BatchRepeater
 from repeatlab.schema import ConfigError, parse, read_yaml
 from repeatlab.study import Study
 from repeatlab.tasks import TASKS
@@ -39,18 +42,24 @@ SEEDS = st.integers(0, 2**64 - 1)
 
 
 @cache
-def valid_runs() -> list[dict[str, Any]]:
-    """Return the configurations of all tasks and methods that a task does not refuse."""
-    found = []
-    for name in TASK_NAMES:
-        for method in METHODS:
-            try:
-                run = config(name, method).to_json()
-            except ConfigError:
-                continue  # a task may refuse a method
-            run["task"] = {"name": name, "batch_size": 16}
-            found.append(run | {"max_updates": 3, "device": "cpu"})
+def valid_runs_by_name() -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the configuration of every task and method that the task does not refuse."""
+    found = {}
+    for name, method in product(TASK_NAMES, METHODS):
+        try:
+            run = config(name, method).to_json()
+        except ConfigError:
+            continue
+        run["task"] = {"name": name, "batch_size": 16}
+        if method == "trace":  # just enough for T: a change may leave too few
+            run["method"]["mapping"]["counts"] = [2, 1]
+        found[name, method] = run | {"max_updates": 3, "device": "cpu"}
     return found
+
+
+def valid_runs() -> list[dict[str, Any]]:
+    """Return the configurations of `valid_runs_by_name`."""
+    return list(valid_runs_by_name().values())
 
 
 def valid_study(chance: random.Random) -> dict[str, Any]:
@@ -133,12 +142,23 @@ def hold_to_its_word(run: RunConfig) -> None:
     assert again.run_id == run.run_id
     mapping = run.method.mapping
     if mapping is not None and not (isinstance(mapping, TraceConfig) and mapping.of is not None):
-        assert build_mapping(run, t=1.0).most >= 1
+        counts = build_mapping(run, t=1.0)
+        assert counts.most >= 1
+        if run.max_updates <= LARGEST:
+            all_visits(counts, run.max_updates)
     if run.method.schedule is not None:
         schedule = run.method.schedule.build()
         assert all(0 <= schedule(u, run.max_updates) <= 1 for u in (0, run.max_updates - 1))
     if run.method.sampler is not None:
         run.method.sampler.build()
+
+
+def all_visits(mapping: Mapping, max_updates: int) -> None:
+    """Ask a mapping for every N that a run of this length may need."""
+    repeater = BatchRepeater([None], mapping, max_updates=max_updates)
+    for _ in repeater:
+        repeater.report(1.0)
+    assert len(repeater.drain()["update"]) == max_updates
 
 
 def affordable(run: RunConfig) -> bool:
@@ -211,6 +231,27 @@ def test_every_task_and_method_is_a_start():
     for data in valid_runs():
         hold_to_its_word(parse(RunConfig, data))
     assert {data["task"]["name"] for data in valid_runs()} == set(TASK_NAMES) <= set(TASKS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_number_changed_alone_names_its_field_or_works(method):
+    """One up, one down, twice and half: what random changes seldom meet in a run that is short."""
+    runs = valid_runs_by_name()
+    base = next(run for (_, made_by), run in runs.items() if made_by == method)
+    tried = 0
+    for number, (container, key) in enumerate(places(base)):
+        value = container[key]
+        if type(value) not in (int, float):
+            continue
+        for changed in (value + 1, value - 1, 2 * value, type(value)(value / 2)):
+            data = deepcopy(base)
+            there, _ = places(data)[number]
+            there[key] = changed
+            run = parsed(RunConfig, data)
+            tried += 1
+            if run is not None:
+                hold_to_its_word(run)
+    assert tried >= 4 * 7  # batch size, T, seed, evaluation, delay, threads, processes
 
 
 @settings(max_examples=300, deadline=None)
