@@ -291,6 +291,8 @@ class RunConfig(Model):
 
             check_device(self.task, self.device)
         parts = {f"method.apply: {method.apply}": method.apply}
+        if method.fresh_views:
+            parts["method.fresh_views"] = "fresh_views"
         if method.sampler is not None:
             name = method.sampler.name
             parts[f"method.sampler: {name}"] = name

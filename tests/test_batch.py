@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from every_method import SIX
 
 from repeatlab.batch import (
     SEARCHES,
@@ -18,7 +19,7 @@ from repeatlab.batch import (
     read_profile,
 )
 from repeatlab.cli import ROOT
-from repeatlab.schema import ConfigError
+from repeatlab.schema import ConfigError, read_yaml
 
 PARAMETERS = "# a comment = with a sign\nrate = 1.0  # = papermill's inspector misses this\n"
 PLACES = 'runs = "."\nfigures = "."\n'
@@ -191,3 +192,29 @@ def test_every_parameter_file_fits_its_notebook_and_its_study_is_valid(path):
         study = Study.of(**job.parameters["study"])
         assert study.planned()
         assert study.name == f"{path.parent.name}-{path.stem}".replace("_", "-")
+
+
+# What a study leaves out of the comparison though its task would take it, and why.
+LEFT_OUT = {("reinforcement", "online"): "prioritized replay without its weights"}
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+@pytest.mark.parametrize("task", SIX)
+def test_every_task_has_the_complete_comparison(profile, task):
+    """What a study leaves out of params/methods.yaml means nothing on its task."""
+    from repeatlab.study import Study
+
+    study = read_job(ROOT / "params" / profile / f"{task}.yaml", ROOT).parameters["study"]
+    assert [config["name"] for config in study["tasks"].values()] == [task]
+    shared = read_yaml(ROOT / "params" / "methods.yaml")
+    if profile == "paper":
+        shared |= read_yaml(ROOT / "params" / "schedules.yaml")
+    for name in shared.keys() - study["methods"].keys():
+        if (task, name) not in LEFT_OUT:
+            more = study["methods"] | {name: shared[name]}
+            with pytest.raises(ConfigError, match=f"{name}.* is not for the task {task}: "):
+                Study.of(**study | {"methods": more})
+    kept = shared.keys() & study["methods"].keys()
+    assert len(kept) >= len(shared) - 2
+    for name in kept - {"hard_mining"}:  # in reinforcement it has other settings
+        assert shared[name].items() <= study["methods"][name].items()

@@ -517,12 +517,25 @@ def test_what_cannot_be_replayed_or_applied_is_refused_by_name(small_study, meth
             "tasks.it with methods.a: method.apply: step_size is not for the task generative: "
             "this driver is known only after the discriminator's step",
         ),
+        (
+            {"name": "supervised", "augment": False},
+            LINEAR | {"fresh_views": True},
+            "tasks.it with methods.a: method.fresh_views is not for the task supervised: "
+            "augment: false leaves one view of each image",
+        ),
     ],
 )
 def test_a_refusal_names_task_method_and_reason(small_study, task, chosen, message):
     with pytest.raises(ConfigError) as error:
         small_study(tasks={"digits": {"name": "supervised"}, "it": task}, methods={"a": chosen})
     assert str(error.value).startswith(message)
+
+
+def test_what_is_binarized_anew_is_a_fresh_view(small_study):
+    fresh = {"a": LINEAR | {"fresh_views": True}}
+    small_study(tasks={"it": {"name": "unsupervised", "binarize": True}}, methods=fresh)
+    with pytest.raises(ConfigError, match="only what `binarize` draws has another view"):
+        small_study(tasks={"it": {"name": "unsupervised"}}, methods=fresh)
 
 
 def test_a_single_run_needs_the_source_itself():

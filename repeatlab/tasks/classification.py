@@ -31,6 +31,10 @@ class ClassifierConfig(DatasetTaskConfig, OptimizationConfig):
     batch_size: Annotated[int, Field(ge=1)] = 64
     augment: bool = True
 
+    def refusals(self) -> dict[str, str]:
+        one = "augment: false leaves one view of each image"
+        return super().refusals() | ({} if self.augment else {"fresh_views": one})
+
 
 class ClassifierTask(DatasetTask):
     """Data and batches of classifiers; see `repeatlab.tasks.Task` for the methods.

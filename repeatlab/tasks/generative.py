@@ -19,7 +19,7 @@ pictures.
 Under repetition: a repeat redraws z, so D meets the same real images beside new generated ones;
 `redraw_noise: false` keeps one z for all visits of a fresh batch. BatchNorm's running statistics
 move at every visit, G's once, D's once for the real images and twice for the generated ones, each
-in a pass of its own. There is no augmentation: `fresh_views` changes nothing. `weights` weigh the
+in a pass of its own. There is no augmentation: `fresh_views` is refused. `weights` weigh the
 real images in D's loss; generated images belong to no sample.
 
 An update passes `batch_size` images through G once and through D three times (real, generated,
@@ -82,7 +82,10 @@ class GenerativeConfig(DatasetTaskConfig, OptimizationConfig):
         prepare(self.extractor, self.dataset)
 
     def refusals(self) -> dict[str, str]:
-        refused = {"rho_loss": "the losses move against each other, so that none is irreducible"}
+        refused = {
+            "rho_loss": "the losses move against each other, so that none is irreducible",
+            "fresh_views": "images are not augmented, so that there is one view of each",
+        }
         if self.driver == "generator":
             by_loss = ("hard_mining", "online", "importance", "selective")
             refused |= dict.fromkeys(by_loss, "the generator's loss belongs to no image")

@@ -26,7 +26,7 @@ Under repetition, and so at a fixed number of updates:
   `target_clock: fresh_batches` counts fresh batches, which are steps / `train_frequency`;
 - a repeat sees the same transitions, and nothing is redrawn, but its TD targets are computed anew:
   the network that picks the action in s' has moved. There is no augmentation, so `fresh_views`
-  changes nothing. `replay(index, visit)` draws other transitions from the same buffer, for the
+  is refused. `replay(index, visit)` draws other transitions from the same buffer, for the
   control that replaces repeats by new samples (a higher update-to-data ratio).
 
 Forward samples of an update: the batch through the network at s, and through both at s'. The single
@@ -118,6 +118,7 @@ class ReinforcementConfig(TaskConfig, OptimizationConfig):
             "rho_loss": "a TD error has no irreducible part: its target moves with the agent",
             "unweighted": "here it is prioritized replay, which needs its weights: give it score: "
             "gradient_norm, alpha: 0.6, beta: 0.4 and beta_end: 1.0",
+            "fresh_views": "transitions are not augmented, so that there is one view of each",
             "prefetch": "the agent acts with its latest weights, so no batch can be made ahead",
         }
 

@@ -66,6 +66,10 @@ class SupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training labels replaced by another class, each as likely; drawn from the seed."""
 
+    def refusals(self) -> dict[str, str]:
+        one = "augment: false leaves one view of each image"
+        return super().refusals() | ({} if self.augment else {"fresh_views": one})
+
 
 class Supervised(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""

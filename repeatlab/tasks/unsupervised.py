@@ -70,6 +70,10 @@ class UnsupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     fid_samples: Annotated[int, Field(ge=2)] = 1000
     """How many images are generated for FID."""
 
+    def refusals(self) -> dict[str, str]:
+        one = "only what `binarize` draws has another view: images are not augmented"
+        return super().refusals() | ({} if self.binarize else {"fresh_views": one})
+
     def prepare(self) -> None:
         super().prepare()
         prepare(self.extractor, self.dataset)
