@@ -133,25 +133,34 @@ def _run_shared(parameters: tuple[Path, ...], runs: Path) -> None:
 @click.argument("studies", nargs=-1)
 @RUNS
 @click.option(
-    "--all", "everything", is_flag=True, help="List every run, not only those to look at."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="List every run, not only those to look at, with its time and the predicted one.",
 )
 def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
     """Show how far the studies of a store are: all of them, or those named."""
     import pandas as pd
 
-    from repeatlab.verification import study_states, summary_table
+    from repeatlab.verification import study_states, summary_table, timed_states
 
     store = Store(runs)
     names = list(studies) or sorted(p.stem for p in (runs / "studies").glob("*.json"))
     if not names:
         raise StoreError(f"{runs} holds no study; `repeatlab run` makes one")
     click.echo(summary_table(store, names).to_string())
-    rows = pd.concat([study_states(store, name) for name in names])
+    states = timed_states if everything else study_states
+    rows = pd.concat([states(store, name) for name in names])
     if not everything:
         rows = rows[rows["state"].isin(["running", "diverged", "interrupted", "failed"])]
     for row in rows.itertuples():
-        reason = f": {row.reason}" if row.reason else ""
-        click.echo(f"{row.state} {row.task} {row.method} seed {row.seed} ({row.run}){reason}")
+        said = [f": {row.reason}"] if row.reason else []
+        if everything and pd.notna(row.seconds):
+            said.append(f": trained {row.seconds:.3g} s")
+        if everything and pd.notna(row.predicted_seconds):
+            said.append(f", predicted {row.predicted_seconds:.3g} s")
+        text = "".join(said)
+        click.echo(f"{row.state} {row.task} {row.method} seed {row.seed} ({row.run}){text}")
 
 
 @cli.command()

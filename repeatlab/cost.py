@@ -145,7 +145,10 @@ class CostModel:
         return repeats * self.update + self.data + self.waking
 
     def run(self, updates: int, fresh_batches: int, *, prefetch: bool = False) -> float:
-        """Return the time of a run of so many updates on so many fresh batches."""
+        """Return the time of a run of so many updates on so many fresh batches.
+
+        An epoch is n / b fresh batches.
+        """
         return fresh_batches * self.fresh_batch(updates / fresh_batches, prefetch=prefetch)
 
     def importance_update(self, presample: float) -> float:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from math import nan
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from repeatlab.prediction import with_prediction
 from repeatlab.records import UPDATES, Run, Store, StoreError
 
 # In the order of a table: what is there, what is on its way, what is not.
@@ -38,6 +41,25 @@ def study_states(store: Store, name: str) -> pd.DataFrame:
         kept = {key: planned[key] for key in ("task", "method", "seed")}
         rows.append(kept | {"run": str(run.path), "state": state, "reason": reason})
     return pd.DataFrame(rows)
+
+
+def timed_states(store: Store, name: str) -> pd.DataFrame:
+    """Return `study_states` with the columns `seconds` and `predicted_seconds`, of training.
+
+    NaN where a run is not done and, of the prediction, as `repeatlab.prediction.with_prediction`
+    says.
+
+    Raises:
+        StoreError: there is no such study, or a measurement is of another version.
+    """
+    rows = study_states(store, name)
+    done = rows["state"].isin(["complete", "diverged"])
+    rows["seconds"] = [
+        Run(Path(run)).summary["ledger"]["seconds"] if finished else nan
+        for run, finished in zip(rows["run"], done, strict=True)
+    ]
+    timed = with_prediction(rows.rename(columns={"run": "path", "state": "status"}), store)
+    return timed.rename(columns={"path": "run", "status": "state"})
 
 
 def run_state(store: Store, run: Run) -> tuple[str, str]:

@@ -26,7 +26,7 @@ BELOW: dict[str, set[str]] = {
     "study": {"execution"},
     "execution": {"lockstep"},
     "lockstep": {"loop"},
-    "verification": {"records"},
+    "verification": {"prediction"},
     "measurements": {"measure", "study"},
     "measure": {"training", "prediction", "watch"},
     "loop": {"distillation", "prerequisites", "training"},

@@ -327,7 +327,7 @@ STUDY = {
 }
 
 
-def test_the_command_writes_what_tables_then_show(tmp_path, monkeypatch, command):
+def test_the_command_writes_what_tables_then_show(tmp_path, monkeypatch, command, capsys):
     fast = partial(measure, blocks=2, block_seconds=1e-4)
     monkeypatch.setattr(repeatlab.measure, "measure", fast)
     parameters = {"notebook": "10_supervised", "parameters": {"study": STUDY}}
@@ -343,6 +343,14 @@ def test_the_command_writes_what_tables_then_show(tmp_path, monkeypatch, command
         pytest.approx(predict(found, {"updates": 8, "fresh_batches": batches}))
         for batches in (8, 4)
     ]
+    monkeypatch.setattr("sys.argv", ["repeatlab", "status", "--all"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, run in zip(lines, runs.itertuples(), strict=True):
+        assert line.endswith(
+            f"): trained {run.seconds:.3g} s, predicted {run.predicted_seconds:.3g} s"
+        )
 
 
 def test_by_default_the_quick_tasks_are_measured(monkeypatch, command):
