@@ -303,12 +303,25 @@ def ensemble(
 @click.argument("task")
 @click.option("--dataset", help="By default the embedded one.")
 def check(task: str, dataset: str | None) -> None:
-    """Check a task before it is trained; exit status 1 if a check fails."""
+    """Check a task at its defaults, or the tasks of a parameter file, before they are trained.
+
+    Exit status 1 if a check fails.
+    """
     from repeatlab.checks import check
 
-    report = check({"name": task} | ({"dataset": dataset} if dataset else {}))
-    click.echo(str(report))
-    sys.exit(1 if report.failed else 0)
+    chosen: list[Any] = [{"name": task} | ({"dataset": dataset} if dataset else {})]
+    if Path(task).suffix == ".yaml":
+        if dataset:
+            raise click.UsageError("a parameter file says what its dataset is: leave --dataset out")
+        chosen = [
+            config for study in _read_studies([Path(task)]) for config in study.tasks.values()
+        ]
+    failed = False
+    for config in chosen:
+        report = check(config)
+        click.echo(str(report))
+        failed |= bool(report.failed)
+    sys.exit(1 if failed else 0)
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.nn import functional
 from repeatlab import checks
 from repeatlab.checks import EXPECTATIONS, Expectations, Report, Result, check
 from repeatlab.checks.gradient import compare, gradient
-from repeatlab.checks.learning import overfitting, regularisation, updates
+from repeatlab.checks.learning import descent, overfitting, regularisation, updates
 from repeatlab.checks.pipeline import inputs, labels
 from repeatlab.checks.probe import Probe, Subject
 from repeatlab.cli import main
@@ -267,6 +268,66 @@ def test_a_wrong_gradient_is_found_in_every_task(name, network):
     assert found.numbers["largest error"] == pytest.approx(0.05 / 1.05, rel=1e-2)
 
 
+# The network whose first layer a fault is planted in, of every other task.
+OTHERS = {
+    "semisupervised": "model",
+    "selfsupervised": "encoder",
+    "reinforcement": "model",
+    "unsupervised": "model",
+    "generative": "d",
+    "transfer": "encoder",
+    "continual": "model",
+    "noisy_labels": "model",
+    "co_teaching": "second",
+}
+
+
+def faulty(name: str, plant_in: Callable[[Any], None]) -> Subject:
+    """Return a task with a fault that is planted when it is built."""
+
+    class Faulty(load_task(TASKS[name])):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            plant_in(self)
+
+    return subject(Faulty)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_sign_error_is_found_in_every_task(name):
+    def maximize(task):
+        for group in task.optimizers[-1].param_groups:
+            group["maximize"] = True
+
+    assert descent(faulty(name, maximize)).verdict == "fail"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_layer_that_stays_as_it_is_is_found_in_every_task_and_named(name):
+    def freeze(task):
+        # DCGAN itself switches what requires a gradient: there, too, this layer stays.
+        layer = first_layer(getattr(task, OTHERS[name])).requires_grad_(False)
+        kept = [id(weight) for weight in layer.parameters()]
+        for optimizer in task.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in kept]
+
+    found = updates(faulty(name, freeze))
+    assert found.verdict == "fail"
+    assert "weight" in found.numbers["never moved:"]
+    assert "requires_grad" in found.advice
+
+
+@pytest.mark.parametrize("name", ["semisupervised", "transfer", "continual", "co_teaching"])
+def test_shuffled_labels_are_found_wherever_there_are_labels(name):
+    def shuffle(task):
+        data = task.stream.data
+        order = torch.randperm(len(data), generator=generator(0, "shuffled"))
+        task.stream.data = ImageSet(data.images, data.labels[order])
+
+    assert labels(faulty(name, shuffle)).verdict == "fail"
+
+
 def test_the_generators_gradient_is_checked_by_its_own_loss():
     class Faulty(load_task(TASKS["generative"])):
         def __init__(self, *args, **kwargs):
@@ -286,17 +347,22 @@ def test_pseudo_labels_take_part_in_the_gradient_check():
     assert gradient(subject(Faulty)).verdict == "fail"
 
 
+STANDARDISED = ("transfer", "continual", "noisy_labels", "co_teaching")
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         ("unsupervised", lambda images: 255 * images),
         ("generative", lambda images: (images + 1) / 2),
+        # Of a mean of a third and a deviation of 0.38, which is that of digits.
+        *((name, lambda images: images * 0.38 + 0.33) for name in STANDARDISED),
         (
             "supervised",
             lambda images: images.new_tensor([-1.0, 1.0] * 32).view(1, 1, 8, 8).expand_as(images),
         ),
     ],
-    ids=["not divided", "not symmetric", "all alike"],
+    ids=["not divided", "not symmetric", *STANDARDISED, "all alike"],
 )
 def test_inputs_that_cannot_be_right(name, damage):
     class Damaged(load_task(TASKS[name])):
@@ -317,9 +383,20 @@ def test_label_noise_does_not_look_like_shuffled_labels():
     assert labels(subject(Supervised, label_noise=0.4)).verdict == "pass"
 
 
-@pytest.mark.parametrize(("lr", "verdict"), [(1e-7, "fail"), (1e-5, "warn"), (0.01, "pass")])
-def test_the_size_of_updates_follows_the_learning_rate(lr, verdict):
-    assert updates(subject(Supervised, lr=lr)).verdict == verdict
+@pytest.mark.parametrize(
+    ("lr", "verdict", "advice"),
+    [
+        (1e-7, "fail", "the learning rate, low for these weights"),
+        (1e-5, "warn", "the learning rate, low for these weights"),
+        (0.01, "pass", ""),
+        (0.5, "warn", "the learning rate, high for these weights"),
+    ],
+)
+def test_the_size_of_updates_follows_the_learning_rate(lr, verdict, advice):
+    found = updates(subject(Supervised, lr=lr))
+    assert found.verdict == verdict
+    assert found.advice[: len(advice)] == advice
+    assert bool(found.advice) == bool(advice)
 
 
 def test_twenty_samples_that_need_a_larger_rate_are_worth_a_look(monkeypatch):
@@ -616,6 +693,27 @@ def test_the_command_prints_the_report_and_says_by_its_status_whether_one_failed
     code, out, _ = call("check", "reinforcement")
     assert code == 1
     assert out.startswith("reinforcement: failed: planted\n")
+
+
+def test_the_command_checks_every_task_of_a_parameter_file_as_it_is_configured(
+    call, monkeypatch, tmp_path
+):
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        "notebook: 10_supervised\nparameters:\n  study:\n    name: two\n    max_updates: 10\n"
+        "    methods: {standard: {}}\n    tasks:\n      slow: {name: supervised, lr: 1.0e-7}\n"
+        "      usual: {name: supervised, lr: 0.01}\n"
+    )
+    monkeypatch.setattr(checks, "CHECKS", (updates,))
+    code, out, _ = call("check", str(path))
+    assert code == 1
+    titles = [line for line in out.splitlines() if line.startswith("supervised on digits: ")]
+    assert titles == [
+        f"supervised on digits: {said}" for said in ("failed: updates", "no check failed")
+    ]
+    code, _, err = call("check", str(path), "--dataset", "digits")
+    assert code == 2
+    assert "leave --dataset out" in err
 
 
 @pytest.mark.parametrize(

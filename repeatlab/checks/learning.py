@@ -120,11 +120,23 @@ def updates(subject: Subject) -> Result:
     verdict = next((v for v, (low, high) in RATIOS.items() if low <= median <= high), "fail")
     if still:
         verdict, numbers = "fail", numbers | {"never moved:": " ".join(still)}
-    note = (
-        "weights that never move: requires_grad, the optimizer's list, a detach; a ratio far from "
-        "1e-3: the learning rate"
+    return Result("updates", verdict, numbers, _about_updates(median, still))
+
+
+def _about_updates(median: float, still: Sequence[str]) -> str:
+    """Return what to look at where the size of updates is not as usual."""
+    if still:
+        return "weights that never move: requires_grad, the optimizer's list, a detach"
+    if median > RATIOS["pass"][1]:
+        return (
+            "the learning rate, high for these weights (1e-3 is usual): whether the loss jumps or "
+            "ends above its least; where it falls steadily, as at a rate chosen by the validation "
+            "loss for a run of few updates, there is nothing to mend"
+        )
+    return (
+        "the learning rate, low for these weights (1e-3 is usual): whether the loss falls at all "
+        "within the budget; a loss or an input scaled down"
     )
-    return Result("updates", verdict, numbers, note)
 
 
 def overfitting(subject: Subject) -> Result:

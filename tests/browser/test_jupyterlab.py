@@ -114,12 +114,20 @@ def test_it_answers_to_whom_has_the_token_and_to_nobody_else(lab):
     assert b"jupyter-config-data" in _get(address, token)
 
 
-def test_comms_stay_out_of_subshells(lab):
-    """Pictures that are drawn in a widget's callback could be corrupted (jupyterlab#19719)."""
+@pytest.mark.parametrize(
+    ("plugin", "setting", "value"),
+    [
+        # Pictures that are drawn in a widget's callback could be corrupted (jupyterlab#19719).
+        ("apputils-extension:kernels-settings", "commsOverSubshells", "disabled"),
+        # No question before one can begin: which kernel, and whether news are wanted.
+        ("notebook-extension:tracker", "autoStartDefaultKernel", True),
+        ("apputils-extension:notification", "fetchNews", "false"),
+    ],
+)
+def test_it_is_set_up_for_these_notebooks(lab, plugin, setting, value):
     address, token, _ = lab
-    plugin = "@jupyterlab/apputils-extension:kernels-settings"
-    answer = json.loads(_get(f"{address}/api/settings/{plugin}", token))
-    assert answer["schema"]["properties"]["commsOverSubshells"]["default"] == "disabled"
+    answer = json.loads(_get(f"{address}/api/settings/@jupyterlab/{plugin}", token))
+    assert answer["schema"]["properties"][setting]["default"] == value
 
 
 @pytest.fixture
@@ -138,7 +146,8 @@ def _run_all(page, lab, name: str) -> None:
     """Open a notebook, run all of its cells, and wait until the kernel has."""
     address, token, _ = lab
     page.goto(f"{address}/tree/notebooks/{name}.ipynb?token={token}&reset")
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+    idle = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
+    page.wait_for_selector(idle, timeout=1000 * PATIENCE)
     # The notebooks keep the numbers of their cells, by which is seen here which have run.
     for menu, item in (("Edit", "Clear Outputs of All Cells"), ("Run", "Run All Cells")):
         page.click(f".lm-MenuBar-itemLabel:text-is('{menu}')")
@@ -154,7 +163,8 @@ def _run_all(page, lab, name: str) -> None:
         timeout=1000 * PATIENCE,
         polling=500,  # milliseconds; without it, at frames, and a page that nobody sees has none
     )
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+    page.wait_for_selector(idle)
+    assert page.locator(".jp-Dialog").count() == 0
 
 
 @pytest.mark.parametrize("name", ["00_quickstart", "10_supervised"])
