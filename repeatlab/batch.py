@@ -192,7 +192,7 @@ def execute(job: Job, *, output: Path, runs: Path, figures: Path) -> None:
     from traitlets.config import Config
 
     output.mkdir(parents=True, exist_ok=True)
-    copy = output / f"{job.source.stem}.ipynb"
+    copy = output.resolve() / f"{job.source.stem}.ipynb"
     parameters = job.parameters | {"runs": str(runs.resolve()), "figures": str(figures.resolve())}
     # Kernels over TCP can lose the race for a port; a socket in a directory of its own cannot.
     with tempfile.TemporaryDirectory(prefix="rl") as sockets:
@@ -201,7 +201,8 @@ def execute(job: Job, *, output: Path, runs: Path, figures: Path) -> None:
                 job.notebook,
                 copy,
                 parameters=parameters,
-                cwd=job.notebook.parent,
+                # Not papermill's `cwd`, which moves this whole process, and so other threads.
+                resources={"metadata": {"path": str(job.notebook.parent)}},
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,

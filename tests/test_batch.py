@@ -86,7 +86,7 @@ with open(meeting, "w" if name == "left" else "r") as end:
 """
 
 
-def test_notebooks_run_side_by_side(project):
+def test_notebooks_run_side_by_side(project, monkeypatch):
     root = project(MEETING)
     (root / "params" / "tiny" / "small.yaml").unlink()
     source = root / "notebooks" / "00_small.ipynb"
@@ -99,7 +99,12 @@ def test_notebooks_run_side_by_side(project):
         (root / "params" / "tiny" / f"{name}.yaml").write_text(
             f"notebook: {number}_{name}\nparameters: {{name: {name}}}\n"
         )
-    assert _execute(root) == []
+    monkeypatch.chdir(root)
+    places = {"runs": Path("runs"), "figures": Path("figures")}
+    assert execute_profile("tiny", root=root, **places) == []
+    assert Path.cwd() == root  # which all threads share
+    executed = sorted(path.name for path in Path("runs/notebooks/tiny").iterdir())
+    assert executed == ["left.ipynb", "right.ipynb"]
 
 
 def test_notebooks_of_one_group_share_a_stage_but_those_that_time_what_they_train():
