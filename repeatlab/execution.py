@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
+from multiprocessing import forkserver
 from threading import Timer
 from typing import Any
 
@@ -31,6 +34,13 @@ NEVER = "1000 days"
 # Of Dask's own list without its MALLOC_TRIM_THRESHOLD_, which makes the allocator hand memory back
 # after every update: the digits CNN took 1.4 to 1.5 times the processor time.
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# What the first run of a process imports late, most of its seconds: torch's optimizers import its
+# compiler. None of this package: a notebook's next study trains with the code as it is then.
+LATE_IMPORTS = ("torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "pyarrow.parquet")
+
+
+class RunFailed(RuntimeError):
+    """A run failed in a worker; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +128,8 @@ def _in_step(
         }
         try:
             while running:
-                for outcomes in _ended(running).values():
-                    yield outcomes if isinstance(outcomes, dict) else {}
+                for future in _ended(running).values():
+                    yield future.result() if future.exception() is None else {}
         except (KeyboardInterrupt, GeneratorExit):
             _leave(client, list(running.values()))
             raise
@@ -152,10 +162,11 @@ def spread(
                 config = waiting.pop(run_id).to_json()
                 # The key makes a run that is submitted twice one job.
                 running[run_id] = client.submit(
-                    train_job, config, root, limit=time_limit, key=f"run-{run_id}"
+                    run_job, config, root, limit=time_limit, key=f"run-{run_id}"
                 )
-            ended = _ended(running)
-            ended |= _hopeless(waiting, outcomes | ended)
+            ended = {run_id: _reason(future) for run_id, future in _ended(running).items()}
+            if any(ended.values()):
+                ended |= _hopeless(waiting, outcomes | ended)
             outcomes |= ended
             yield from ((run_id, why) for run_id, why in ended.items() if run_id in configs)
     except (KeyboardInterrupt, GeneratorExit):  # the latter: it was pressed where this is read
@@ -180,18 +191,13 @@ def _next(
     return list(islice(ready, max(0, room)))
 
 
-def _ended(running: dict[str, Any]) -> dict[str, str | None]:
-    """Wait a moment for runs to end; take them out and return why they failed, or None."""
+def _ended(running: dict[Any, Any]) -> dict[Any, Any]:
+    """Wait a moment for jobs to end; take their futures out and return them."""
     from distributed import wait
 
     with suppress(TimeoutError):
         wait(list(running.values()), timeout=COUNT_SECONDS, return_when="FIRST_COMPLETED")
-    ended: dict[str, str | None] = {}
-    for run_id in [run_id for run_id, future in running.items() if future.done()]:
-        future = running.pop(run_id)
-        error = future.exception()
-        ended[run_id] = future.result() if error is None else _reason(error)
-    return ended
+    return {job: running.pop(job) for job, future in list(running.items()) if future.done()}
 
 
 def _hopeless(waiting: dict[str, RunConfig], outcomes: Mapping[str, str | None]) -> dict[str, str]:
@@ -206,12 +212,25 @@ def _hopeless(waiting: dict[str, RunConfig], outcomes: Mapping[str, str | None])
     return failed
 
 
-def _reason(error: BaseException) -> str:
+def _reason(future: Any) -> str | None:
+    """Return why a run failed in a worker, or None."""
     from distributed import KilledWorker
 
+    error = future.exception()
     if isinstance(error, KilledWorker):
         return "its worker died at every attempt (memory, a signal or the time limit)"
-    return str(error)
+    return None if error is None else str(error)
+
+
+def run_job(config: dict[str, Any], runs: str, *, limit: float | None = None) -> None:
+    """Train one run in a worker, as `train_job`; that it did not fail needs no fetching.
+
+    Raises:
+        RunFailed: it failed.
+    """
+    why = train_job(config, runs, limit=limit)
+    if why is not None:
+        raise RunFailed(why)
 
 
 def train_job(config: dict[str, Any], runs: str, *, limit: float | None = None) -> str | None:
@@ -225,6 +244,7 @@ def train_job(config: dict[str, Any], runs: str, *, limit: float | None = None) 
     from repeatlab.training import Interrupted
 
     run = RunConfig.from_json(config)
+    import_late()
     with _ending_after(limit, [run], runs):
         try:
             train(run, runs)
@@ -249,6 +269,7 @@ def group_job(
     from repeatlab.training import Interrupted
 
     found = [RunConfig.from_json(config) for config in configs]
+    import_late()
     with _ending_after(limit and limit * len(found), found, runs):
         try:
             return train_group(found, runs)
@@ -256,6 +277,12 @@ def group_job(
             return {run.run_id: "interrupted" for run in found}
         except Exception:
             return {}
+
+
+def import_late() -> None:
+    """Import what a process's first run would import: no part of the run, nor of its time limit."""
+    for module in LATE_IMPORTS:
+        import_module(module)
 
 
 @contextmanager
@@ -348,6 +375,7 @@ def _share_gpus(client: Any, gpus: Sequence[str], runs_per_gpu: int) -> None:
 @contextmanager
 def local_client(workers: int) -> Iterator[Any]:
     """Yield the client of a Dask cluster of single-threaded processes on this machine."""
+    forked = _start_fork_server()
     import dask
     from distributed import Client, LocalCluster
 
@@ -356,6 +384,7 @@ def local_client(workers: int) -> Iterator[Any]:
             {
                 "distributed.deploy.lost-worker-timeout": NEVER,
                 "distributed.nanny.pre-spawn-environ": dict.fromkeys(ONE_THREAD, 1),
+                "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
             }
         ),
         LocalCluster(
@@ -365,7 +394,27 @@ def local_client(workers: int) -> Iterator[Any]:
             host="127.0.0.1",
             dashboard_address=None,
             silence_logs=logging.ERROR,
+            # The server's environment is that of its start.
+            env=dict(os.environ) if forked else None,
         ) as cluster,
         Client(cluster) as client,
     ):
         yield client
+
+
+def _start_fork_server() -> bool:
+    """Begin to import the libraries in a process whose copies become workers, now and later.
+
+    False where there is to be none: CUDA must not be touched before a copy is made, and a process
+    that is itself a copy of one with such a server cannot reach it.
+    """
+    if sys.platform != "linux" or _gpus():
+        return False
+    for name in ONE_THREAD:  # as Dask does for workers that are no copies
+        os.environ.setdefault(name, "1")
+    forkserver.set_forkserver_preload(["distributed", "torch", *LATE_IMPORTS])
+    try:
+        forkserver.ensure_running()
+    except ChildProcessError:
+        return False
+    return True

@@ -17,10 +17,19 @@ import dask
 import distributed  # noqa: F401  its defaults must be there before any of them is set
 import psutil
 import pytest
+import torch
 import yaml
 
 from repeatlab import checkpoint, execution
-from repeatlab.execution import Places, execute, gpu_of, local_client, spread, with_needs
+from repeatlab.execution import (
+    Places,
+    RunFailed,
+    execute,
+    gpu_of,
+    local_client,
+    spread,
+    with_needs,
+)
 from repeatlab.records import Store, StoreError
 from repeatlab.study import Study, StudyError, run_studies
 
@@ -88,6 +97,12 @@ def holder(run) -> psutil.Process | None:
     return None
 
 
+def in_a_copy(function) -> None:
+    """Call the function in a copy of this process, whose second threads are not copied with it."""
+    torch.set_num_threads(1)
+    function()
+
+
 def _timeless(run):
     return run.updates.drop(columns="seconds")
 
@@ -101,7 +116,7 @@ def test_a_study_survives_a_worker_killed_in_the_middle_of_a_run(tmp_path):
         assert report.retried == {run.path.name: 2}
 
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=execute)
+    process = context.Process(target=in_a_copy, args=(execute,))
     process.start()
     until(lambda: recorded(run) >= 20, process)
     until(lambda: holder(run) is not None, process)
@@ -130,7 +145,7 @@ def test_two_processes_that_start_one_run_train_it_once(tmp_path):
     slow = study(updates=30, loader=SLOW)
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=run_studies, args=([slow], tmp_path), kwargs={"workers": 0})
+        context.Process(target=in_a_copy, args=(lambda: run_studies([slow], tmp_path, workers=0),))
         for _ in range(2)
     ]
     for process in processes:
@@ -215,6 +230,54 @@ def test_workers_have_one_thread_and_the_allocator_as_it_is(monkeypatch):
     assert found == ["1", "1", None]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are no copies")
+def test_workers_begin_with_the_libraries_and_the_environment_of_now(monkeypatch):
+    for value in ("before", "after"):  # the second time the process that is copied is there
+        monkeypatch.setenv("REPEATLAB_DATA", value)
+        with local_client(1) as client:
+            loaded = client.submit(eval, "list(__import__('sys').modules)").result()
+            assert set(execution.LATE_IMPORTS) <= set(loaded)
+            assert client.submit(os.environ.get, "REPEATLAB_DATA").result() == value
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are no copies")
+def test_no_copies_are_made_for_cuda_or_by_a_process_that_is_a_copy(monkeypatch):
+    assert execution._start_fork_server()
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    copy = context.Process(target=lambda: answers.put(execution._start_fork_server()))
+    copy.start()
+    copy.join(60)
+    assert answers.get() is False
+    monkeypatch.setattr(execution, "_gpus", lambda: ["0"])
+    assert not execution._start_fork_server()
+
+
+def test_the_time_limit_begins_after_the_imports_of_a_process_s_first_run(tmp_path):
+    """In a fresh process: what its first run loads while the watch runs is next to nothing."""
+    code = """
+import json, sys
+from repeatlab import execution
+
+class Watch(execution.Timer):
+    def start(self):
+        self.loaded = set(sys.modules)
+        super().start()
+
+    def cancel(self):
+        print(json.dumps(sorted(sys.modules.keys() - self.loaded)))
+        super().cancel()
+
+execution.Timer = Watch
+execution.run_job(json.loads(sys.argv[1]), sys.argv[2], limit=600)
+"""
+    config = json.dumps(study(updates=2).planned()[0].config.to_json())
+    command = [sys.executable, "-c", code, config, str(tmp_path)]
+    loaded = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert len(loaded) < 50, loaded  # of the libraries it is a thousand
+    assert not {"sympy", "scipy", "sklearn", "torch._dynamo"} & set(loaded)
+
+
 def test_a_cluster_that_was_told_to_stop_trains_the_next_study(tmp_path):
     """Ctrl-C stops the workers' runs, not the workers, which may be somebody else's."""
     slow = study(updates=50, loader=SLOW)
@@ -235,17 +298,14 @@ def test_a_cluster_that_was_told_to_stop_trains_the_next_study(tmp_path):
 
 
 class _Future:
-    def __init__(self, result: str | None) -> None:
-        self.outcome = result
+    def __init__(self, failure: str | None) -> None:
+        self.failure = failure
 
     def done(self) -> bool:
         return True
 
-    def exception(self) -> None:
-        return None
-
-    def result(self) -> str | None:
-        return self.outcome
+    def exception(self) -> RunFailed | None:
+        return self.failure and RunFailed(self.failure)
 
 
 class _Client:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,7 @@ def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean), tuple(std)
 
 
+@cache  # small, and most of what building a task takes: a study builds hundreds
 def _digits(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
     """1,797 digits of 8 x 8 pixels, shipped with scikit-learn; 60 % train, 20 %, 20 %."""
     from sklearn.datasets import load_digits
