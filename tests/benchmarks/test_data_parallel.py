@@ -2,10 +2,11 @@
 
 Both sides train the same small MLP on the same batches, with the gradients summed over the
 processes at every update: one decides N by the joined loss of every fresh batch, the other replays
-the same N and exchanges no loss. They run in turns (A B B A ...) in the same two processes, from
-the same weights; a number is the median over the rounds of the ratio of process 0's times: by the
-wall, and of its processor, which other load disturbs less and which leaves waiting out.
-The results are `results/data_parallel.csv`.
+the same N and exchanges no loss. They go on in turns of a few updates (A B B A ...) in the same two
+processes, each on a core of its own where the system allows that, so that whatever else the machine
+does meets both alike: a number is the median over hundreds of such rounds of the ratio of process
+0's times, by the wall and of its processor, with the interval that holds the median in 95 % of
+bootstrap samples. The results are `results/data_parallel.csv`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import quantiles
 from time import perf_counter, process_time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,15 +32,20 @@ from repeatlab.mappings import Linear, Mapping, Threshold, Trace
 from repeatlab.repeater import BatchRepeater
 
 RESULTS = Path(__file__).parent / "results" / "data_parallel.csv"
-RANKS, UPDATES, ROUNDS = 2, 200, 15
+RANKS, ROUNDS, TURN = 2, 200, 10
+# Each side has two turns in a round; the first rounds warm up.
+WARM = 10
+UPDATES = 2 * TURN * (WARM + ROUNDS)
+# Of a whole update, for the way in which runs are trained here.
+MOST = 1.10
 RULES = {
     "Linear(t=0.35)": Linear(t=0.35),
     "N = 1, decided at every update": Threshold(t=1e9),
 }
 
 
-def train(repeats: Mapping, batches: list, how: str) -> tuple[tuple[float, float], list[int]]:
-    """Train 4-120-84-2 with Adam on batches of 32 a process; return both times and every N."""
+def updates(repeats: Mapping, batches: list, how: str, counts: list[int]) -> Iterator[None]:
+    """Train 4-120-84-2 with Adam on batches of 32 a process, an update each time; note every N."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(4, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 2)
@@ -52,23 +59,31 @@ def train(repeats: Mapping, batches: list, how: str) -> tuple[tuple[float, float
         ways = {"reduce": losses.start, "join": losses.join}
         GradientSum(optimizer, losses)
     repeater = BatchRepeater(batches, repeats, max_updates=UPDATES, **ways)
-    dist.barrier()
-    wall, worked = perf_counter(), process_time()
     for inputs, targets in repeater:
         loss = functional.mse_loss(model(inputs), targets)
         repeater.report(loss)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        yield
     rows = repeater.drain()
-    seconds = perf_counter() - wall, process_time() - worked
-    return seconds, rows["repeats"][rows["repeat"] == 0].tolist()
+    counts += rows["repeats"][rows["repeat"] == 0].tolist()
+
+
+def turn(side: Iterator[None]) -> tuple[float, float]:
+    """Make a few updates of a side; return the wall's and the processor's seconds."""
+    wall, worked = perf_counter(), process_time()
+    for _ in range(TURN):
+        next(side)
+    return perf_counter() - wall, process_time() - worked
 
 
 def measure(rank: int, folder: Path, how: str, rule: str) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
     )
@@ -76,19 +91,32 @@ def measure(rank: int, folder: Path, how: str, rule: str) -> None:
     inputs = torch.randn(100, 32, 4, generator=generator)
     targets = torch.randn(100, 32, 2, generator=generator)
     batches = list(zip(inputs, targets, strict=True))
-    decide = RULES[rule]
-    _, counts = train(decide, batches, how)
-    sides = (decide, Trace(tuple(counts)))
-    times = torch.empty(ROUNDS, 2, 2)  # round, side, clock
-    for turn in range(ROUNDS):
-        for side in (0, 1) if turn % 2 else (1, 0):
-            seconds, made = train(sides[side], batches, how)
-            assert made == counts
-            times[turn, side] = torch.tensor(seconds)
+    counts: list[int] = []
+    for _ in updates(RULES[rule], batches, how, counts):
+        pass
+    made: tuple[list[int], list[int]] = ([], [])
+    sides = (
+        updates(RULES[rule], batches, how, made[0]),
+        updates(Trace(tuple(counts)), batches, how, made[1]),
+    )
+    times = torch.zeros(WARM + ROUNDS, 2, 2)  # round, side, clock
+    for number in range(WARM + ROUNDS):
+        for side in (0, 1, 1, 0):
+            times[number, side] += torch.tensor(turn(sides[side]))
+    for side in sides:
+        assert next(side, None) is None
+    assert made == (counts, counts)
     if rank == 0:
-        torch.save([times, UPDATES / len(counts)], folder / "answer.pt")
+        torch.save([times[WARM:], UPDATES / len(counts)], folder / "answer.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def median_with_interval(ratios: np.ndarray) -> tuple[float, float, float]:
+    """Return the median and the 95 % interval of a bootstrap."""
+    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return float(np.median(ratios)), float(low), float(high)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -106,22 +134,22 @@ def test_what_the_decision_costs(how, rule, tmp_path, record, capsys):
     times, mean_count = torch.load(tmp_path / "answer.pt")
     rows = []
     for number, clock in enumerate(("wall", "processor")):
-        ratios = (times[:, 0, number] / times[:, 1, number]).tolist()
-        low, middle, high = quantiles(ratios, n=4)
+        ratios = (times[:, 0, number] / times[:, 1, number]).numpy()
+        middle, low, high = median_with_interval(ratios)
         rows.append(
             {
                 "task": "data parallel",
                 "data": "MLP of 10,934 parameters, Adam, batch 32 a process",
-                "scale": f"{RANKS} gloo processes, {UPDATES} updates a side",
+                "scale": f"{RANKS} gloo processes, {ROUNDS} rounds of {2 * TURN} updates a side",
                 "arm": f"{how}, {rule}",
-                "metric": f"{clock} time beside the same N replayed (median, quartiles)",
+                "metric": f"{clock} time beside the same N replayed (median, 95 %)",
                 "n": len(ratios),
                 "mean": round(middle, 3),
                 "low": round(low, 3),
                 "high": round(high, 3),
                 "mean N": round(mean_count, 2),
                 "us an update, replayed": round(
-                    times[:, 1, number].median().item() / UPDATES * 1e6
+                    times[:, 1, number].median().item() / (2 * TURN) * 1e6
                 ),
                 "load": round(os.getloadavg()[0], 1),
                 "processor": f"{processor()}, {os.cpu_count()} cores",
@@ -133,3 +161,5 @@ def test_what_the_decision_costs(how, rule, tmp_path, record, capsys):
             *({k: row[k] for k in ("arm", "metric", "mean", "low", "high")} for row in rows),
             sep="\n",
         )
+    if how == "repeatlab":
+        assert rows[0]["mean"] <= MOST
