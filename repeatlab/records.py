@@ -67,7 +67,7 @@ def safe_name(what: str, name: str) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yield the name of a file beside `path` that takes its place once it is written.
 
     Raises:
@@ -94,7 +94,7 @@ def write_json(path: Path, data: Any) -> None:
         StoreError: it cannot be written.
     """
     text = json.dumps(data, indent=1) + "\n"
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -408,7 +408,7 @@ class RunWriter:
                 raise StoreError(
                     f"{stream} holds {len(table)} of the {self._rows[name]} rows written to it"
                 )
-            with _replacing(self.path / f"{name}.parquet") as temporary:
+            with replacing(self.path / f"{name}.parquet") as temporary:
                 pq.write_table(table, temporary, compression="zstd")
         self._set_status(status, **details)
         write_json(self.path / "summary.json", {"status": status, **summary})
@@ -425,7 +425,7 @@ class RunWriter:
 
     def rewrite(self, name: str, table: pa.Table) -> None:
         """Begin a table anew with these rows, in one step."""
-        with _replacing(self.path / f"{name}.arrow") as temporary:
+        with replacing(self.path / f"{name}.arrow") as temporary:
             self._open(name, table.schema, temporary)
             self._append(name, table)
 

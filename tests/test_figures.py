@@ -192,6 +192,24 @@ def test_a_figure_cannot_leave_its_directory(tmp_path):
         save_figure(plt.figure(), "../x", tmp_path, notebook="n", records=RECORDS, parameters={})
 
 
+@pytest.mark.parametrize("name", ["/etc/x", "a/../../x", "..", "x/"])
+def test_no_path_is_a_figure_s_name(tmp_path, name):
+    with pytest.raises(ValueError, match=r"the figure name .* must consist of"):
+        save_figure(plt.figure(), name, tmp_path, notebook="n", records=RECORDS, parameters={})
+
+
+def test_a_link_in_a_figure_s_place_is_replaced_not_followed(tmp_path):
+    directory = tmp_path / "figures"
+    directory.mkdir()
+    outside = [tmp_path / f"outside.{kind}" for kind in ("png", "pdf")]
+    for file in outside:
+        file.write_text("somebody else's")
+        (directory / f"x{file.suffix}").symlink_to(file)
+    save_figure(plt.figure(), "x", directory, notebook="n", records=RECORDS, parameters={})
+    assert [file.read_text() for file in outside] == ["somebody else's"] * 2
+    assert not any((directory / f"x{file.suffix}").is_symlink() for file in outside)
+
+
 # --- one look per method ----------------------------------------------------------------------
 
 

@@ -322,6 +322,19 @@ def test_names_that_could_leave_the_directory_are_refused(tmp_path, name):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_link_in_a_run_s_place_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    store = Store(tmp_path / "runs")
+    run = store.run("task", "abc")
+    run.path.parent.mkdir(parents=True)
+    run.path.symlink_to(outside)
+    with pytest.raises(StoreError, match="abc cannot be written"):
+        store.begin(run, {}, {})
+    assert [path.name for path in outside.iterdir()] == ["kept"]
+
+
 # --- studies ------------------------------------------------------------------------------------
 
 
