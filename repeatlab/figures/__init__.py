@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 
 from repeatlab.analysis import Records
 from repeatlab.environment import commit
-from repeatlab.records import safe_name, write_json
+from repeatlab.records import replacing, safe_name, write_json
 
 # A hue for each family of methods, from light to dark within it: hues that colour-blind readers
 # tell apart, and shades that stay apart in grey. With so many methods line style and marker differ
@@ -297,8 +297,10 @@ def save_figure(
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         # Without dates, the same figure is the same file.
-        figure.savefig(directory / f"{name}.pdf", metadata={"CreationDate": None})
-        figure.savefig(directory / f"{name}.png", metadata={"Software": None})
+        for kind, undated in (("pdf", "CreationDate"), ("png", "Software")):
+            # A link in the figure's place is replaced, not followed.
+            with replacing(directory / f"{name}.{kind}") as file:
+                figure.savefig(file, format=kind, metadata={undated: None})
     entry = {
         "files": [f"{name}.pdf", f"{name}.png"],
         "notebook": notebook,
