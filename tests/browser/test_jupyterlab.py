@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = re.compile(r"bin/jupyter lab (.*)")
 ADDRESS = re.compile(r"http://127\.0\.0\.1:(?P<port>\d+)/lab")
 CELLS = ".jp-Notebook .jp-CodeCell"
+PROMPTS = f"document.querySelectorAll('{CELLS} .jp-InputPrompt')"
 PATIENCE = 600  # seconds for a notebook, on a machine that has others to serve
 # Chromium refuses to isolate pages of the superuser, as in a container.
 ARGUMENTS = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
@@ -142,16 +143,31 @@ def page(chromium, request):
     page.close()
 
 
+def _choose(page, menu: str, item: str) -> None:
+    """Choose an item of a menu, once it is there to be chosen: at first it is greyed out."""
+    there = page.locator(f".lm-Menu-item:has(.lm-Menu-itemLabel:text-is('{item}'))")
+    for _ in range(PATIENCE):
+        page.click(f".lm-MenuBar-itemLabel:text-is('{menu}')")
+        there.wait_for()
+        if "lm-mod-disabled" not in there.get_attribute("class"):
+            return there.click()
+        page.keyboard.press("Escape")
+    pytest.fail(f"{menu}, {item} stays greyed out")
+
+
 def _run_all(page, lab, name: str) -> None:
     """Open a notebook, run all of its cells, and wait until the kernel has."""
     address, token, _ = lab
     page.goto(f"{address}/tree/notebooks/{name}.ipynb?token={token}&reset")
-    idle = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
+    # The notebook's own indicator says idle also before there is a kernel.
+    idle = "#jp-main-statusbar :text-matches('ipykernel.*Idle')"
     page.wait_for_selector(idle, timeout=1000 * PATIENCE)
     # The notebooks keep the numbers of their cells, by which is seen here which have run.
-    for menu, item in (("Edit", "Clear Outputs of All Cells"), ("Run", "Run All Cells")):
-        page.click(f".lm-MenuBar-itemLabel:text-is('{menu}')")
-        page.click(f".lm-Menu-itemLabel:text-is('{item}')")
+    _choose(page, "Edit", "Clear Outputs of All Cells")
+    page.wait_for_function(
+        f"() => ![...{PROMPTS}].some(p => /\\d/.test(p.textContent))", polling=100
+    )
+    _choose(page, "Run", "Run All Cells")
     page.wait_for_function(
         """selector => {
             const cells = [...document.querySelectorAll(selector)];
