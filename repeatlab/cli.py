@@ -309,17 +309,16 @@ def check(task: str, dataset: str | None) -> None:
     """
     from repeatlab.checks import check
 
-    chosen: list[Any] = [{"name": task} | ({"dataset": dataset} if dataset else {})]
+    chosen: dict[str, Any] = {"": {"name": task} | ({"dataset": dataset} if dataset else {})}
     if Path(task).suffix == ".yaml":
         if dataset:
             raise click.UsageError("a parameter file says what its dataset is: leave --dataset out")
-        chosen = [
-            config for study in _read_studies([Path(task)]) for config in study.tasks.values()
-        ]
+        (study,) = _read_studies([Path(task)])
+        chosen = {f"{label}: ": config for label, config in study.tasks.items()}
     failed = False
-    for config in chosen:
+    for label, config in chosen.items():
         report = check(config)
-        click.echo(str(report))
+        click.echo(f"{label}{report}")
         failed |= bool(report.failed)
     sys.exit(1 if failed else 0)
 

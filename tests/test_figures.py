@@ -122,12 +122,13 @@ def test_misses_are_open_triangles_and_have_no_median():
 
 def test_repeats_over_time_draws_fresh_batches_only():
     updates = pd.DataFrame(
-        {"fresh_batch": [0, 0, 1], "repeat": [0, 1, 0], "repeats": [2, 2, 1], "loss": [2, 1.5, 1]}
+        {"fresh_batch": [0, 0, 1], "repeat": [0, 1, 0], "repeats": [4, 4, 1], "loss": [2, 1.5, 1]}
     )
     figure = repeats_over_time(updates)
     top, bottom = figure.axes
     assert top.lines[0].get_ydata().tolist() == [2, 1]
-    assert [segment[1][1] for segment in bottom.collections[0].get_segments()] == [2, 1]
+    assert [segment[1][1] for segment in bottom.collections[0].get_segments()] == [4, 1]
+    assert all(float(tick).is_integer() for tick in bottom.get_yticks())  # N is a count
     plt.close(figure)
 
 

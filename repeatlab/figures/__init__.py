@@ -180,6 +180,7 @@ def repeats_over_time(updates: pd.DataFrame) -> Figure:
         top.set_ylabel("first loss")
         bottom.vlines(fresh["fresh_batch"], 0, fresh["repeats"], lw=0.7, color="#555555")
         bottom.set_ylabel("N")
+        bottom.locator_params(axis="y", integer=True)
         bottom.set_xlabel("fresh batch")
     return figure
 
