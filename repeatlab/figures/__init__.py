@@ -296,12 +296,14 @@ def save_figure(
     with style():
         # One layout for all formats, and for the notebook that shows the figure.
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-        # Without dates, the same figure is the same file.
-        for kind, undated in (("pdf", "CreationDate"), ("png", "Software")):
-            # A link in the figure's place is replaced, not followed.
-            with replacing(directory / f"{name}.{kind}") as file:
-                figure.savefig(file, format=kind, metadata={undated: None})
+        with mpl.rc_context({"figure.constrained_layout.use": False}):
+            # Not "none", whose place holder makes every format draw twice.
+            figure.set_layout_engine(None)
+            # Without dates, the same figure is the same file.
+            for kind, undated in (("pdf", "CreationDate"), ("png", "Software")):
+                # A link in the figure's place is replaced, not followed.
+                with replacing(directory / f"{name}.{kind}") as file:
+                    figure.savefig(file, format=kind, metadata={undated: None})
     entry = {
         "files": [f"{name}.pdf", f"{name}.png"],
         "notebook": notebook,
