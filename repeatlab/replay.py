@@ -8,6 +8,7 @@ where the episode has terminated. Where an episode ends, the returns before it a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,6 +125,18 @@ class ReplayBuffer:
         # Below its capacity, the buffer holds transition i at place i.
         slots = indices if self.steps <= self.capacity else indices % self.capacity
         return Transitions(*(c[slots] for c in self._columns.values()), indices, index)
+
+    def copy_batch(self, indices: Tensor, places: Sequence[np.ndarray]) -> None:
+        """Copy the transitions with these numbers, as `batch` returns them, into arrays.
+
+        Args:
+            indices: As in `batch`.
+            places: For the columns in their order, each (b,) or (b, size).
+        """
+        slots = indices.numpy() % self.capacity
+        for column, place in zip(self._arrays.values(), places, strict=True):
+            # All slots are inside: "clip" only spares a copy.
+            column.take(slots, 0, out=place, mode="clip")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the buffer holds, without the places that are still empty."""

@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parameters_to_vector
 
 from repeatlab import checkpoint, training
 from repeatlab.cli import cli
@@ -183,8 +184,13 @@ AGENT = {
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"driver": "td_error", "target_clock": "fresh_batches", "epsilon_clock": "updates"}],
-    ids=["huber", "td_error"],
+    [
+        {},
+        {"driver": "td_error", "target_clock": "fresh_batches", "epsilon_clock": "updates"},
+        # Steps in a row, and transitions that overwrite others.
+        {"train_frequency": 3, "capacity": 40, "epsilon_steps": 30},
+    ],
+    ids=["huber", "td_error", "several steps"],
 )
 def test_agents_are_what_they_are_alone(tmp_path, fields):
     methods = {
@@ -501,8 +507,8 @@ def test_outputs_and_gradients_are_autograd_s(flat):
         gradients.append(logits.grad)
     stack.backward(torch.stack(gradients))
     for network, found in zip(alone, stack.gradients, strict=True):
-        for parameter, gradient in zip(network.parameters(), found, strict=True):
-            assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+        expected = parameters_to_vector(parameter.grad for parameter in network.parameters())
+        assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_other_networks_are_refused():
@@ -512,7 +518,7 @@ def test_other_networks_are_refused():
         StackedMLP([nn.Sequential(nn.Linear(2, 2), nn.Sigmoid(), nn.Linear(2, 2))])
     weight = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="RMSprop"):
-        StackedOptimizer([torch.optim.RMSprop([weight])], [[torch.zeros(2)]])
+        StackedOptimizer([torch.optim.RMSprop([weight])], torch.zeros(1, 2), torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -526,7 +532,8 @@ def test_other_networks_are_refused():
 )
 def test_a_step_is_torch_s_for_every_arm_at_its_own_rate(kind, settings):
     torch.manual_seed(0)
-    weights = [[nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(5))] for _ in range(4)]
+    rows = torch.randn(4, 11)
+    weights = [[nn.Parameter(row[:6].view(3, 2)), nn.Parameter(row[6:])] for row in rows]
     alone = copy.deepcopy(weights)
     rates = [0.1, 0.2, 0.1, 0.3]
 
@@ -534,16 +541,15 @@ def test_a_step_is_torch_s_for_every_arm_at_its_own_rate(kind, settings):
         return [kind(w, lr=r, fused=True, **settings) for w, r in zip(owned, rates, strict=True)]
 
     found, expected = made(weights), made(alone)
-    gradients = [[torch.zeros_like(w) for w in own] for own in weights]
-    stacked = StackedOptimizer(found, gradients)
+    gradients = torch.zeros_like(rows)
+    stacked = StackedOptimizer(found, rows, gradients)
     for step in range(6):
         if step == 3:  # as a schedule does
             for optimizer in (*found[1:3], *expected[1:3]):
                 optimizer.param_groups[0]["lr"] *= 0.5
-        for own, others in zip(gradients, alone, strict=True):
-            for gradient, weight in zip(own, others, strict=True):
-                gradient.copy_(torch.randn_like(gradient))
-                weight.grad = gradient.clone()
+        gradients.copy_(torch.randn_like(gradients))
+        for gradient, (matrix, vector) in zip(gradients, alone, strict=True):
+            matrix.grad, vector.grad = gradient[:6].view(3, 2).clone(), gradient[6:].clone()
         stacked.step()
         for optimizer in expected:
             optimizer.step()

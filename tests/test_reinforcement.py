@@ -24,7 +24,12 @@ from repeatlab.loop import train
 from repeatlab.schema import ConfigError, parse
 from repeatlab.seeding import derive, generator
 from repeatlab.study import Study
-from repeatlab.tasks.reinforcement import Reinforcement, ReinforcementConfig, q_network
+from repeatlab.tasks.reinforcement import (
+    Reinforcement,
+    ReinforcementConfig,
+    greedy_episodes,
+    q_network,
+)
 
 SCALE = np.array([2.0, 1.0, 10.0, 1.0], dtype=np.float32)
 SMALL = {"hidden": (16, 8), "learning_starts": 60, "epsilon_steps": 300, "evaluation_episodes": 4}
@@ -519,9 +524,26 @@ def test_evaluation_is_repeatable_and_has_no_influence():
     assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
 
 
+def test_episodes_of_several_agents_side_by_side_are_those_of_each_alone():
+    agents = [make(seed=seed) for seed in range(3)]
+
+    def greedy(seen: torch.Tensor) -> torch.Tensor:
+        rows = seen.view(3, -1, 4)
+        return torch.cat(
+            [agent.model(row).argmax(1) for agent, row in zip(agents, rows, strict=True)]
+        )
+
+    together = greedy_episodes(agents[0].config, "test", greedy, device="cpu", agents=3)
+    for agent, episodes in zip(agents, together, strict=True):
+        alone = agent.play("test")
+        assert len(episodes) == len(alone)
+        for one, other in zip(episodes, alone, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one[:-1], other[:-1], strict=True))
+
+
 def test_evaluation_starts_are_fixed_over_runs_and_differ_between_splits():
     def starts(seed: int, split: str) -> torch.Tensor:
-        episodes = make(seed=seed)._play(split)
+        episodes = make(seed=seed).play(split)
         return torch.stack([episode.observations[0] for episode in episodes])
 
     assert torch.equal(starts(0, "test"), starts(1, "test"))

@@ -12,8 +12,9 @@ units in the last place, and an N where a loss lies that close to a boundary of 
 there on the two runs drift apart, as equal runs on two processors do. What a record calls seconds
 is a run's share: the group's time, divided by its arms.
 
-Agents act one by one, each in its own environment: of a DQN's time less is shared than of an MLP's
-on a data set.
+Each agent has its own environment and replay buffer: of a DQN's time less is shared than of an
+MLP's on a data set. The action of highest value, and an evaluation's episodes, are asked of all
+networks at once.
 """
 
 from __future__ import annotations

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from repeatlab.data import Batch
 from repeatlab.lockstep.network import StackedMLP
 from repeatlab.lockstep.optimizers import StackedOptimizer
 from repeatlab.replay import Transitions
-from repeatlab.tasks.reinforcement import Reinforcement
+from repeatlab.tasks.reinforcement import Reinforcement, greedy_episodes
 from repeatlab.tasks.supervised import Supervised
 
 
@@ -39,7 +42,7 @@ class SupervisedStack:
     def __init__(self, tasks: Sequence[Supervised]) -> None:
         self._network = StackedMLP([task.model for task in tasks])
         self._optimizer = StackedOptimizer(
-            [task.optimizer for task in tasks], self._network.gradients
+            [task.optimizer for task in tasks], self._network.weights, self._network.gradients
         )
         arms, size, device = len(tasks), tasks[0].batch_size, tasks[0].device
         features = tasks[0].data.train.images[0].numel()
@@ -79,7 +82,9 @@ class SupervisedStack:
 class ReinforcementStack:
     """DQN agents: the mean Huber loss of each arm's TD errors.
 
-    Each arm acts alone, in its own environment with its own network, when its batch is made.
+    Each arm lives in its own environment and has its own replay buffer. What its task asks its
+    network for is asked of all networks at once: the greedy action where the agent is, and the
+    episodes of an evaluation, which arms in step come to after the same update.
 
     Args:
         tasks: The arms' tasks.
@@ -90,51 +95,93 @@ class ReinforcementStack:
         self._agents = StackedMLP([task.model for task in tasks])
         self._targets = StackedMLP([task.target for task in tasks])
         self._optimizer = StackedOptimizer(
-            [task.optimizer for task in tasks], self._agents.gradients
+            [task.optimizer for task in tasks], self._agents.weights, self._agents.gradients
         )
         self._by_error = tasks[0].config.driver == "td_error"
         shape, device = (len(tasks), tasks[0].batch_size), tasks[0].device
         self._batches = Transitions(
-            observations=torch.zeros(*shape, 4, device=device),
-            actions=torch.zeros(shape, dtype=torch.int64, device=device),
-            returns=torch.zeros(shape, device=device),
-            discounts=torch.zeros(shape, device=device),
-            next_observations=torch.zeros(*shape, 4, device=device),
-            indices=torch.zeros(shape, dtype=torch.int64, device=device),
+            observations=torch.zeros(*shape, 4),
+            actions=torch.zeros(shape, dtype=torch.int64),
+            returns=torch.zeros(shape),
+            next_observations=torch.zeros(*shape, 4),
+            discounts=torch.zeros(shape),
+            indices=torch.zeros(shape, dtype=torch.int64),
             index=0,
         )
-        self._places = list(zip(*self._batches[:-1], strict=True))
+        columns = [column.numpy() for column in self._batches[:5]]
+        self._places = list(zip(*columns, strict=True))
+        self._actions = self._batches.actions
         self._gradient = torch.zeros(*shape, 2, device=device)
         self._errors = torch.empty(0)
+        # Of the weights as they are until the next step.
+        self._seen: list[np.ndarray] = []
+        self._greedy: list[int] = []
+        self._episodes: dict[str, list[list[Transitions]]] = {}
+        for arm, task in enumerate(tasks):
+            task.fetch = _numbers_alone
+            task.greedy_action = partial(self._greedy_action, arm)
+            task.play = partial(self._play, arm)
 
     def stage(self, arm: int, batch: Transitions) -> None:
         """See `Stack`."""
-        torch._foreach_copy_(self._places[arm], batch[:-1])
+        self._tasks[arm].buffer.copy_batch(batch.indices, self._places[arm])
 
     @torch.no_grad()
     def losses(self) -> list[float]:
         """See `Stack`."""
-        batches = self._batches
+        batches = self._batches.to(self._gradient.device)
         best = self._agents(batches.next_observations).argmax(2, keepdim=True)
         later = self._targets(batches.next_observations).gather(2, best).squeeze(2)
         goals = batches.returns + batches.discounts * later
         values = self._agents(batches.observations)
-        values = values.gather(2, batches.actions.unsqueeze(2)).squeeze(2)
+        self._actions = batches.actions.unsqueeze(2)
+        values = values.gather(2, self._actions).squeeze(2)
         self._errors = values - goals
         if self._by_error:
-            return torch.stack([error.abs().mean() for error in self._errors]).tolist()
-        pairs = zip(values, goals, strict=True)
-        return torch.stack([functional.smooth_l1_loss(*pair) for pair in pairs]).tolist()
+            return self._errors.abs().mean(1).tolist()
+        return functional.smooth_l1_loss(values, goals, reduction="none").mean(1).tolist()
 
     @torch.no_grad()
     def step(self) -> None:
         """See `Stack`."""
         slopes = self._errors.clamp_(-1, 1).mul_(1 / self._errors.shape[1]).unsqueeze(2)
-        self._gradient.zero_().scatter_(2, self._batches.actions.unsqueeze(2), slopes)
+        self._gradient.zero_().scatter_(2, self._actions, slopes)
         self._agents.backward(self._gradient)
         self._optimizer.step()
+        self._seen.clear()
+        self._episodes.clear()
         for task in self._tasks:
             task.count_update()
+
+    def _greedy_action(self, arm: int) -> int:
+        """Return an arm's greedy action; from its second step in a row on, it is asked alone."""
+        if not self._seen:
+            self._seen = [task.observation for task in self._tasks]
+            seen = torch.from_numpy(np.stack(self._seen)).to(self._gradient.device)
+            self._greedy = self._agents(seen.unsqueeze(1)).argmax(2).squeeze(1).tolist()
+        task = self._tasks[arm]
+        if self._seen[arm] is task.observation:
+            return self._greedy[arm]
+        return Reinforcement.greedy_action(task)
+
+    def _play(self, arm: int, split: str) -> list[Transitions]:
+        """Return an arm's episodes of a split."""
+        if split not in self._episodes:
+            arms = len(self._tasks)
+
+            def greedy(seen: Tensor) -> Tensor:
+                return self._agents(seen.view(arms, -1, 4)).argmax(2).flatten()
+
+            self._episodes[split] = greedy_episodes(
+                self._tasks[0].config, split, greedy, device=self._gradient.device, agents=arms
+            )
+        return self._episodes[split][arm]
+
+
+def _numbers_alone(indices: Tensor, index: int) -> Transitions:
+    """Return a batch that is read from the buffer only when it is staged."""
+    nothing = torch.empty(0)
+    return Transitions(nothing, nothing, nothing, nothing, nothing, indices, index)
 
 
 STACKS: dict[str, type[Stack]] = {

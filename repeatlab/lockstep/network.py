@@ -22,7 +22,8 @@ class StackedMLP:
             turns, the last one `Linear`.
 
     Attributes:
-        gradients: Of each arm, in the order and shapes of its parameters; filled by `backward`.
+        weights: (arms, numbers), of each arm all parameters end to end.
+        gradients: Those of `weights`; filled by `backward`.
 
     Raises:
         ValueError: a network has other layers.
@@ -30,14 +31,14 @@ class StackedMLP:
 
     def __init__(self, networks: Sequence[nn.Sequential]) -> None:
         parameters = [list(network.parameters()) for network in networks]
-        weights = torch.stack([parameters_to_vector(p) for p in parameters]).detach()
-        found = torch.zeros_like(weights)
-        self.gradients = [_views(row, parameters[0]) for row in found]
-        for row, own in zip(weights, parameters, strict=True):
+        self.weights = torch.stack([parameters_to_vector(p) for p in parameters]).detach()
+        self.gradients = torch.zeros_like(self.weights)
+        for row, own in zip(self.weights, parameters, strict=True):
             for parameter, view in zip(own, _views(row, own), strict=True):
                 parameter.data = view
         linear = _linear_layers(networks[0])
-        self._layers, self._gradients = _stacked(weights, linear), _stacked(found, linear)
+        self._layers = _stacked(self.weights, linear)
+        self._gradients = _stacked(self.gradients, linear)
         self._inputs: list[Tensor] = []
 
     @torch.no_grad()

@@ -192,12 +192,7 @@ class Reinforcement:
         """Make steps with the epsilon-greedy policy, and remember them."""
         for _ in range(steps):
             chance, choice = self._explore[self.environment_steps].tolist()
-            if chance < self.epsilon():
-                action = int(choice * 2)
-            else:
-                seen = torch.from_numpy(self.observation).to(self.device, non_blocking=True)
-                values = self.precision(self.model, seen)
-                action = int(values.argmax())
+            action = int(choice * 2) if chance < self.epsilon() else self.greedy_action()
             before = self.observation
             raw, reward, terminated, truncated, _ = self.environment.step(action)
             self.observation = raw * self.scale
@@ -213,6 +208,12 @@ class Reinforcement:
             if terminated or truncated:
                 self.recent_returns.append(len(self.episode_actions))
                 self._begin_episode(self.episode + 1)
+
+    @torch.no_grad()
+    def greedy_action(self) -> int:
+        """Return the action of the highest value where the agent is."""
+        seen = torch.from_numpy(self.observation).to(self.device, non_blocking=True)
+        return int(self.precision(self.model, seen).argmax())
 
     def _begin_episode(self, episode: int) -> None:
         """Reset the environment: how an episode begins is a function of (seed, its number)."""
@@ -258,6 +259,10 @@ class Reinforcement:
             )
         numbers = self.buffer.samples_at(self._steps_at(index))
         indices = (self._draws[visit][index] * len(numbers)).long() + numbers.start
+        return self.fetch(indices, index)
+
+    def fetch(self, indices: Tensor, index: int) -> Transitions:
+        """Return the transitions `indices`, int64, (batch,), as fresh batch `index`."""
         return self.buffer.batch(indices, index).to(self.device)
 
     def refresh(self, batch: Transitions, visit: int) -> Transitions:
@@ -354,7 +359,7 @@ class Reinforcement:
             spread = torch.linspace(numbers[0], numbers[-1], min(len(numbers), PROBED_TRANSITIONS))
             episodes = [self.buffer.batch(spread.long(), 0)]
         else:
-            episodes = self._play(split)
+            episodes = self.play(split)
             returns = [len(episode.actions) for episode in episodes]
         moved = [episode.to(self.device) for episode in episodes]
         losses = torch.cat([self.sample_losses(episode) for episode in moved])
@@ -367,41 +372,13 @@ class Reinforcement:
             "q_value": values.double().mean().item(),
         }
 
-    def _play(self, split: str) -> list[Transitions]:
-        """Return the split's greedy episodes, played side by side, each until it first ends."""
-        count = self.config.evaluation_episodes
-        environments = gymnasium.make_vec(
-            ENVIRONMENT, num_envs=count, vectorization_mode="vector_entry_point"
-        )
-        raw, _ = environments.reset(seed=derive(0, f"evaluation/{split}"))
-        observations, actions = [raw * self.scale], []
-        lengths, failed = np.zeros(count, dtype=int), np.zeros(count, dtype=bool)
-        while not lengths.all():
-            seen = torch.from_numpy(observations[-1]).to(self.device)
-            values = self.precision(self.model, seen)
-            actions.append(values.argmax(1).cpu().numpy())
-            raw, _, terminated, truncated, _ = environments.step(actions[-1])
-            observations.append(raw * self.scale)
-            ended = (terminated | truncated) & (lengths == 0)
-            lengths[ended], failed[ended] = len(actions), terminated[ended]
-        environments.close()
-        seen, done = np.stack(observations, axis=1), np.stack(actions, axis=1)
-        return [
-            episode_transitions(
-                seen[i, : length + 1],
-                done[i, :length],
-                self._rewards(length, failed[i]),
-                terminated=bool(failed[i]),
-                n_steps=self.config.n_steps,
-                gamma=self.config.gamma,
-            )
-            for i, length in enumerate(lengths)
-        ]
+    def play(self, split: str) -> list[Transitions]:
+        """Return the split's greedy episodes."""
 
-    def _rewards(self, length: int, failed: bool) -> np.ndarray:
-        if not self.config.sutton_barto_reward:
-            return np.ones(length)
-        return np.where(np.arange(length) == length - 1, -float(failed), 0.0)
+        def greedy(seen: Tensor) -> Tensor:
+            return self.precision(self.model, seen).argmax(1)
+
+        return greedy_episodes(self.config, split, greedy, device=self.device)[0]
 
     def pictures(self) -> dict[str, np.ndarray]:
         return {}
@@ -451,6 +428,67 @@ class _Blocks:
             self._block = block
             self._rows = self._draw(generator(self._seed, self._stream, block))
         return self._rows[row]
+
+
+@torch.no_grad()
+def greedy_episodes(
+    config: ReinforcementConfig,
+    split: str,
+    greedy: Callable[[Tensor], Tensor],
+    *,
+    device: str,
+    agents: int = 1,
+) -> list[list[Transitions]]:
+    """Return the greedy episodes of every agent, all played side by side, each until it first ends.
+
+    Args:
+        config: The agents' task.
+        split: "validation" or "test"; it says where the episodes begin, the same for every agent.
+        greedy: From observations, float32, (agents * episodes, 4), agent by agent, to the actions
+            of the highest value, int64, (agents * episodes,).
+        device: Where `greedy` wants the observations.
+        agents: How many there are.
+    """
+    count, scale = config.evaluation_episodes, np.array(config.observation_scale, dtype=np.float32)
+    environments = _side_by_side(agents * count)
+    raw, _ = environments.reset(seed=derive(0, f"evaluation/{split}"))
+    if agents > 1:
+        alone = _side_by_side(count)
+        raw, _ = alone.reset(seed=derive(0, f"evaluation/{split}"))
+        environments.unwrapped.state = np.tile(alone.unwrapped.state, agents)
+        raw = np.tile(raw, (agents, 1))
+    observations, actions = [raw * scale], []
+    lengths, failed = np.zeros(agents * count, dtype=int), np.zeros(agents * count, dtype=bool)
+    while not lengths.all():
+        actions.append(greedy(torch.from_numpy(observations[-1]).to(device)).cpu().numpy())
+        raw, _, terminated, truncated, _ = environments.step(actions[-1])
+        observations.append(raw * scale)
+        ended = (terminated | truncated) & (lengths == 0)
+        lengths[ended], failed[ended] = len(actions), terminated[ended]
+    environments.close()
+    seen, done = np.stack(observations, axis=1), np.stack(actions, axis=1)
+    episodes = [
+        episode_transitions(
+            seen[i, : length + 1],
+            done[i, :length],
+            _rewards(config, length, failed[i]),
+            terminated=bool(failed[i]),
+            n_steps=config.n_steps,
+            gamma=config.gamma,
+        )
+        for i, length in enumerate(lengths)
+    ]
+    return [episodes[i : i + count] for i in range(0, len(episodes), count)]
+
+
+def _side_by_side(count: int) -> gymnasium.vector.VectorEnv:
+    return gymnasium.make_vec(ENVIRONMENT, num_envs=count, vectorization_mode="vector_entry_point")
+
+
+def _rewards(config: ReinforcementConfig, length: int, failed: bool) -> np.ndarray:
+    if not config.sutton_barto_reward:
+        return np.ones(length)
+    return np.where(np.arange(length) == length - 1, -float(failed), 0.0)
 
 
 def huber_bounds(values: Tensor, targets: Tensor) -> Tensor:
