@@ -241,11 +241,10 @@ def predict(
     """Return the training time of a run, in seconds, from what its ledger has counted.
 
     N update + d for each fresh batch, after `CostModel.run`. To that come, as the run's method
-    asks: a slow loader's delay for every batch made, with what waking from it costs, new views and
-    samples, and what choosing
-    samples takes: the presample, its scores, weights. What is not in it: calibration and models
-    trained beforehand, which have their own seconds; the sorting and drawing of samplers
-    other than importance sampling.
+    asks: a slow loader's delay for every batch made, and what waking costs once for every batch
+    trained on; new views and samples; what choosing samples takes: the presample, its scores,
+    weights. What is not in it: calibration and models trained beforehand, which have their own
+    seconds; the sorting and drawing of samplers other than importance sampling.
 
     Args:
         measurement: Of the run's task, on its device and number of threads.
