@@ -1,4 +1,4 @@
-"""One list of versions: pyproject.toml; the lock satisfies it, the environment asks for it."""
+"""One list of versions, pyproject.toml, that lock and environment follow; how the lab starts."""
 
 from __future__ import annotations
 
@@ -63,3 +63,13 @@ def test_the_conda_environment_lists_no_second_versions():
     extras = re.fullmatch(r"-e \.\[([a-z,]+)\]", line).group(1).split(",")
     assert set(extras) <= PROJECT["optional-dependencies"].keys()
     assert environment["channels"] == ["conda-forge"]
+
+
+def test_the_lab_keeps_jupyter_s_loopback_and_token():
+    """Nothing here says otherwise: no option of `make lab`, no server configuration."""
+    recipe = (ROOT / "Makefile").read_text().partition("\nlab:")[2].partition("\n\n")[0]
+    options = re.findall(r"--[\w.-]+", recipe)
+    assert options == ["--notebook-dir"]
+    assert [file.name for file in (ROOT / "etc" / "jupyter").rglob("*") if file.is_file()] == [
+        "default_setting_overrides.json"
+    ]
