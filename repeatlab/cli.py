@@ -99,7 +99,7 @@ def run(parameters: tuple[Path, ...], runs: Path, **places: Any) -> None:
 
     Started by torchrun, every run is trained by all of its processes, which share the batches.
     """
-    from repeatlab.execution import Places
+    from repeatlab.places import Places
     from repeatlab.study import run_studies
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -114,8 +114,8 @@ def run(parameters: tuple[Path, ...], runs: Path, **places: Any) -> None:
 def _run_shared(parameters: tuple[Path, ...], runs: Path) -> None:
     """Make the runs of studies as one of the processes that torchrun has started."""
     from repeatlab.data_parallel import TeamBroken, process_group
-    from repeatlab.execution import Places
     from repeatlab.loop import together
+    from repeatlab.places import Places
     from repeatlab.study import run_studies
 
     studies = _read_studies(parameters, processes=int(os.environ["WORLD_SIZE"]))

@@ -24,8 +24,9 @@ from repeatlab.config import (
     Threads,
 )
 from repeatlab.environment import commit
-from repeatlab.execution import Places, execute
+from repeatlab.execution import execute
 from repeatlab.html_view import rows_table
+from repeatlab.places import Places
 from repeatlab.records import Run, Store, StoreError, safe_name
 from repeatlab.schema import Model, did_you_mean, parse
 from repeatlab.tasks import TaskConfig

@@ -120,6 +120,18 @@ def _fault(run: Run) -> str | None:
 
 
 def remove(store: Store, run: Run) -> None:
-    """Delete a run, so that the next start of its study makes it again."""
+    """Delete a run, so that the next start of its study makes it again.
+
+    Of a run that is a link, the link: what it leads to is not the store's.
+
+    Raises:
+        StoreError: it cannot be deleted.
+    """
     with store.locked(run):
-        shutil.rmtree(run.path)
+        try:
+            if run.path.is_symlink():
+                run.path.unlink()
+            else:
+                shutil.rmtree(run.path)
+        except OSError as error:
+            raise StoreError(f"{run.path} cannot be deleted: {error.strerror}") from None

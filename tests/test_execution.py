@@ -20,16 +20,10 @@ import pytest
 import torch
 import yaml
 
-from repeatlab import checkpoint, execution
-from repeatlab.execution import (
-    Places,
-    RunFailed,
-    execute,
-    gpu_of,
-    local_client,
-    spread,
-    with_needs,
-)
+from repeatlab import checkpoint, execution, jobs, places
+from repeatlab.execution import execute, spread, with_needs
+from repeatlab.jobs import RunFailed
+from repeatlab.places import Places, gpu_of, local_client
 from repeatlab.records import Store, StoreError
 from repeatlab.study import Study, StudyError, run_studies
 
@@ -236,30 +230,30 @@ def test_workers_begin_with_the_libraries_and_the_environment_of_now(monkeypatch
         monkeypatch.setenv("REPEATLAB_DATA", value)
         with local_client(1) as client:
             loaded = client.submit(eval, "list(__import__('sys').modules)").result()
-            assert set(execution.LATE_IMPORTS) <= set(loaded)
+            assert set(jobs.LATE_IMPORTS) <= set(loaded)
             assert client.submit(os.environ.get, "REPEATLAB_DATA").result() == value
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are no copies")
 def test_no_copies_are_made_for_cuda_or_by_a_process_that_is_a_copy(monkeypatch):
-    assert execution._start_fork_server()
+    assert places._start_fork_server()
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
-    copy = context.Process(target=lambda: answers.put(execution._start_fork_server()))
+    copy = context.Process(target=lambda: answers.put(places._start_fork_server()))
     copy.start()
     copy.join(60)
     assert answers.get() is False
-    monkeypatch.setattr(execution, "_gpus", lambda: ["0"])
-    assert not execution._start_fork_server()
+    monkeypatch.setattr(places, "_gpus", lambda: ["0"])
+    assert not places._start_fork_server()
 
 
 def test_the_time_limit_begins_after_the_imports_of_a_process_s_first_run(tmp_path):
     """In a fresh process: what its first run loads while the watch runs is next to nothing."""
     code = """
 import json, sys
-from repeatlab import execution
+from repeatlab import jobs
 
-class Watch(execution.Timer):
+class Watch(jobs.Timer):
     def start(self):
         self.loaded = set(sys.modules)
         super().start()
@@ -268,8 +262,8 @@ class Watch(execution.Timer):
         print(json.dumps(sorted(sys.modules.keys() - self.loaded)))
         super().cancel()
 
-execution.Timer = Watch
-execution.run_job(json.loads(sys.argv[1]), sys.argv[2], limit=600)
+jobs.Timer = Watch
+jobs.run_job(json.loads(sys.argv[1]), sys.argv[2], limit=600)
 """
     config = json.dumps(study(updates=2).planned()[0].config.to_json())
     command = [sys.executable, "-c", code, config, str(tmp_path)]
@@ -371,16 +365,16 @@ def test_workers_share_the_gpus(monkeypatch):
     """Six workers on three GPUs: in pairs of neighbours, under the names this process sees."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert execution._gpus() == ["0", "1", "2"]
+    assert places._gpus() == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a,7")
-    assert execution._gpus() == ["5", "GPU-a", "7"]
-    pairs = [gpu_of(worker, execution._gpus(), 2) for worker in range(7)]
+    assert places._gpus() == ["5", "GPU-a", "7"]
+    pairs = [gpu_of(worker, places._gpus(), 2) for worker in range(7)]
     assert pairs == ["5", "5", "GPU-a", "GPU-a", "7", "7", "5"]
     assert [gpu_of(worker, ["0", "1"], 1) for worker in range(4)] == ["0", "1", "0", "1"]
 
 
 @pytest.mark.parametrize(
-    ("device", "places", "started", "shared"),
+    ("device", "asked", "started", "shared"),
     [
         ("auto", Places(runs_per_gpu=2), 4, True),
         ("auto", Places(workers=3, runs_per_gpu=2), 3, True),
@@ -388,7 +382,7 @@ def test_workers_share_the_gpus(monkeypatch):
         ("cpu", Places(runs_per_gpu=2), 5, False),
     ],
 )
-def test_as_many_workers_as_the_gpus_take(monkeypatch, device, places, started, shared):
+def test_as_many_workers_as_the_gpus_take(monkeypatch, device, asked, started, shared):
     found = []
 
     @contextmanager
@@ -398,12 +392,12 @@ def test_as_many_workers_as_the_gpus_take(monkeypatch, device, places, started, 
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(execution.os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(execution, "local_client", fake)
-    monkeypatch.setattr(execution, "_share_gpus", lambda client, gpus, n: found.append(gpus))
+    monkeypatch.setattr(places.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(places, "local_client", fake)
+    monkeypatch.setattr(places, "_share_gpus", lambda client, gpus, n: found.append(gpus))
     monkeypatch.setattr(execution, "spread", lambda *args, **kwargs: iter(()))
     configs = planned(study(seeds=5, device=device))
-    assert list(execute(configs, Store("runs"), places)) == []
+    assert list(execute(configs, Store("runs"), asked)) == []
     assert found == [started, ["0", "1"]] if shared else [started]
 
 
@@ -411,9 +405,9 @@ def test_the_time_limit_ends_a_process_that_cannot_say_so(tmp_path, monkeypatch)
     """Where the disk is full, too."""
     ended = threading.Event()
     monkeypatch.setattr("repeatlab.records.write_json", _full)
-    monkeypatch.setattr(execution.os, "_exit", lambda code: ended.set())
+    monkeypatch.setattr(jobs.os, "_exit", lambda code: ended.set())
     config = study().planned()[0].config
-    with execution._ending_after(0.001, [config], str(tmp_path)):
+    with jobs._ending_after(0.001, [config], str(tmp_path)):
         assert ended.wait(60)
 
 

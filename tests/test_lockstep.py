@@ -20,13 +20,14 @@ from torch.nn.utils import parameters_to_vector
 from repeatlab import checkpoint, training
 from repeatlab.cli import cli
 from repeatlab.config import RunConfig
-from repeatlab.execution import Places, with_needs
+from repeatlab.execution import with_needs
 from repeatlab.lockstep import group as groups_module
 from repeatlab.lockstep import groups, train_group
 from repeatlab.lockstep.network import StackedMLP
 from repeatlab.lockstep.optimizers import StackedOptimizer
 from repeatlab.loop import train
 from repeatlab.models import mlp, small_cnn
+from repeatlab.places import Places
 from repeatlab.records import Run, Store
 from repeatlab.schema import parse
 from repeatlab.study import Study, run_studies

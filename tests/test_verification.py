@@ -8,8 +8,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
-from repeatlab.records import Store
+from repeatlab.cli import cli
+from repeatlab.records import Store, StoreError
 from repeatlab.study import run_study
 from repeatlab.verification import damaged, remove, study_states, summary_table
 
@@ -90,6 +92,28 @@ def test_a_damaged_run_that_is_removed_is_made_again(store):
     assert run_study(STUDY, store.root, workers=0).trained == 1
     assert reasons(store) == []
     pd.testing.assert_frame_equal(first(store).updates.drop(columns="seconds"), before)
+
+
+def test_of_a_run_that_is_a_link_the_link_is_removed(store, tmp_path_factory):
+    run, elsewhere = first(store), tmp_path_factory.mktemp("elsewhere") / "run"
+    run.path.rename(elsewhere)
+    run.path.symlink_to(elsewhere)
+    rewrite(run, lambda u: u.iloc[:-1])
+    done = CliRunner().invoke(cli, ["verify", "--runs", str(store.root), "--remove"])
+    assert (done.exit_code, done.exception) == (0, None)
+    assert "2 runs read, 1 damaged and removed" in done.output
+    assert not run.path.is_symlink()
+    assert (elsewhere / "updates.parquet").exists()
+    assert run_study(STUDY, store.root, workers=0).trained == 1
+
+
+def test_a_run_that_cannot_be_deleted_is_said_to_be(store, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refused)
+    with pytest.raises(StoreError, match=r"cannot be deleted: Permission denied"):
+        remove(store, first(store))
 
 
 def test_every_state_is_told(store):

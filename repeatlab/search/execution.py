@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 
 from repeatlab.config import RECORD_VERSION, RunConfig
 from repeatlab.environment import commit, pick_device
-from repeatlab.execution import local_client, spread, train_job
+from repeatlab.execution import spread
+from repeatlab.jobs import train_job
+from repeatlab.places import local_client
 from repeatlab.prerequisites import prerequisites
 from repeatlab.records import Run, Store, StoreError, write_json
 from repeatlab.schema import ConfigError, did_you_mean

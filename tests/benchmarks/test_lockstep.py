@@ -15,7 +15,7 @@ from time import process_time
 import pytest
 
 from repeatlab.environment import processor
-from repeatlab.execution import Places
+from repeatlab.places import Places
 from repeatlab.study import Study, run_studies
 
 RESULTS = Path(__file__).parent / "results" / "lockstep.csv"

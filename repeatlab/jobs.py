@@ -1,0 +1,119 @@
+"""One run, or a group of runs in lock-step, as the job of a worker: idempotent, and ended in time.
+
+A run that is made twice is found in the store, one that was killed goes on from its checkpoint. So
+a job may be given again to another worker, whatever has become of the first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from threading import Timer
+from typing import Any
+
+from repeatlab.config import RunConfig
+from repeatlab.records import Store, StoreError
+
+TIME_LIMIT_EXIT = 124
+# What the first run of a process imports late, most of its seconds: torch's optimizers import its
+# compiler. None of this package: a notebook's next study trains with the code as it is then.
+LATE_IMPORTS = ("torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "pyarrow.parquet")
+
+
+class RunFailed(RuntimeError):
+    """A run failed in a worker; the message says why."""
+
+
+def run_job(config: dict[str, Any], runs: str, *, limit: float | None = None) -> None:
+    """Train one run in a worker, as `train_job`; that it did not fail needs no fetching.
+
+    Raises:
+        RunFailed: it failed.
+    """
+    why = train_job(config, runs, limit=limit)
+    if why is not None:
+        raise RunFailed(why)
+
+
+def train_job(config: dict[str, Any], runs: str, *, limit: float | None = None) -> str | None:
+    """Train one run in a worker; return why it failed, or None.
+
+    Idempotent, since Dask may execute a job twice: a run in the store is not made again. An attempt
+    that takes longer than `limit` seconds ends its process: nothing less stops what hangs.
+    """
+    from repeatlab.data_parallel import TeamBroken
+    from repeatlab.loop import train
+    from repeatlab.training import Interrupted
+
+    run = RunConfig.from_json(config)
+    import_late()
+    with _ending_after(limit, [run], runs):
+        try:
+            train(run, runs)
+        except Interrupted:
+            return "interrupted"
+        except TeamBroken:
+            raise  # no other run can be trained by these processes
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+def group_job(
+    configs: Sequence[dict[str, Any]], runs: str, *, limit: float | None = None
+) -> dict[str, str | None]:
+    """Train runs in lock-step; return by run id why one failed, or None.
+
+    As `train_job`, with the time of as many attempts. Where the group as a whole fails, nothing is
+    returned, and its runs are to be made one by one.
+    """
+    from repeatlab.lockstep.group import train_group
+    from repeatlab.training import Interrupted
+
+    found = [RunConfig.from_json(config) for config in configs]
+    import_late()
+    with _ending_after(limit and limit * len(found), found, runs):
+        try:
+            return train_group(found, runs)
+        except Interrupted:
+            return {run.run_id: "interrupted" for run in found}
+        except Exception:
+            return {}
+
+
+def import_late() -> None:
+    """Import what a process's first run would import: no part of the run, nor of its time limit."""
+    for module in LATE_IMPORTS:
+        import_module(module)
+
+
+@contextmanager
+def _ending_after(limit: float | None, configs: Sequence[RunConfig], runs: str) -> Iterator[None]:
+    """End this process where what it does takes longer than `limit` seconds."""
+
+    def end() -> None:
+        for config in configs:
+            run = Store(runs).run(config.task.name, config.run_id)
+            with suppress(OSError, StoreError):
+                if not run.done:
+                    run.note("failed", error=f"took longer than the time limit of {limit:g} s")
+        os._exit(TIME_LIMIT_EXIT)
+
+    watch = Timer(limit, end) if limit else None
+    if watch is not None:
+        watch.daemon = True
+        watch.start()
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.cancel()
+
+
+def stop_training(stop: bool) -> None:
+    """Make every run of this process leave a checkpoint and end, or let runs begin again."""
+    from repeatlab.training import STOP
+
+    STOP.set() if stop else STOP.clear()

@@ -1,0 +1,139 @@
+"""Where runs are made: in this process, in processes of this machine, or on any Dask cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from typing import Any
+
+from repeatlab.config import RunConfig
+from repeatlab.jobs import LATE_IMPORTS
+
+# Dask gives up a local worker that is absent at this time after its end; its nanny never does.
+NEVER = "1000 days"
+# Of Dask's own list without its MALLOC_TRIM_THRESHOLD_, which makes the allocator hand memory back
+# after every update: the digits CNN took 1.4 to 1.5 times the processor time.
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where runs are made.
+
+    Attributes:
+        workers: Processes on this machine, each of one thread; None takes one for each core, or
+            `runs_per_gpu` for each GPU, 0 trains in this process.
+        scheduler: Address of a Dask scheduler whose workers train instead; they need this package,
+            and the store under the same path. Ctrl-C stops all runs on them.
+        time_limit: Seconds that one attempt at a run may take before its process is ended; None
+            waits for ever. Without effect in this process.
+        runs_per_gpu: How many workers share a GPU; they take the machine's GPUs in turn.
+        lockstep: Whether runs of small networks train as groups (`repeatlab.lockstep`) where that
+            is faster.
+    """
+
+    workers: int | None = None
+    scheduler: str | None = None
+    time_limit: float | None = None
+    runs_per_gpu: int = 1
+    lockstep: bool = True
+
+
+@contextmanager
+def open_client(places: Places, configs: Mapping[str, RunConfig]) -> Iterator[Any]:
+    """Yield a Dask client of the workers that are to make these runs, by their ids."""
+    from distributed import Client
+
+    if places.scheduler is not None:
+        with Client(places.scheduler) as client:
+            yield client
+        return
+    gpus = [] if all(config.device == "cpu" for config in configs.values()) else _gpus()
+    most = len(gpus) * places.runs_per_gpu if gpus else os.cpu_count() or 1
+    with local_client(min(places.workers or most, len(configs))) as client:
+        if gpus:
+            _share_gpus(client, gpus, places.runs_per_gpu)
+        yield client
+
+
+def _gpus() -> list[str]:
+    """Return the names under which this process sees its GPUs."""
+    import torch
+
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[:count] if names else [str(number) for number in range(count)]
+
+
+def gpu_of(worker: int, gpus: Sequence[str], runs_per_gpu: int) -> str:
+    """Return the GPU of a worker: `runs_per_gpu` neighbours share one.
+
+    >>> [gpu_of(worker, ["0", "1"], 2) for worker in range(6)]
+    ['0', '0', '1', '1', '0', '0']
+    """
+    return gpus[worker // runs_per_gpu % len(gpus)]
+
+
+def _share_gpus(client: Any, gpus: Sequence[str], runs_per_gpu: int) -> None:
+    """Give each worker one GPU; also a process that comes in the place of one that died."""
+    from distributed import WorkerPlugin
+
+    class OneGPU(WorkerPlugin):
+        def setup(self, worker: Any) -> None:
+            gpu = gpu_of(int(worker.name), gpus, runs_per_gpu)
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+
+    client.register_plugin(OneGPU())
+
+
+@contextmanager
+def local_client(workers: int) -> Iterator[Any]:
+    """Yield the client of a Dask cluster of single-threaded processes on this machine."""
+    forked = _start_fork_server()
+    import dask
+    from distributed import Client, LocalCluster
+
+    with (
+        dask.config.set(
+            {
+                "distributed.deploy.lost-worker-timeout": NEVER,
+                "distributed.nanny.pre-spawn-environ": dict.fromkeys(ONE_THREAD, 1),
+                "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
+            }
+        ),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs=logging.ERROR,
+            # The server's environment is that of its start.
+            env=dict(os.environ) if forked else None,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def _start_fork_server() -> bool:
+    """Begin to import the libraries in a process whose copies become workers, now and later.
+
+    False where there is to be none: CUDA must not be touched before a copy is made, and a process
+    that is itself a copy of one with such a server cannot reach it.
+    """
+    if sys.platform != "linux" or _gpus():
+        return False
+    for name in ONE_THREAD:  # as Dask does for workers that are no copies
+        os.environ.setdefault(name, "1")
+    forkserver.set_forkserver_preload(["distributed", "torch", *LATE_IMPORTS])
+    try:
+        forkserver.ensure_running()
+    except ChildProcessError:
+        return False
+    return True
