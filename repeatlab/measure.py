@@ -17,19 +17,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repeatlab.config import EvaluationConfig, LoaderConfig, MethodConfig, RunConfig
 from repeatlab.environment import describe, pick_device
-from repeatlab.prediction import PRESAMPLE, REPEATS, Measurement
+from repeatlab.prediction import BRIEF_DELAY, PRESAMPLE, REPEATS, Measurement
 from repeatlab.records import Run, RunWriter
+from repeatlab.stopwatch import Stopwatch
 from repeatlab.tasks import TASKS, Task, TaskConfig, load_task
 from repeatlab.training import Training
+from repeatlab.turns import Turns, in_turns, train_in_turns
 from repeatlab.watch import watched
 
 MOST_UPDATES = 2000  # in a block
-# What the slow loader sleeps, in seconds: with prefetch it has to be slower than an update to be
-# waited for at all, and beside a long sleep its waking is nothing.
-SHORTEST_DELAY, LONGEST_DELAY = 0.004, 0.050
-# A loop runs so long, in seconds, before it is timed: after another kind of loop, and above all
-# after one that slept, it is slower at first, and blocks are too short for that to even out.
+# What the slow loader sleeps, in seconds: long beside `BRIEF_DELAY`, and with prefetch it has to be
+# slower than an update to be waited for at all; beside a very long sleep its waking is nothing.
+SHORTEST_DELAY, LONGEST_DELAY = 0.012, 0.050
+# A loop runs so long, in seconds, before it is timed: it is slower at first, and blocks are too
+# short for that to even out.
 START_UP = 0.05
+# A processor can be twice as fast in one second as in the next (its clock, the neighbour on its
+# core), so that the blocks of a round are made in so many turns, a few updates of each in a turn.
+TURNS = 8
+# Before its turn other updates run so long, in seconds: the first ones of a turn find the caches
+# full of another network.
+LEAD_IN = 0.01
 
 
 def measure(
@@ -41,6 +49,7 @@ def measure(
     first_batch: int = 0,
     blocks: int = 9,
     block_seconds: float = 0.25,
+    clock: Callable[[], float] = perf_counter,
 ) -> Measurement:
     """Return the times of a task's parts, as they are in the loop that trains it.
 
@@ -54,8 +63,10 @@ def measure(
             are its mean.
         blocks: Blocks of each kind, over which medians are taken.
         block_seconds: How long a block shall take at N = 1; it has at least four updates.
+        clock: What to read the time from.
     """
-    bench = Bench(task_config, device=device, threads=threads, seed=seed, first_batch=first_batch)
+    options = {"device": device, "threads": threads, "seed": seed, "first_batch": first_batch}
+    bench = Bench(task_config, **options, clock=clock)
     bench.warm_up(block_seconds)
     for _ in range(blocks):
         bench.round()
@@ -66,12 +77,15 @@ class Bench:
     """The loop that trains a task, in blocks of several kinds.
 
     They take turns, so that a slow moment of the machine meets all of them, and each begins where
-    the others do. The learning rate is 0: a measurement does not depend on whether the task learns,
-    and cannot diverge. Arguments are those of `measure`.
+    the others do. On a GPU, whose queue would have to be empty between two turns, a block is a
+    turn, and so is one whose batches are made meanwhile. The learning rate is 0: a measurement does
+    not depend on whether the task learns, and cannot diverge. Arguments are those of `measure`.
 
     Attributes:
         updates: Updates in a block.
         started: Updates before them, to which the clock pays no attention.
+        lead: Updates on a task of their own before each turn.
+        turns: In how many of them a block is made.
         delay: What the slow loader sleeps for a batch, in seconds.
         waits: Updates in a block with it.
         rounds: Seconds by kind and part, one entry for each round.
@@ -85,19 +99,20 @@ class Bench:
         threads: int = 1,
         seed: int = 0,
         first_batch: int = 0,
+        clock: Callable[[], float] = perf_counter,
+        turns: int = TURNS,
     ) -> None:
-        self.config, self.threads = task_config, threads
-        self.device = pick_device(device)
-        task = load_task(TASKS[task_config.name])(task_config, seed=seed, device=self.device)
-        for optimizer in task.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
+        self.config, self.threads, self.seed = task_config, threads, seed
+        self.device, self._clock, self.turns = pick_device(device), clock, turns
+        self._first = first_batch + 1
+        self.task = task = self._build()
         # Optimizers have their moments from the first step on.
-        task.step(task.fresh_batch(first_batch), lambda *reported: None)
+        task.step(task.fresh_batch(-1), _ignore)
         self._start = deepcopy(task.state_dict())
-        self.task = _Later(task, first_batch + 1)
+        self._tasks: dict[str, _Later] = {}
+        self._leading, self._led = task, 0
         self.updates = self.waits = REPEATS
-        self.started = 0
+        self.started = self.lead = 0
         self.delay = SHORTEST_DELAY
         self.rounds: list[dict[str, dict[str, float]]] = []
         refused = task_config.refusals()
@@ -108,32 +123,44 @@ class Bench:
     def warm_up(self, block_seconds: float) -> None:
         """Run once, and give the blocks the size that takes so long."""
         with self._settings():
-            self._loop(REPEATS)
-            seconds = self._loop(REPEATS)
-        self.started = REPEATS * int(START_UP / seconds / REPEATS)
-        self.delay = min(LONGEST_DELAY, max(SHORTEST_DELAY, 2 * seconds))
-        self.updates = _block(block_seconds / seconds)
-        self.waits = _block(block_seconds / (seconds + self.delay))
+            seconds = [in_turns({"once": self._loop("once", REPEATS)}, _nothing) for _ in range(2)]
+        update = seconds[1]["once"]
+        self.started = REPEATS * int(START_UP / update / REPEATS)
+        if self.device == "cpu":
+            self.lead = int(LEAD_IN / update)
+            self._leading = self._build()
+        self.delay = min(LONGEST_DELAY, max(SHORTEST_DELAY, 2 * update))
+        self.updates = _block(block_seconds / update)
+        self.waits = _block(block_seconds / (update + self.delay))
 
-    def round(self) -> None:
-        """Run one block of each kind; every other round runs them backwards."""
-        kinds: dict[str, Callable[[], float | dict[str, float]]] = {
-            "once": self._loop,
-            "repeated": lambda: self._loop(repeats=REPEATS),
-            "parts": self._parts,
-            "singles": self._singles,
-            "delayed": self._delayed,
-        }
-        if self._weighs:
-            kinds["uniform"] = lambda: self._loop(threshold=inf)
-            kinds["chosen"] = lambda: self._loop(threshold=-inf)
-        if self._prefetches:
-            kinds["prefetched"] = lambda: self._delayed(prefetch=True)
-        order = list(kinds)[:: -1 if len(self.rounds) % 2 else 1]
+    def round(self, **others: Turns[Any]) -> dict[str, Any]:
+        """Run one block of each kind; every other round runs them backwards.
+
+        Args:
+            **others: Loops that take their turns among the blocks.
+
+        Returns:
+            What they return.
+        """
+        loops = self._loops()
+        kinds = loops | self._singles()
+        order = [*others, *kinds][:: -1 if len(self.rounds) % 2 else 1]
         with self._settings():
-            done = {kind: kinds[kind]() for kind in order}
-        parts = done.pop("parts") | done.pop("singles")
-        self.rounds.append({"loops": done, "parts": parts})
+            done = in_turns({kind: (others | kinds)[kind] for kind in order}, self.lead_in)
+        parts = done["parts"] | {kind: done[kind] for kind in kinds if kind not in loops}
+        times = {kind: done[kind] for kind in loops if kind != "parts"}
+        self.rounds.append({"loops": times, "parts": parts})
+        return {name: done[name] for name in others}
+
+    def lead_in(self) -> None:
+        """Make some updates that are not timed."""
+        for _ in range(self.lead):
+            self._leading.step(self._leading.fresh_batch(self._led), _ignore)
+            self._led += 1
+
+    def turn(self, updates: int) -> int:
+        """Return how many of a loop's updates are made in a turn."""
+        return ceil(updates / self.turns) if self.device == "cpu" else updates
 
     def measurement(self) -> Measurement:
         """Return the medians over the rounds made so far."""
@@ -176,31 +203,57 @@ class Bench:
         finally:
             torch.set_num_threads(before)
 
-    def _delayed(self, *, prefetch: bool = False) -> float:
-        """Return the seconds of an update with the slow loader."""
-        loader = LoaderConfig(delay_ms=1000 * self.delay, prefetch=prefetch)
-        return self._loop(self.waits, loader=loader)
+    def _loops(self) -> dict[str, Turns[Any]]:
+        """Return the loops of a round, by kind."""
+        kinds = {
+            "once": self._loop("once"),
+            "repeated": self._loop("repeated", repeats=REPEATS),
+            "parts": self._parts(),
+            "delayed": self._delayed("delayed"),
+            "delayed_briefly": self._delayed("delayed_briefly", BRIEF_DELAY),
+        }
+        if self._weighs:
+            kinds["uniform"] = self._loop("uniform", threshold=inf)
+            kinds["chosen"] = self._loop("chosen", threshold=-inf)
+        if self._prefetches:
+            kinds["prefetched"] = self._delayed("prefetched", prefetch=True)
+        return kinds
+
+    def _delayed(
+        self, kind: str, delay: float | None = None, *, prefetch: bool = False
+    ) -> Turns[float]:
+        """Return the seconds of an update with a slow loader, by default that of `delay`."""
+        loader = LoaderConfig(delay_ms=1000 * (delay or self.delay), prefetch=prefetch)
+        return self._loop(kind, self.waits, loader=loader)
 
     def _loop(
         self,
+        kind: str,
         updates: int | None = None,
         *,
         repeats: int = 1,
         threshold: float | None = None,
         loader: LoaderConfig | None = None,
-    ) -> float:
+        task: _Later | None = None,
+        stopwatch: Stopwatch | None = None,
+    ) -> Turns[float]:
         """Return the seconds of an update in a loop as `repeatlab.loop` runs it once it is going.
 
         Args:
+            kind: Its task is that of this kind.
             updates: How many are timed; by default those of a block.
             repeats: N, the same for every batch.
             threshold: tau_th of importance sampling; by default there is none.
             loader: How slow it is; by default not at all.
+            task: One to use instead, as it is.
+            stopwatch: What times it; by default one of its own.
         """
         method: dict[str, Any] = {"mapping": {"name": "constant", "repeats": repeats}}
         if threshold is not None:
             method["sampler"] = {"name": "importance", "presample": PRESAMPLE}
-        self._restart()
+        # A slow loader changes the task that it is given.
+        task = task or self._task(kind).again()
+        loader = loader or LoaderConfig()
         updates = updates or self.updates
         total = self.started + updates
         config = RunConfig(
@@ -208,67 +261,96 @@ class Bench:
             method=MethodConfig.model_validate(method),
             max_updates=total,
             evaluation=EvaluationConfig(every=total, splits=(), test=False),
-            loader=loader or LoaderConfig(),
+            loader=loader,
             device=self.device,
             threads=self.threads,
         )
-        # A slow loader changes the task that it is given.
-        task = self.task if loader is None else self.task.again()
+        turn = total if loader.prefetch else self.turn(total)
         with TemporaryDirectory() as directory:
             training = Training(config, task, RunWriter(Path(directory)), calibration={})
             if threshold is not None:
                 training.sampler.threshold = threshold
-            training.run()
+            yield from train_in_turns(training, stopwatch or Stopwatch(self._clock), turn=turn)
             seconds = Run(Path(directory)).updates["seconds"].to_numpy()
         begin = seconds[self.started - 1] if self.started else 0.0
         return float(seconds[-1] - begin) / updates
 
-    def _parts(self) -> dict[str, float]:
+    def _parts(self) -> Turns[dict[str, float]]:
         """Return the seconds of each part of an update, in a loop with a watch."""
-        with watched(self.task, self._clock) as watch:
-            self._loop()
+        task, stopwatch = self._task("parts"), Stopwatch(self._now)
+        with watched(task, stopwatch) as watch:
+            yield from self._loop("parts", task=task, stopwatch=stopwatch)
         updates = self.started + self.updates
         return {part: total / updates for part, total in watch.totals.items()}
 
-    def _singles(self) -> dict[str, float]:
-        """Return the seconds of what is done with a batch outside of an update."""
-        self._restart()
-        task, batch = self.task, self.task.fresh_batch(0)
+    def _singles(self) -> dict[str, Turns[float]]:
+        """Return what is done with a batch outside of an update, by name: the seconds of each."""
+        task = self._task("singles")
         work = {"scoring": task.sample_losses, "refresh": lambda batch: task.refresh(batch, 1)}
         if self._weighs:
             work["bounds"] = task.gradient_bounds
         if self._resamples:
             work["resample"] = lambda batch: task.resample(batch, 1)
-        return {name: self._mean(single, batch) for name, single in work.items()}
+        batch = task.fresh_batch(0)
+        return {name: self._single(single, batch) for name, single in work.items()}
 
-    def _restart(self) -> None:
-        """Go back to where every block begins; in reinforcement, the steps since are unmade."""
-        self.task.load_state_dict(deepcopy(self._start))
+    def _single(self, work: Callable[[Any], Any], batch: Any) -> Turns[float]:
+        count, seconds = self.updates // REPEATS, 0.0
+        turn = self.turn(count)
+        for made in range(0, count, turn):
+            start = self._now()
+            for _ in range(made, min(count, made + turn)):
+                work(batch)
+            seconds += self._now() - start
+            yield
+        return seconds / count
 
-    def _mean(self, work: Callable[[Any], Any], batch: Any) -> float:
-        count = self.updates // REPEATS
-        start = self._clock()
-        for _ in range(count):
-            work(batch)
-        return (self._clock() - start) / count
+    def _build(self) -> _Later:
+        kind = load_task(TASKS[self.config.name])
+        task = kind(self.config, seed=self.seed, device=self.device)
+        for optimizer in task.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+        return _Later(task, self._first)
+
+    def _task(self, kind: str) -> _Later:
+        """Return the task of a kind of block, as it is where every block begins.
+
+        Where there are no turns all kinds have the same. In reinforcement, steps are unmade.
+        """
+        if self.device != "cpu":
+            kind = "every"
+        if kind not in self._tasks:
+            self._tasks[kind] = self._build() if self._tasks else self.task
+        self._tasks[kind].load_state_dict(deepcopy(self._start))
+        return self._tasks[kind]
 
     def _flops(self) -> dict[str, int]:
         """Return the floating-point operations of one update, forward and backward."""
-        self._restart()
+        self.task.load_state_dict(deepcopy(self._start))
         batch = self.task.fresh_batch(0)
         with (
             FlopCounterMode(display=False) as counter,
             watched(self.task, counter.get_total_flops) as watch,
         ):
-            self.task.step(batch, lambda *reported: None)
+            self.task.step(batch, _ignore)
         return {part: int(watch.totals[part]) for part in ("forward", "backward")}
 
-    def _clock(self) -> float:
+    def _now(self) -> float:
+        """Return the time when the device has done what it was told to."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         elif self.device == "mps":
             torch.mps.synchronize()
-        return perf_counter()
+        return self._clock()
+
+
+def _ignore(*reported: Any) -> None:
+    """Stand for a loop's `report`."""
+
+
+def _nothing() -> None:
+    """Lead nothing in."""
 
 
 def _block(updates: float) -> int:

@@ -41,7 +41,8 @@ def measured(
     for name, task in study.tasks.items():
         key = measurement_key(task.model_dump(mode="json"), here["device"], study.threads)
         old = known.get(key)
-        if old and old.delay and old.environment["processor"] == here["processor"]:
+        complete = old is not None and "delayed_briefly" in old.loops
+        if complete and old.environment["processor"] == here["processor"]:
             found[name] = old
             continue
         task.prepare()

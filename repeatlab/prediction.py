@@ -25,6 +25,7 @@ from repeatlab.records import Run, Store, StoreError, write_json
 LONG_UPDATE = 0.010
 REPEATS = 4  # N of the loops that are set against those at N = 1
 PRESAMPLE = 3  # p of the loops with importance sampling
+BRIEF_DELAY = 0.003  # seconds that the loader of one loop sleeps: while it does, caches still hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,8 @@ class Measurement:
         loops: An update in whole loops, with all that comes to it: `once` at N = 1, `repeated` at
             N = `REPEATS`, `uniform` and `chosen` at N = 1 with importance sampling off and on at
             p = `PRESAMPLE`, `delayed` and `prefetched` at N = 1 with a loader that sleeps `delay`
-            seconds a batch, in turn with the updates and meanwhile. Missing where the task refuses
-            it.
+            seconds a batch, in turn with the updates and meanwhile, `delayed_briefly` with one that
+            sleeps `BRIEF_DELAY`. Missing where the task refuses it.
         spread: Interquartile range over the blocks of everything above.
         flops: Floating-point operations of one update, `forward` and `backward`: those of matrix
             products and convolutions, a multiplication with its addition counted as two.
@@ -114,10 +115,24 @@ class Measurement:
 
     @property
     def waking(self) -> float:
-        """Seconds by which sleeping for a batch takes longer than the sleep; 0 if not measured."""
-        if "delayed" not in self.loops:
+        """Seconds by which a long sleep for a batch takes longer than that; 0 if not measured."""
+        return self._waking("delayed", self.delay)
+
+    def waking_after(self, seconds: float) -> float:
+        """Return the seconds by which a sleep of `seconds` takes longer than that.
+
+        w (1 - exp(-seconds / tau)): what a process has at hand is lost little by little while it
+        sleeps. w is that of a long sleep, tau such that the brief one took what it did.
+        """
+        long, brief = self.waking, self._waking("delayed_briefly", BRIEF_DELAY)
+        if "delayed_briefly" not in self.loops or brief >= long:
+            return long
+        return long * (1 - (1 - brief / long) ** (seconds / BRIEF_DELAY))
+
+    def _waking(self, kind: str, slept: float) -> float:
+        if kind not in self.loops:
             return 0.0
-        return max(0.0, self.loops["delayed"] - self.loops["once"] - self.delay)
+        return max(0.0, self.loops[kind] - self.loops["once"] - slept)
 
     @property
     def prefetch_waking(self) -> float:
@@ -136,7 +151,7 @@ class Measurement:
         return replace(
             model,
             data=model.data + seconds,
-            waking=self.waking,
+            waking=self.waking_after(seconds),
             prefetch_waking=self.prefetch_waking,
         )
 

@@ -126,7 +126,7 @@ class Training:
             Interrupted: `STOP` was set.
         """
         self.begin(state)
-        visit = self._visit()
+        visit = self.visit()
         try:
             for batch in self.visits():
                 visit(batch)
@@ -187,7 +187,7 @@ class Training:
         left = [FLUSH_UPDATES, every - done % every, max(1, self.repeater.max_updates - done)]
         return min(left if saves is None else [*left, saves - done % saves])
 
-    def _visit(self) -> Callable[[Any], None]:
+    def visit(self) -> Callable[[Any], None]:
         """Return what makes one update on a batch, as lean as the method allows."""
         step, report, sampler, scaling = (
             (self.shared or self.task).step,

@@ -27,10 +27,11 @@ BELOW: dict[str, set[str]] = {
     "execution": {"lockstep", "places"},
     "places": {"jobs"},
     "jobs": {"lockstep"},
-    "lockstep": {"loop"},
+    "lockstep": {"loop", "stopwatch"},
     "verification": {"prediction"},
     "measurements": {"measure", "study"},
-    "measure": {"training", "prediction", "watch"},
+    "measure": {"prediction", "turns", "watch"},
+    "turns": {"stopwatch", "training"},
     "loop": {"distillation", "prerequisites", "training"},
     "distillation": {"ensembles"},
     "training": {
@@ -89,6 +90,7 @@ BELOW: dict[str, set[str]] = {
     "schedules": set(),
     "schema": set(),
     "seeding": set(),
+    "stopwatch": set(),
     "target_times": set(),
     "watch": set(),
 }

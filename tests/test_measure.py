@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import pytest
@@ -17,12 +18,21 @@ from repeatlab.batch import read_profile
 from repeatlab.cli import ROOT, main
 from repeatlab.data import gather
 from repeatlab.measure import Bench, measure
-from repeatlab.prediction import Measurement, predict, read_measurements, with_prediction
+from repeatlab.prediction import (
+    BRIEF_DELAY,
+    Measurement,
+    predict,
+    read_measurements,
+    with_prediction,
+)
 from repeatlab.records import Store
+from repeatlab.replay import ReplayBuffer
+from repeatlab.stopwatch import Stopwatch
 from repeatlab.study import Study
 from repeatlab.tasks import TASKS, TaskConfig
 from repeatlab.tasks.reinforcement import ReinforcementConfig
 from repeatlab.tasks.supervised import SupervisedConfig
+from repeatlab.turns import Turns, in_turns
 
 # --- a task whose parts take what a clock on paper says ----------------------------------------
 
@@ -48,10 +58,12 @@ class Clock:
     """Goes on only when somebody says what has taken its time."""
 
     now = 0.0
+    period = inf
+    """After which it goes at half the speed for as long."""
 
     @classmethod
     def take(cls, what: str) -> None:
-        cls.now += TAKES[what]
+        cls.now += TAKES[what] * (1 + int(cls.now / cls.period) % 2)
 
 
 class Passes(torch.autograd.Function):
@@ -173,8 +185,6 @@ STEPS_AT: list[tuple[int, int]] = []  # (fresh batch made, steps before)
 def toy(monkeypatch):
     """Return a function that measures the toy by its own clock."""
     monkeypatch.setitem(TASKS, "toy", f"{__name__}:Toy")
-    for module in ("measure", "training"):
-        monkeypatch.setattr(f"repeatlab.{module}.perf_counter", lambda: Clock.now)
 
     def sleep(seconds: float) -> None:
         Clock.now += seconds
@@ -184,7 +194,7 @@ def toy(monkeypatch):
 
     def run(threads: int = 1, **fields: Any) -> Measurement:
         settings = {"device": "cpu", "threads": threads, "blocks": 4, "block_seconds": 300}
-        return measure(ToyConfig(**fields), **settings)
+        return measure(ToyConfig(**fields), **settings, clock=lambda: Clock.now)
 
     return run
 
@@ -208,6 +218,7 @@ def test_every_second_goes_to_the_part_that_took_it(toy):
         "uniform": 22 + 11 + 0.5,
         "chosen": 22 + 0.5 + 3 * (11 + 3) + 0.25,
         "delayed": pytest.approx(22 + 11 + found.delay + 9),
+        "delayed_briefly": pytest.approx(22 + 11 + BRIEF_DELAY + 9),
     }
     assert found.waking == pytest.approx(9)
     assert (found.weighting, found.selection) == (0.5, 0.25)
@@ -224,6 +235,40 @@ def test_a_loop_is_timed_once_it_is_going(toy, monkeypatch):
     assert toy(cold=4).loops == pytest.approx(warm)
 
 
+@pytest.mark.parametrize(("turns", "wrong"), [(24, 0.05), (1, 0.2)])
+def test_kinds_meet_the_same_speed_by_taking_turns(toy, monkeypatch, turns, wrong):
+    """On a processor that is twice as fast for a while, about as long as a block takes."""
+    monkeypatch.setattr(Clock, "period", 1500)
+    clock = {"clock": lambda: Clock.now}
+    bench = Bench(ToyConfig(), device="cpu", **clock, turns=turns)
+    bench.warm_up(1500)
+    ratios = []
+    for _ in range(4):
+        bench.round()
+        loops = bench.rounds[-1]["loops"]
+        ratios.append(loops["repeated"] / loops["once"])
+    expected = (22 + 11 / 4) / (22 + 11)
+    assert (max(abs(r / expected - 1) for r in ratios) > wrong) == (turns == 1)
+
+
+def test_a_stopwatch_knows_its_turns_alone(toy):
+    seconds = {}
+
+    def loop(name: str, what: str) -> Turns[float]:
+        watch = Stopwatch(lambda: Clock.now)
+        with watch.running():
+            for _ in range(3):
+                Clock.take(what)
+                with watch.standing():
+                    yield
+        seconds[name] = watch()
+        return name
+
+    loops = {"a": loop("a", "data"), "b": loop("b", "waking")}
+    assert in_turns(loops, lambda: Clock.take("cold")) == {"a": "a", "b": "b"}
+    assert seconds == {"a": 3 * TAKES["data"], "b": 3 * TAKES["waking"]}
+
+
 def test_an_update_with_two_networks_adds_up_too(toy):
     parts = toy(networks=2).parts
     assert (parts["forward"], parts["backward"], parts["optimizer"]) == (10, 20, 12)
@@ -235,14 +280,14 @@ def test_blocks_have_the_size_that_was_asked_for(toy):
 
 
 def test_every_loop_begins_where_the_others_do(toy):
-    bench = Bench(ToyConfig(), device="cpu", first_batch=100)
+    bench = Bench(ToyConfig(), device="cpu", first_batch=100, clock=lambda: Clock.now)
     STEPS_AT.clear()
     bench.warm_up(1)
     bench.round()
     bench.measurement()
     begins = [steps for index, steps in STEPS_AT if index == 101]
     assert min(STEPS_AT)[0] == 101
-    assert begins == 10 * [1]  # two loops to warm up, seven kinds, the FLOPs
+    assert begins == 11 * [1]  # two loops to warm up, seven kinds, the singles, the FLOPs
 
 
 def test_measuring_leaves_nothing_behind(toy):
@@ -287,17 +332,23 @@ def test_flops_of_the_small_cnn_by_hand():
     }
 
 
-def test_every_fresh_batch_is_acted_for():
+def test_every_fresh_batch_is_acted_for(monkeypatch):
     bench = Bench(ReinforcementConfig(learning_starts=40), device="cpu", first_batch=10)
-    buffer, steps = bench.task.buffer, []
-    assert buffer.steps == 40 + 11
-    add = buffer.add
-    buffer.add = lambda *args, **kwargs: (steps.append(buffer.steps), add(*args, **kwargs))
+    assert bench.task.buffer.steps == 40 + 11
+    steps, add = [], ReplayBuffer.add
+
+    def counting(buffer, *args, **kwargs):
+        steps.append(buffer.steps)
+        add(buffer, *args, **kwargs)
+
+    monkeypatch.setattr(ReplayBuffer, "add", counting)
     bench.round()
-    # N = 1 four times and slowly once, N = 4, and one batch for what is done outside of updates
-    assert len(steps) == 4 * bench.updates + bench.waits + bench.updates / 4 + 1
-    assert min(steps) == 40 + 11
-    assert max(steps) == 40 + 11 + bench.updates - 1
+    # Tasks are built, with their first 40 steps, and go on from where the blocks begin.
+    acted = [step for step in steps if step >= 40]
+    # N = 1 four times and slowly twice, N = 4, and one batch for what is done outside of updates
+    assert len(acted) == 4 * bench.updates + 2 * bench.waits + bench.updates / 4 + 1
+    assert min(acted) == 40 + 11
+    assert max(acted) == 40 + 11 + bench.updates - 1
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from math import exp
 
 import pandas as pd
 import pytest
@@ -148,6 +149,28 @@ def test_what_waking_costs_is_paid_once_a_batch(loader, expected):
     assert found.waking == pytest.approx(0.001)
     assert found.prefetch_waking == pytest.approx(0.0004)
     assert predict(found, counts(30, 10), config={"loader": loader}) == pytest.approx(expected)
+
+
+@given(st.floats(1e-4, 0.01), st.floats(1e-3, 1e-2))
+def test_a_brief_sleep_is_woken_from_sooner(waking, tau):
+    """w (1 - exp(-s / tau)), read at 3 and at 100 ms."""
+
+    def expected(slept: float) -> float:
+        return waking * (1 - exp(-slept / tau))
+
+    once = 0.001
+    loops = {"once": once, "delayed": once + 0.1 + waking}
+    loops["delayed_briefly"] = once + 0.003 + expected(0.003)
+    found = measurement(SHORT, LOOPS | loops, delay=0.1)
+    for slept in (0.001, 0.003, 0.008, 1.0):
+        assert found.waking_after(slept) == pytest.approx(expected(slept), rel=1e-3)
+    assert found.delayed(0.008).waking == found.waking_after(0.008)
+
+
+def test_a_brief_sleep_costs_no_more_than_a_long_one():
+    loops = {"once": 0.001, "delayed": 0.0512, "delayed_briefly": 0.0060}
+    found = measurement(SHORT, LOOPS | loops, delay=0.050)
+    assert found.waking_after(0.001) == found.waking_after(1.0) == pytest.approx(0.0002)
 
 
 def test_a_loader_that_is_not_waited_for_wakes_nobody():

@@ -3,54 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from time import perf_counter
 from typing import Any
 
 import torch
 
+from repeatlab.stopwatch import Stopwatch
 from repeatlab.training import Training
-
-
-class Stopwatch:
-    """The time of a group that each of its arms is charged with: its share.
-
-    Attributes:
-        arms: How many share the time from now on.
-    """
-
-    def __init__(self) -> None:
-        self.arms = 1
-        self._seconds = 0.0
-        self._since: float | None = None
-
-    def __call__(self) -> float:
-        """Return one arm's seconds so far."""
-        if self._since is not None:
-            now = perf_counter()
-            self._seconds += (now - self._since) / self.arms
-            self._since = now
-        return self._seconds
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Run meanwhile."""
-        self._since = perf_counter()
-        try:
-            yield
-        finally:
-            self()
-            self._since = None
-
-    @contextmanager
-    def standing(self) -> Iterator[None]:
-        """Stand still meanwhile."""
-        self()
-        self._since = None
-        try:
-            yield
-        finally:
-            self._since = perf_counter()
 
 
 class Arm(Training):

@@ -11,10 +11,11 @@ from typing import Any
 from repeatlab import loop
 from repeatlab.config import RunConfig
 from repeatlab.environment import pick_device
-from repeatlab.lockstep.arm import Arm, Stopwatch
+from repeatlab.lockstep.arm import Arm
 from repeatlab.lockstep.kinds import STACKS, Stack
 from repeatlab.records import Store, write_json
 from repeatlab.repeater import NonFiniteLoss
+from repeatlab.stopwatch import Stopwatch
 from repeatlab.tasks import Task
 from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.training import CheckpointPlan, Interrupted

@@ -1,9 +1,9 @@
 """Predicted against measured training time: the quick profile's six tasks, and two larger networks.
 
-Rounds in which a block of each kind of measurement and a run of each arm take turns, in one process
-and on one thread. A run's prediction is made from the medians over all rounds and from what that
-run has counted; its error is measured / predicted - 1, and the table has the median over runs and
-their interquartile range.
+Rounds in which a block of each kind of measurement and a run of each arm take turns of a few
+updates, in one process and on one thread. A run's prediction is made from the blocks of its round
+and from what that run has counted; its error is measured / predicted - 1, and the table has the
+median over runs and their interquartile range.
 
 The clock is the processor's time, which other processes disturb less, except for the slow loaders:
 they are waited for, so that theirs is the time on the wall, of the runs and of what predicts them.
@@ -27,11 +27,14 @@ import pytest
 import repeatlab
 from repeatlab.config import RunConfig
 from repeatlab.environment import processor
-from repeatlab.loop import train
+from repeatlab.loop import build_task, open_run
 from repeatlab.measure import Bench
-from repeatlab.prediction import LONG_UPDATE, predict
-from repeatlab.records import Store
+from repeatlab.prediction import LONG_UPDATE, Measurement, predict
+from repeatlab.records import Run, Store
 from repeatlab.schema import ConfigError, parse, read_yaml
+from repeatlab.stopwatch import Stopwatch
+from repeatlab.training import Training
+from repeatlab.turns import Turns, train_in_turns
 
 SIX = (
     "supervised",
@@ -63,6 +66,7 @@ SLOW_ARMS = {
 }
 ROUNDS, ROUNDS_OF_LARGER = 9, 5
 RUN_SECONDS = 1.0
+TURNS = 24
 QUIET = 0.1  # of one processor
 PATIENCE = 3  # times as many rounds as are kept
 LARGEST_ERROR, LARGEST_ERROR_OF_SHORT_UPDATES = 0.03, 0.05
@@ -123,36 +127,52 @@ class Side:
         sizing.warm_up(RUN_SECONDS)
         update = RUN_SECONDS / sizing.updates
         self.updates = max(12, ceil(RUN_SECONDS / (update + pace)))
-        # Blocks are a quarter of a run, around its middle.
-        self.bench = Bench(config, device="cpu", first_batch=self.updates * 3 // 8)
-        self.bench.warm_up(RUN_SECONDS / 4)
+        self.bench = Bench(config, device="cpu", clock=clock, turns=TURNS)
+        self.bench.warm_up(RUN_SECONDS)
         self.rounds: list[tuple[float, dict, dict]] = []
 
-    def round(self, store: Store, monkeypatch) -> None:
+    def round(self, store: Store) -> None:
         """Run a block of each kind and each arm once."""
-        for module in ("measure", "training"):
-            monkeypatch.setattr(f"repeatlab.{module}.perf_counter", self.clock)
-        others, number, runs = Others(), len(self.rounds), {}
-        self.bench.round()
-        for arm in list(self.arms)[:: -1 if number % 2 else 1]:
-            config = configured(self.task, self.arms[arm], updates=self.updates, seed=number)
-            run = train(config, store)
-            runs[arm] = run.config, run.summary["ledger"]
-        self.rounds.append((others.share(), self.bench.rounds[-1], runs))
+        others = Others()
+        runs = {arm: self._run(fields, store) for arm, fields in self.arms.items()}
+        done = self.bench.round(**runs)
+        self.rounds.append((others.share(), self.bench.rounds[-1], done))
+
+    def _run(self, fields: dict, store: Store) -> Turns[tuple[dict, dict]]:
+        """Return the run of an arm, ready for its first turn; at its end its record."""
+        config = configured(self.task, fields, updates=self.updates, seed=len(self.rounds))
+        run = store.run(config.task.name, config.run_id)
+        opened = open_run(config, store, run, device="cpu")
+        parts = {"calibration": opened.calibration, "source": opened.source}
+        training = Training(config, build_task(config, "cpu"), opened.writer, **parts)
+        return self._turns(training, run)
+
+    def _turns(self, training: Training, run: Run) -> Turns[tuple[dict, dict]]:
+        loader = training.config.loader
+        turn = self.updates if loader.prefetch else self.bench.turn(self.updates)
+        yield from train_in_turns(training, Stopwatch(self.clock), turn=turn)
+        return run.config, run.summary["ledger"]
 
     def quiet(self) -> int:
         """Return how many rounds were undisturbed; the first one warms up and never counts."""
         return sum(not share > QUIET for share, *_ in self.rounds[1:])
 
+    def _measurement(self, rounds: list[dict]) -> Measurement:
+        self.bench.rounds[:] = rounds
+        return self.bench.measurement()
+
     def rows(self, rounds: int) -> list[dict]:
         """Return what came out of the quietest rounds, a row for each arm."""
         kept = sorted(self.rounds[1:], key=lambda made: made[0])[:rounds]
-        self.bench.rounds[:] = [blocks for _, blocks, _ in kept]
-        measurement = self.bench.measurement()
+        measurements = [self._measurement([blocks]) for _, blocks, _ in kept]
+        measurement = self._measurement([blocks for _, blocks, _ in kept])
         rows = []
         for arm in self.arms:
             done = [runs[arm] for *_, runs in kept]
-            predicted = [predict(measurement, ledger, config=config) for config, ledger in done]
+            predicted = [
+                predict(of_round, ledger, config=config)
+                for of_round, (config, ledger) in zip(measurements, done, strict=True)
+            ]
             measured = [ledger["seconds"] for _, ledger in done]
             errors = np.array(measured) / predicted - 1
             low, high = np.percentile(errors, [25, 75])
@@ -178,7 +198,7 @@ class Side:
 
 
 @pytest.mark.parametrize("name", [*SIX, *LARGER])
-def test_predicted_against_measured(name, tmp_path, monkeypatch, capsys, record):
+def test_predicted_against_measured(name, tmp_path, capsys, record):
     task, store = LARGER.get(name) or quick_task(name), Store(tmp_path)
     arms, refused = {}, {}
     for arm, fields in (ARMS | SLOW_ARMS).items():
@@ -197,7 +217,7 @@ def test_predicted_against_measured(name, tmp_path, monkeypatch, capsys, record)
     for number in range(1 + PATIENCE * rounds):
         for side in sides:
             if number == 0 or side.quiet() < rounds:
-                side.round(store, monkeypatch)
+                side.round(store)
 
     about = {
         "task": config.name,
