@@ -156,7 +156,8 @@ def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
     for row in rows.itertuples():
         said = [f": {row.reason}"] if row.reason else []
         if everything and pd.notna(row.seconds):
-            said.append(f": trained {row.seconds:.3g} s")
+            share = f", its share of {row.lockstep} in lock-step" if row.lockstep else ""
+            said.append(f": trained {row.seconds:.3g} s{share}")
         if everything and pd.notna(row.predicted_seconds):
             said.append(f", predicted {row.predicted_seconds:.3g} s")
         text = "".join(said)

@@ -127,7 +127,7 @@ class Bench:
         update = seconds[1]["once"]
         self.started = REPEATS * int(START_UP / update / REPEATS)
         if self.device == "cpu":
-            self.lead = int(LEAD_IN / update)
+            self.lead = round(LEAD_IN / update)
             self._leading = self._build()
         self.delay = min(LONGEST_DELAY, max(SHORTEST_DELAY, 2 * update))
         self.updates = _block(block_seconds / update)
@@ -160,7 +160,9 @@ class Bench:
 
     def turn(self, updates: int) -> int:
         """Return how many of a loop's updates are made in a turn."""
-        return ceil(updates / self.turns) if self.device == "cpu" else updates
+        if self.device != "cpu":
+            return updates
+        return REPEATS * ceil(updates / (REPEATS * self.turns))
 
     def measurement(self) -> Measurement:
         """Return the medians over the rounds made so far."""

@@ -20,9 +20,6 @@ import pandas as pd
 from repeatlab.cost import CostModel
 from repeatlab.records import Run, Store, StoreError, write_json
 
-# From this update on, in seconds, the parts alone are taken. Below, what the host does between them
-# weighs too much; above, the noise of whole loops is larger than a fresh batch's time.
-LONG_UPDATE = 0.010
 REPEATS = 4  # N of the loops that are set against those at N = 1
 PRESAMPLE = 3  # p of the loops with importance sampling
 BRIEF_DELAY = 0.003  # seconds that the loader of one loop sleeps: while it does, caches still hold
@@ -159,17 +156,15 @@ class Measurement:
     def model(self) -> CostModel:
         """The cost model with these times.
 
-        The parts as they are if they make a `LONG_UPDATE` on the CPU. Else they are scaled to what
-        whole loops at N = 1 and N = 4 take, and a fresh batch costs what these say; on a GPU,
-        timing a part makes the host wait, so that the parts add up to too much.
+        A fresh batch costs by how much whole loops at N = 1 take longer than at N = `REPEATS`: its
+        making, and that its first update finds it, and the network, in no cache. Parts are scaled
+        to what is left: the watch on them takes time as well, and makes the host wait for a GPU.
         """
-        parts, update, data = self.parts, self.parts_update, self.parts["data"]
-        scale = 1.0
-        if self.device != "cpu" or update < LONG_UPDATE:
-            # once = update + d, repeated = update + d / N
-            data = (self.loops["once"] - self.loops["repeated"]) / (1 - 1 / REPEATS)
-            data = max(0.0, data)
-            scale = (self.loops["once"] - data) / update
+        parts = self.parts
+        # once = update + d, repeated = update + d / N
+        data = (self.loops["once"] - self.loops["repeated"]) / (1 - 1 / REPEATS)
+        data = max(0.0, data)
+        scale = (self.loops["once"] - data) / self.parts_update
         return CostModel(
             forward=scale * parts["forward"] / self.batch_size,
             backward_ratio=self.backward_ratio,
@@ -310,8 +305,9 @@ def _choosing(
 def with_prediction(runs: pd.DataFrame, store: Store) -> pd.DataFrame:
     """Return `runs` with the column `predicted_seconds` beside `seconds`.
 
-    NaN where a run is not done or the store holds no measurement of its task on the processor,
-    device and number of threads that it was made with. As `seconds`, it leaves out calibration.
+    NaN where a run is not done, where it trained in lock-step (its seconds are a share of a
+    group's), and where the store holds no measurement of its task on the processor, device and
+    number of threads that it was made with. As `seconds`, it leaves out calibration.
 
     Args:
         runs: The rows of `repeatlab.analysis.Records.runs`.
@@ -334,6 +330,8 @@ def _predicted(run: Run, measurements: Mapping[str, Measurement]) -> float:
     environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
     key = measurement_key(config["task"], environment["device"], config["threads"])
     measurement = measurements.get(key)
-    if measurement is None or measurement.environment["processor"] != environment["processor"]:
+    if measurement is None or "lockstep" in environment:
+        return nan
+    if measurement.environment["processor"] != environment["processor"]:
         return nan
     return predict(measurement, run.summary["ledger"], config=config)

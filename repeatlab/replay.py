@@ -65,6 +65,7 @@ class ReplayBuffer:
             )
         self.capacity, self.n_steps, self.gamma = capacity, n_steps, gamma
         self.steps = 0
+        self._powers = [gamma**age for age in range(n_steps + 1)]
         self._open = 0  # latest transitions of the running episode that the next reward belongs to
         self._columns = {
             "observations": torch.zeros(capacity, observation_size),
@@ -105,9 +106,10 @@ class ReplayBuffer:
         next_observations = arrays["next_observations"]
         for age in range(self._open + 1):
             slot = (self.steps - age) % self.capacity
-            returns[slot] += self.gamma**age * reward
+            if reward:
+                returns[slot] += self._powers[age] * reward
             next_observations[slot] = next_observation
-            discounts[slot] = 0.0 if terminated else self.gamma ** (age + 1)
+            discounts[slot] = 0.0 if terminated else self._powers[age + 1]
         self.steps += 1
         self._open = 0 if terminated or truncated else min(self._open + 1, self.n_steps - 1)
 

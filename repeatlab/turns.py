@@ -28,14 +28,14 @@ def in_turns(loops: Mapping[str, Turns[T]], lead_in: Callable[[], None]) -> dict
 
 
 def train_in_turns(training: Training, stopwatch: Stopwatch, *, turn: int) -> Turns[None]:
-    """Run a training, `turn` updates at a time; its clock stands between them."""
+    """Run a training, `turn` updates at a time; its clock, `stopwatch`, stands between them."""
     training.clock = stopwatch
-    training.begin()
-    visit = training.visit()
     with stopwatch.running():
+        training.begin()
+        visit = training.visit()
         for number, batch in enumerate(training.visits(), 1):
             visit(batch)
             if number % turn == 0:
                 with stopwatch.standing():
                     yield
-    training.end()
+        training.end()

@@ -44,10 +44,11 @@ def study_states(store: Store, name: str) -> pd.DataFrame:
 
 
 def timed_states(store: Store, name: str) -> pd.DataFrame:
-    """Return `study_states` with the columns `seconds` and `predicted_seconds`, of training.
+    """Return `study_states` with the columns `seconds`, `predicted_seconds` and `lockstep`.
 
-    NaN where a run is not done and, of the prediction, as `repeatlab.prediction.with_prediction`
-    says.
+    Of training; NaN where a run is not done and, of the prediction, as
+    `repeatlab.prediction.with_prediction` says. `lockstep` is how many runs shared the time of
+    this one, 0 where it trained alone.
 
     Raises:
         StoreError: there is no such study, or a measurement is of another version.
@@ -58,6 +59,7 @@ def timed_states(store: Store, name: str) -> pd.DataFrame:
         Run(Path(run)).summary["ledger"]["seconds"] if finished else nan
         for run, finished in zip(rows["run"], done, strict=True)
     ]
+    rows["lockstep"] = [Run(Path(run)).environment.get("lockstep", 0) for run in rows["run"]]
     timed = with_prediction(rows.rename(columns={"run": "path", "state": "status"}), store)
     return timed.rename(columns={"path": "run", "status": "state"})
 

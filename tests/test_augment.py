@@ -153,6 +153,16 @@ def test_a_batch_depends_on_seed_and_index_alone(history, index):
     assert_same(busy.fresh_batch(index), stream().fresh_batch(index))
 
 
+@given(st.integers(0, 30), st.integers(1, 9), st.integers(0, 2), st.booleans())
+@settings(deadline=None)
+def test_batches_made_together_are_those_made_one_by_one(first, count, padding, flip):
+    made = stream(crop_padding=padding, flip=flip)
+    together = made.fresh_batches(first, count)
+    assert [batch.index for batch in together] == list(range(first, first + count))
+    for batch in together:
+        assert_same(batch, stream(crop_padding=padding, flip=flip).fresh_batch(batch.index))
+
+
 def test_making_batches_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     stream().fresh_batch(0)

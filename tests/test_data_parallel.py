@@ -103,7 +103,7 @@ def shared_run(rank: int, data: dict, runs: Path, after: Callable | None = None)
         that it summed, and weights.
     """
     kept: dict = {"local": [], "training": None, "messages": 0}
-    start, visit, update = LossReader.start, Training._visit, SilentWriter.updates
+    start, visit, update = LossReader.start, Training.visit, SilentWriter.updates
 
     def spied_start(self, loss):
         kept["local"].append(float(loss))
@@ -128,7 +128,7 @@ def shared_run(rank: int, data: dict, runs: Path, after: Callable | None = None)
         return all_reduce(*arguments, **options)
 
     all_reduce, dist.all_reduce = dist.all_reduce, counted_sum
-    LossReader.start, Training._visit, SilentWriter.updates = (
+    LossReader.start, Training.visit, SilentWriter.updates = (
         spied_start,
         spied_visit,
         spied_updates,

@@ -238,7 +238,7 @@ def test_a_stopped_run_is_the_unbroken_run_and_its_teachers_are_made_once(
 ):
     run = run_config({"mapping": {"name": "constant", "repeats": 3}})
     unbroken = train(run, store)
-    original = Training._visit
+    original = Training.visit
 
     def visit(self):
         make = original(self)
@@ -250,7 +250,7 @@ def test_a_stopped_run_is_the_unbroken_run_and_its_teachers_are_made_once(
 
         return stopped
 
-    monkeypatch.setattr(Training, "_visit", visit)
+    monkeypatch.setattr(Training, "visit", visit)
     try:
         with pytest.raises(Interrupted):
             train(run, tmp_path)

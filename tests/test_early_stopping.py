@@ -265,7 +265,7 @@ def test_a_run_stopped_in_its_waiting_is_the_unbroken_run(
     best = unbroken.summary["early_stopping"]["best_update"]
     stops = {best + EVERY, best + EVERY + 1, end - 1, end}
     made: list[int] = []
-    original = Training._visit
+    original = Training.visit
 
     def visit(self):
         make = original(self)
@@ -278,7 +278,7 @@ def test_a_run_stopped_in_its_waiting_is_the_unbroken_run(
 
         return counted
 
-    monkeypatch.setattr(Training, "_visit", visit)
+    monkeypatch.setattr(Training, "visit", visit)
     interrupted = 0
     try:
         while True:
@@ -313,7 +313,7 @@ def test_a_kill_before_the_summary_makes_no_further_update(limits, store, tmp_pa
     with pytest.raises(SystemExit):
         train(run, tmp_path, plan=CheckpointPlan(updates=1))
     monkeypatch.setattr(Training, "_finish", finish)
-    monkeypatch.setattr(Training, "_visit", lambda _: lambda batch: pytest.fail("an update more"))
+    monkeypatch.setattr(Training, "visit", lambda _: lambda batch: pytest.fail("an update more"))
     same_record(unbroken, train(run, tmp_path))
 
 

@@ -216,6 +216,33 @@ def test_a_study_goes_on_when_one_of_a_scheduler_s_workers_is_killed(tmp_path):
     assert len(run.updates) == 100
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system sets no such limit")
+def test_a_run_that_finds_no_memory_fails_and_its_worker_trains_the_next(tmp_path):
+    """An allocation that the system refuses: of 14 GB of weights, in a worker that may have 1."""
+
+    def let_grow_by(size: int) -> None:
+        import resource
+
+        limit = psutil.Process().memory_info().vms + size
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    small = {"name": "supervised", "width": 2, "batch_size": 16}
+    large = small | {"model": "mlp", "width": 60_000}
+    configs = planned(study(tasks={"large": large, "small": small}, updates=2))
+    with local_client(1) as client:
+        client.run(let_grow_by, 2**30)
+        worker = client.run(os.getpid)
+        outcomes = dict(spread(configs, client, str(tmp_path)))
+        assert client.run(os.getpid) == worker
+    refused, made = outcomes.values()
+    assert "allocate memory" in refused
+    assert made is None
+    assert [Store(tmp_path).run("supervised", i).status["status"] for i in configs] == [
+        "failed",
+        "complete",
+    ]
+
+
 def test_workers_have_one_thread_and_the_allocator_as_it_is(monkeypatch):
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     with local_client(1) as client:

@@ -486,6 +486,18 @@ def test_the_command_line_can_refuse(tmp_path, monkeypatch):
     assert [places.lockstep for places in asked] == [True, False]
 
 
+def test_status_says_that_seconds_are_a_share(tmp_path):
+    small = study(methods=["standard", "cosine", "linear", "random"], seeds=1)
+    run_studies([small], tmp_path, places=Places(workers=0))
+    done = CliRunner().invoke(cli, ["status", "--all", "--runs", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.output.splitlines() if "trained" in line]
+    assert len(lines) == 4
+    # The calibration that `linear` needs comes before it, and so the others are in step first.
+    shares = [line.partition("trained ")[2].partition(" s")[2] for line in lines]
+    assert sorted(set(shares)) == ["", ", its share of 4 in lock-step"]
+
+
 # --- the pieces, against torch --------------------------------------------------------------------
 
 

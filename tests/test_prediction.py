@@ -36,11 +36,13 @@ LONG = {  # an update of 100 ms, 20 ms of data
     "refresh": 0.015,
     "resample": 0.012,
 }
+LONG_LOOPS = {"once": 0.120, "repeated": 0.105, "uniform": 0.131, "chosen": 0.252}
 SHORT = {name: value / 100 for name, value in LONG.items()}
 LOOPS = {"once": 0.00110, "repeated": 0.00095, "uniform": 0.00120, "chosen": 0.00250}
 
 
-def measurement(parts=LONG, loops=LOOPS, **changes) -> Measurement:
+def measurement(parts=LONG, loops=None, **changes) -> Measurement:
+    loops = loops or (LONG_LOOPS if parts is LONG else LOOPS)
     fields = {
         "task": TASK,
         "device": "cpu",
@@ -77,22 +79,22 @@ def test_ratios_where_more_samples_go_forward_than_backward():
     assert tau_threshold(3, found.backward_ratio) == pytest.approx(by_hand)
 
 
-def test_a_long_update_is_the_sum_of_its_parts():
+def test_parts_that_add_up_to_an_update_are_taken_as_they_are():
     model = measurement().model
     assert (model.update, model.data) == (pytest.approx(0.100), pytest.approx(0.020))
+    assert model.forward * model.batch_size == pytest.approx(0.030)
     assert model.scoring * model.batch_size == pytest.approx(0.025)
 
 
 seconds = st.floats(1e-5, 1)
 
 
-@given(seconds, seconds, seconds, st.sampled_from(["cpu", "some GPU"]))
-def test_short_updates_and_those_of_a_gpu_take_what_whole_loops_take(repeated, data, part, device):
+@given(seconds, seconds, seconds)
+def test_updates_take_what_whole_loops_take(repeated, data, part):
     loops = {"once": repeated + 0.75 * data, "repeated": repeated}  # u + d / 4 = repeated
     if 0.25 * data >= repeated:
         return  # no such loop: the update would take no time
-    parts = dict.fromkeys(SHORT, part / 1000 if device == "cpu" else part)
-    found = measurement(parts, loops, device=device)
+    found = measurement(dict.fromkeys(SHORT, part), loops)
     assert predict(found, counts(8, 8)) == pytest.approx(8 * loops["once"])
     assert predict(found, counts(8, 2)) == pytest.approx(8 * loops["repeated"])
     assert predict(found, counts(8, 4)) == pytest.approx(8 * (repeated + data / 4))
@@ -124,8 +126,7 @@ def test_noise_makes_no_fresh_batch_cheaper_than_nothing():
     ],
 )
 def test_seconds_by_hand(ledger, config, expected):
-    loops = LOOPS | {"uniform": LOOPS["once"]}
-    assert predict(measurement(loops=loops), ledger, config=config) == pytest.approx(expected)
+    assert predict(measurement(), ledger, config=config) == pytest.approx(expected)
 
 
 SLEPT = LOOPS | {"delayed": 0.0061, "prefetched": 0.0046}  # sleeping 4 ms a batch
@@ -175,7 +176,7 @@ def test_a_brief_sleep_costs_no_more_than_a_long_one():
 
 def test_a_loader_that_is_not_waited_for_wakes_nobody():
     # Updates of 100 ms beside a sleep of 50: what is left over is noise.
-    loops = {"once": 0.120, "delayed": 0.168, "prefetched": 0.099}
+    loops = {"once": 0.120, "repeated": 0.105, "delayed": 0.168, "prefetched": 0.099}
     found = measurement(loops=loops, delay=0.050)
     assert (found.waking, found.prefetch_waking) == (0, 0)
 
@@ -213,8 +214,7 @@ def test_a_larger_presample_is_made_scored_and_waited_for():
 
 def test_other_samplers_pay_for_what_they_score():
     found = measurement()
-    weighting = LOOPS["uniform"] - LOOPS["once"]
-    standard = 30 * 0.120 + 30 * weighting
+    standard = 30 * 0.120 + 30 * 0.011  # of weights
     hard = predict(found, counts(30, 30), config=chosen_by({"name": "hard_mining"}))
     assert hard == pytest.approx(standard)
     ledger = counts(30, 30, scored=60 * 10)  # two batches scored for one that is kept
@@ -223,7 +223,7 @@ def test_other_samplers_pay_for_what_they_score():
 
 
 def test_a_task_that_refuses_importance_sampling_still_has_a_prediction():
-    loops = {name: LOOPS[name] for name in ("once", "repeated")}
+    loops = {name: LONG_LOOPS[name] for name in ("once", "repeated")}
     found = measurement(loops=loops)
     config = chosen_by({"name": "hard_mining", "score": "loss"})
     assert predict(found, counts(30, 30), config=config) == pytest.approx(30 * 0.120)
@@ -279,11 +279,11 @@ def test_a_key_says_task_device_and_threads():
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def made(store: Store, run_id: str, *, task=TASK, threads=1, processor="this one"):
+def made(store: Store, run_id: str, *, task=TASK, threads=1, processor="this one", **more):
     """Write a finished run of 30 updates on 10 batches; return its row."""
     run = store.run("supervised", run_id)
     config = {"task": task, "threads": threads, "device": "auto", "method": {}, "loader": {}}
-    writer = store.begin(run, config, {"device": "cpu", "processor": processor})
+    writer = store.begin(run, config, {"device": "cpu", "processor": processor, **more})
     writer.finish("complete", {"ledger": counts(30, 10) | {"seconds": 3.0}})
     return {"id": run_id, "path": str(run.path), "status": "complete", "seconds": 3.0, "last": 1}
 
@@ -298,6 +298,7 @@ def test_runs_get_the_prediction_of_their_own_measurement(tmp_path):
         made(store, "other-task", task=TASK | {"lr": 0.3}),
         made(store, "threads", threads=2),
         made(store, "processor", processor="another one"),
+        made(store, "share", lockstep=8),
         {"id": "x", "path": str(tmp_path / "supervised" / "x"), "status": "missing"},
     ]
     runs = pd.DataFrame(rows)

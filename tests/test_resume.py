@@ -68,7 +68,7 @@ def same_record(first: Run, second: Run) -> None:
 @pytest.fixture
 def stopping(monkeypatch):
     """Return a function that makes runs of this process stop after their next `updates` updates."""
-    original = Training._visit
+    original = Training.visit
     left = [0]
 
     def visit(self):
@@ -82,7 +82,7 @@ def stopping(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(Training, "_visit", visit)
+    monkeypatch.setattr(Training, "visit", visit)
     yield lambda updates: left.__setitem__(0, updates)
     STOP.clear()
 
@@ -113,7 +113,7 @@ def test_every_stateful_method_is_a_method():
 
 def _train_until_killed(data: dict, runs: Path, updates: int) -> None:
     """Train in a process of its own that SIGKILLs itself right after an update."""
-    original = Training._visit
+    original = Training.visit
     left = [updates]
 
     def visit(self):
@@ -127,7 +127,7 @@ def _train_until_killed(data: dict, runs: Path, updates: int) -> None:
 
         return counted
 
-    Training._visit = visit
+    Training.visit = visit
     train(RunConfig.from_json(data), runs, plan=EVERY_UPDATE)
 
 
@@ -225,7 +225,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_handler_as_it_was(tmp_path, monkeypa
     run = evaluated("supervised", "fixed3")
     before = signal.getsignal(signal.SIGINT)
     updates = []
-    step = Training._visit
+    step = Training.visit
 
     def visit(self):
         make = step(self)
@@ -238,7 +238,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_handler_as_it_was(tmp_path, monkeypa
 
         return interrupted
 
-    monkeypatch.setattr(Training, "_visit", visit)
+    monkeypatch.setattr(Training, "visit", visit)
     with pytest.raises(KeyboardInterrupt, match="after update 4"):
         train(run, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGINT) is before

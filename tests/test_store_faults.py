@@ -54,7 +54,7 @@ def supervised():
 
 def at_update(monkeypatch, number: int, act) -> None:
     """Make this process's trainings call `act` right after so many updates, once."""
-    original, made = Training._visit, [0]
+    original, made = Training.visit, [0]
 
     def visit(self):
         make = original(self)
@@ -67,7 +67,7 @@ def at_update(monkeypatch, number: int, act) -> None:
 
         return counted
 
-    monkeypatch.setattr(Training, "_visit", visit)
+    monkeypatch.setattr(Training, "visit", visit)
 
 
 # --- one run ------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_n_as_a_step_size_multiplies_what_the_warm_up_gives(tmp_path):
 def test_the_rate_is_restored_on_resume(method, tmp_path, monkeypatch):
     run = run_config(method | {"mapping": {"name": "constant", "repeats": 2}})
     unbroken = train(run, tmp_path / "unbroken")
-    original = Training._visit
+    original = Training.visit
 
     def visit(self):
         make = original(self)
@@ -182,7 +182,7 @@ def test_the_rate_is_restored_on_resume(method, tmp_path, monkeypatch):
 
         return stopped
 
-    monkeypatch.setattr(Training, "_visit", visit)
+    monkeypatch.setattr(Training, "visit", visit)
     try:
         with pytest.raises(Interrupted):
             train(run, tmp_path / "stopped")

@@ -38,11 +38,21 @@ def random_crop_flip(
         raise ValueError(f"`padding` must be 0 or more pixels; not {padding}.")
     if not padding and not flip:
         return images
-    place = torch.randint(2 * padding + 1, (2, len(images)), generator=generator)
-    mirror = torch.randint(2, (1, len(images)), generator=generator) * flip
+    draws = crop_flip_draws(len(images), generator, padding=padding, flip=flip)
     # One transfer for all draws.
-    top, left, mirrored = torch.cat([place, mirror]).to(images.device, non_blocking=True)
-    return crop_flip(images, top, left, mirrored, padding=padding)
+    return crop_flip(images, *draws.to(images.device, non_blocking=True), padding=padding)
+
+
+def crop_flip_draws(
+    count: int, generator: torch.Generator, *, padding: int = 0, flip: bool = False
+) -> Tensor:
+    """Return what `random_crop_flip` draws for `count` images: int64, (3, count).
+
+    Top, left and mirrored, as `crop_flip` takes them.
+    """
+    place = torch.randint(2 * padding + 1, (2, count), generator=generator)
+    mirror = torch.randint(2, (1, count), generator=generator) * flip
+    return torch.cat([place, mirror])
 
 
 def crop_flip(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repeatlab.data.augment import normalize, random_crop_flip
+from repeatlab.data.augment import crop_flip, crop_flip_draws, normalize, random_crop_flip
 from repeatlab.data.datasets import ImageSet
 from repeatlab.seeding import generator
 
@@ -89,6 +89,28 @@ class TrainStream:
                 other draws.
         """
         return self.batch_of(self.indices(index), index, view)
+
+    def fresh_batches(self, first: int, count: int) -> list[Batch]:
+        """Return the fresh batches from number `first` on, made together: cheaper if small.
+
+        Equal to `fresh_batch` of each; their images are views of one tensor.
+        """
+        numbers = range(first, first + count)
+        indices = torch.cat([self.indices(number) for number in numbers])
+        images = self.data.images.index_select(0, indices)
+        options = {"padding": self.crop_padding, "flip": self.flip}
+        if any(options.values()):
+            draws = [generator(self.seed, "augment", number) for number in numbers]
+            drawn = [crop_flip_draws(self.batch_size, draw, **options) for draw in draws]
+            top, left, mirrored = torch.cat(drawn, 1).to(images.device, non_blocking=True)
+            images = crop_flip(images, top, left, mirrored, padding=self.crop_padding)
+        columns = (
+            normalize(images, self._mean, self._std),
+            self.data.labels.index_select(0, indices),
+            indices,
+        )
+        parts = zip(*(column.split(self.batch_size) for column in columns), numbers, strict=True)
+        return [Batch(*part) for part in parts]
 
     def indices(self, index: int) -> Tensor:
         """Return which samples the fresh batch number `index` holds: int64, (batch_size,)."""

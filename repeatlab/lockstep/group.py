@@ -10,6 +10,7 @@ from typing import Any
 
 from repeatlab import loop
 from repeatlab.config import RunConfig
+from repeatlab.data import Batch, TrainStream
 from repeatlab.environment import pick_device
 from repeatlab.lockstep.arm import Arm
 from repeatlab.lockstep.kinds import STACKS, Stack
@@ -22,6 +23,8 @@ from repeatlab.training import CheckpointPlan, Interrupted
 
 # Of fresh batches that arms of one seed share: one that was dropped is made again.
 SHARED_BYTES = 2**25
+# So many are made at a time: of small images, most of a batch's time is that of the calls.
+TOGETHER = 16
 
 
 def train_group(
@@ -59,6 +62,21 @@ def train_group(
     if "interrupted" in group.outcomes.values():
         raise Interrupted("the runs in lock-step were stopped; they go on from there")
     return group.outcomes
+
+
+def _shared(stream: TrainStream) -> Callable[[int], Batch]:
+    """Return `stream.fresh_batch` with a memory: a batch is a function of (seed, index)."""
+    size = 4 * stream.batch_size * stream.data.images[0].numel()
+
+    @lru_cache(maxsize=1 + SHARED_BYTES // (TOGETHER * size))
+    def together(number: int) -> list[Batch]:
+        return stream.fresh_batches(number * TOGETHER, TOGETHER)
+
+    def fresh_batch(index: int) -> Batch:
+        number, place = divmod(index, TOGETHER)
+        return together(number)[place]
+
+    return fresh_batch
 
 
 class Group:
@@ -114,10 +132,7 @@ class Group:
         task = loop.build_task(config, self.device, **parts)
         if isinstance(task, DatasetTask):
             self._data = task.data
-            # A fresh batch is a function of (seed, index).
-            size = 4 * task.batch_size * task.stream.data.images[0].numel()
-            keep = lru_cache(maxsize=1 + SHARED_BYTES // size)
-            task.fresh_batch = self._batches.setdefault(config.seed, keep(task.fresh_batch))
+            task.fresh_batch = self._batches.setdefault(config.seed, _shared(task.stream))
         return task
 
     def train(self) -> None:

@@ -164,7 +164,9 @@ class Reinforcement:
         )
         self.scale = np.array(config.observation_scale, dtype=np.float32)
         self.recent_returns: deque[int] = deque(maxlen=RECENT_EPISODES)
-        self._explore = _Blocks(seed, "explore", lambda g: torch.rand(BLOCK, 2, generator=g))
+        self._explore = _Blocks(
+            seed, "explore", lambda g: torch.rand(BLOCK, 2, generator=g).tolist()
+        )
         self._draws: dict[int, _Blocks] = {}
         self._begin_episode(0)
         self._act(config.learning_starts)
@@ -191,7 +193,7 @@ class Reinforcement:
     def _act(self, steps: int) -> None:
         """Make steps with the epsilon-greedy policy, and remember them."""
         for _ in range(steps):
-            chance, choice = self._explore[self.environment_steps].tolist()
+            chance, choice = self._explore[self.environment_steps]
             action = int(choice * 2) if chance < self.epsilon() else self.greedy_action()
             before = self.observation
             raw, reward, terminated, truncated, _ = self.environment.step(action)
@@ -255,11 +257,12 @@ class Reinforcement:
             self._draws[visit] = _Blocks(
                 self.seed,
                 f"replay/{visit}" if visit else "replay",
-                lambda g: torch.rand(shape, generator=g, dtype=torch.float64),
+                # On so few numbers an operation of numpy's takes half the time of one of torch's.
+                lambda g: torch.rand(shape, generator=g, dtype=torch.float64).numpy(),
             )
         numbers = self.buffer.samples_at(self._steps_at(index))
-        indices = (self._draws[visit][index] * len(numbers)).long() + numbers.start
-        return self.fetch(indices, index)
+        indices = (self._draws[visit][index] * len(numbers)).astype(np.int64) + numbers.start
+        return self.fetch(torch.from_numpy(indices), index)
 
     def fetch(self, indices: Tensor, index: int) -> Transitions:
         """Return the transitions `indices`, int64, (batch,), as fresh batch `index`."""
@@ -418,11 +421,13 @@ class _Blocks:
         draw: Returns the `BLOCK` rows of a block from its generator.
     """
 
-    def __init__(self, seed: int, stream: str, draw: Callable[[torch.Generator], Tensor]) -> None:
+    def __init__(
+        self, seed: int, stream: str, draw: Callable[[torch.Generator], Sequence[Any]]
+    ) -> None:
         self._seed, self._stream, self._draw = seed, stream, draw
-        self._block, self._rows = -1, torch.empty(0)
+        self._block, self._rows = -1, ()
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Any:
         block, row = divmod(index, BLOCK)
         if block != self._block:
             self._block = block

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -193,7 +194,7 @@ class SelfSupervised(DatasetTask):
     ) -> None:
         projected = self._project(batch.views)
         if weights is None:
-            loss = nt_xent(projected, self.config.temperature).mean()
+            loss = nt_xent(projected, self.config.temperature, reduction="mean")
             report(loss)
         else:
             losses = self._by_image(projected)
@@ -315,19 +316,25 @@ class SelfSupervised(DatasetTask):
             self.ema.load_state_dict(state["ema"])
 
 
-def nt_xent(projected: Tensor, temperature: float) -> Tensor:
+def nt_xent(projected: Tensor, temperature: float, *, reduction: str = "none") -> Tensor:
     """Return the loss of every view (equation 1 of the paper), (2 b,), in nats.
 
     Args:
         projected: float, (2 b, projection): i and i + b are the views of one image.
         temperature: tau.
+        reduction: "mean" returns the views' mean.
     """
     unit = functional.normalize(projected, dim=1)
     similarities = unit @ unit.T / temperature
     similarities.fill_diagonal_(float("-inf"))  # a view is not compared with itself
-    views = torch.arange(len(unit), device=unit.device)
-    partners = views.roll(len(unit) // 2)
-    return functional.cross_entropy(similarities, partners, reduction="none")
+    partners = _partners(len(unit), unit.device)
+    return functional.cross_entropy(similarities, partners, reduction=reduction)
+
+
+@lru_cache(maxsize=8)
+def _partners(count: int, device: torch.device) -> Tensor:
+    """Return the place of every view's other one among 2 b views, int64, (2 b,)."""
+    return torch.arange(count, device=device).roll(count // 2)
 
 
 def knn_accuracy(

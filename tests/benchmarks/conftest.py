@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
-from time import process_time
 
 import pandas as pd
 import pytest
@@ -18,24 +16,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def interleaved() -> Callable[..., float]:
-    """Return a function: the median over rounds of the ratio of two sides' processor times."""
-
-    def ratio(ours: Callable[[], None], theirs: Callable[[], None], rounds: int) -> float:
-        ratios = []
-        for turn in range(rounds + 1):
-            times = {}
-            for side in (ours, theirs) if turn % 2 else (theirs, ours):
-                start = process_time()
-                side()
-                times[side] = process_time() - start
-            ratios.append(times[ours] / times[theirs])
-        return median(ratios[1:])  # the first round warms up
-
-    return ratio
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def _told(tell: Callable[[str], None]) -> None:
     """Make this process's trainings tell where they begin, and every update and checkpoint."""
     begin, visit, state, save = (
         Training.load_state_dict,
-        Training._visit,
+        Training.visit,
         Training.state_dict,
         checkpoint.save,
     )
@@ -82,7 +82,7 @@ def _told(tell: Callable[[str], None]) -> None:
         save(directory, saved)
         tell(f"saved {done[0]}")
 
-    Training.load_state_dict, Training._visit = load_state_dict, told_visit
+    Training.load_state_dict, Training.visit = load_state_dict, told_visit
     Training.state_dict, checkpoint.save = state_dict, told_save
 
 

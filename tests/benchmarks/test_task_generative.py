@@ -20,8 +20,6 @@ from statistics import mean
 
 import pandas as pd
 import pytest
-import torch
-from torch.nn.functional import softplus
 
 from repeatlab.analysis import mean_interval
 from repeatlab.config import RunConfig
@@ -30,14 +28,12 @@ from repeatlab.environment import processor
 from repeatlab.figures import picture_grid
 from repeatlab.loop import train
 from repeatlab.schema import parse
-from repeatlab.tasks.generative import Generative, GenerativeConfig
 
 RESULTS = Path(__file__).parent / "results" / "generative.csv"
 SAMPLES = RESULTS.with_name("generative_samples.png")
 SHOWN = 36  # of the samples, in the picture
 UPDATES, SEEDS = 8000, 1
 SCALE = "width 32 (0.54 M parameters), 11.4 of the plan's 100 epochs"
-ROUNDS, BLOCK = 15, 20
 
 
 def config(seed: int) -> RunConfig:
@@ -93,35 +89,3 @@ def row(data: str, metric: str, values: list[float], updates: int, seconds: floa
         "seconds per run": round(seconds if updates else 0.0, 1),
         "processor": processor(),
     }
-
-
-def test_an_update_costs_what_a_loop_written_out_costs(capsys, interleaved):
-    """Processor time of the smallest networks, where overhead shows most; median over rounds.
-
-    The loop written out lets D's parameters gather gradients in G's step, as scripts do.
-    """
-    ours, theirs = (Generative(GenerativeConfig(width=8), seed=0, device="cpu") for _ in range(2))
-    batches = [ours.fresh_batch(index) for index in range(BLOCK)]
-
-    def package() -> None:
-        for batch in batches:
-            ours.step(batch, lambda loss: None)
-
-    g, d, noise = theirs.g, theirs.d, torch.Generator().manual_seed(0)
-
-    def by_hand() -> None:
-        for batch in batches:
-            fake = g(torch.randn((64, 100, 1, 1), generator=noise))
-            d_loss = softplus(-d(batch.images)).mean() + softplus(d(fake.detach())).mean()
-            theirs.d_optimizer.zero_grad()
-            d_loss.backward()
-            theirs.d_optimizer.step()
-            g_loss = softplus(-d(fake)).mean()
-            theirs.g_optimizer.zero_grad()
-            g_loss.backward()
-            theirs.g_optimizer.step()
-
-    ratio = interleaved(package, by_hand, ROUNDS)
-    with capsys.disabled():
-        print(f"\nDCGAN, width 8, digits: update / loop written out = {ratio:.3f} ({processor()})")
-    assert ratio < 1.05

@@ -2,14 +2,15 @@
 
 Everything on one CPU thread. The table `results/reinforcement.csv` keeps what was measured last:
 low and high are 95 % t-limits of the mean. A ratio is that of the medians over n rounds, in which
-both sides run in turn and processor time is taken; low and high are its least and largest round.
+both sides take turns of 25 updates and processor time is taken; low and high are its least and
+largest round.
 """
 
 from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, median
 from time import process_time
@@ -23,9 +24,12 @@ from torch.nn import functional
 from repeatlab.analysis import mean_interval, to_target
 from repeatlab.config import RunConfig
 from repeatlab.environment import processor
-from repeatlab.loop import train
+from repeatlab.loop import build_task, open_run, train
+from repeatlab.records import Store
 from repeatlab.schema import parse
-from repeatlab.tasks.reinforcement import Reinforcement, ReinforcementConfig
+from repeatlab.stopwatch import Stopwatch
+from repeatlab.training import Training
+from repeatlab.turns import Turns, in_turns, train_in_turns
 
 RESULTS = Path(__file__).with_name("results") / "reinforcement.csv"
 COLUMNS = ["task", "data", "scale", "arm", "metric", "n", "mean", "low", "high", "updates"]
@@ -106,15 +110,7 @@ def test_solves_cartpole_in_four_of_five_seeds(tmp_path, benchmark, capsys):
 
 TIMED_UPDATES = 2000
 ROUNDS = 7
-
-
-def in_turns(ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[list, list]:
-    """Return the seconds of both sides, round by round; the first warms up and is left out."""
-    done: list[dict[int, float]] = []
-    for number in range(ROUNDS + 1):
-        order = (0, 1) if number % 2 else (1, 0)
-        done.append({which: (ours, theirs)[which]() for which in order})
-    return [d[0] for d in done[1:]], [d[1] for d in done[1:]]
+TURN = 25  # updates of one side, before those of the other
 
 
 class QNetwork(nn.Module):
@@ -162,7 +158,7 @@ class NumpyReplay:
         return tuple(torch.tensor(array) for array in data)
 
 
-def plain_loop() -> float:
+def plain_loop() -> Turns[float]:
     """Return the seconds of `TIMED_UPDATES` updates of DQN as single-file libraries write it.
 
     One environment behind the vector interface with episode statistics, numpy replay, unfused Adam;
@@ -177,19 +173,21 @@ def plain_loop() -> float:
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-4)
     replay = NumpyReplay(100_000)
     observations, _ = environments.reset(seed=1)
-    start = 0.0
-    for step in range(500 + TIMED_UPDATES):
-        if step == 500:
-            start = process_time()
-        epsilon = max(0.02, 1 - 0.98 * step / 6000)
-        if random.random() < epsilon:
-            actions = np.array([environments.single_action_space.sample()])
-        else:
-            actions = torch.argmax(network(torch.Tensor(observations)), dim=1).cpu().numpy()
-        following, rewards, terminations, _, _ = environments.step(actions)
-        replay.add(observations, following.copy(), actions, rewards, terminations)
-        observations = following
-        if step >= 500:
+    watch = Stopwatch(process_time)
+    with ExitStack() as timed:
+        for step in range(500 + TIMED_UPDATES):
+            if step == 500:
+                timed.enter_context(watch.running())
+            epsilon = max(0.02, 1 - 0.98 * step / 6000)
+            if random.random() < epsilon:
+                actions = np.array([environments.single_action_space.sample()])
+            else:
+                actions = torch.argmax(network(torch.Tensor(observations)), dim=1).cpu().numpy()
+            following, rewards, terminations, _, _ = environments.step(actions)
+            replay.add(observations, following.copy(), actions, rewards, terminations)
+            observations = following
+            if step < 500:
+                continue
             here, acted, there, ended, reward = replay.sample(32)
             with torch.no_grad():
                 best = network(there).argmax(dim=1, keepdim=True)
@@ -203,9 +201,21 @@ def plain_loop() -> float:
             if step % 100 == 0:
                 for copy, weight in zip(target.parameters(), network.parameters(), strict=True):
                     copy.data.copy_(1.0 * weight.data + 0.0 * copy.data)
-    seconds = process_time() - start
+            if step % TURN == 0:
+                with watch.standing():
+                    yield
     environments.close()
-    return seconds
+    return watch()
+
+
+def our_run(config: RunConfig, store: Store) -> Turns[float]:
+    """Return the seconds of a whole run: set-up, first 500 steps and records included."""
+    start = process_time()
+    opened = open_run(config, store, store.run("reinforcement", config.run_id), device="cpu")
+    training = Training(config, build_task(config, "cpu"), opened.writer, calibration={})
+    set_up, watch = process_time() - start, Stopwatch(process_time)
+    yield from train_in_turns(training, watch, turn=TURN)
+    return set_up + watch()
 
 
 def keep_ratio(arm: str, metric: str, above: list[float], below: list[float], **row) -> float:
@@ -220,16 +230,15 @@ def keep_ratio(arm: str, metric: str, above: list[float], below: list[float], **
 
 
 def test_updates_a_second_against_a_plain_loop(tmp_path, benchmark, capsys):
-    rounds = iter(range(1000))
+    def rounds() -> tuple[list[float], list[float]]:
+        done = []
+        for number in range(ROUNDS + 1):  # the first warms up
+            config = run_config(TIMED_UPDATES, number, {"splits": [], "test": False})
+            sides = {"ours": our_run(config, Store(tmp_path)), "plain": plain_loop()}
+            done.append(in_turns(sides, lambda: None))
+        return tuple([d[side] for d in done[1:]] for side in ("ours", "plain"))
 
-    def ours() -> float:
-        """Seconds of a whole run: set-up, first 500 steps and records included."""
-        config = run_config(TIMED_UPDATES, next(rounds), {"splits": [], "test": False})
-        start = process_time()
-        train(config, tmp_path)
-        return process_time() - start
-
-    fast, slow = benchmark.pedantic(in_turns, args=(ours, plain_loop), rounds=1, iterations=1)
+    fast, slow = benchmark.pedantic(rounds, rounds=1, iterations=1)
     row = {"updates": TIMED_UPDATES, "seconds per run": round(median(slow), 2)}
     ratio = keep_ratio("plain loop", "its seconds / ours", slow, fast, **row)
     with capsys.disabled():
@@ -239,56 +248,3 @@ def test_updates_a_second_against_a_plain_loop(tmp_path, benchmark, capsys):
             f" {TIMED_UPDATES / median(slow):.0f}, ratio {ratio:.2f} ({processor()})"
         )
     assert ratio >= 1.2
-
-
-def test_an_update_against_the_leanest_one_by_hand(benchmark, capsys):
-    """On the same batches, bit for bit the same training."""
-    tasks = [Reinforcement(ReinforcementConfig(), seed=0, device="cpu") for _ in range(2)]
-    batches = [tasks[0].fresh_batch(k) for k in range(200)]
-
-    def by_task() -> float:
-        step, losses = tasks[0].step, []
-        start = process_time()
-        for batch in batches:
-            step(batch, losses.append)
-        return process_time() - start
-
-    made = iter(range(10**9))
-
-    def by_hand() -> float:
-        model, target, optimizer = tasks[1].model, tasks[1].target, tasks[1].optimizer
-        pairs = list(zip(target.parameters(), model.parameters(), strict=True))
-        losses = []
-        start = process_time()
-        for s, a, r, s2, discount, _, _ in batches:
-            with torch.no_grad():
-                best = model(s2).argmax(1, keepdim=True)
-                goal = r + discount * target(s2).gather(1, best).squeeze(1)
-            value = model(s).gather(1, a.unsqueeze(1)).squeeze(1)
-            loss = functional.smooth_l1_loss(value, goal)
-            losses.append(loss)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if (next(made) + 1) % 100 == 0:
-                with torch.no_grad():
-                    for copy, weight in pairs:
-                        copy.copy_(weight)
-        return process_time() - start
-
-    def several() -> tuple[list, list]:
-        sides = [in_turns(by_task, by_hand) for _ in range(5)]
-        return [s for side in sides for s in side[0]], [s for side in sides for s in side[1]]
-
-    ours, theirs = benchmark.pedantic(several, rounds=1, iterations=1)
-    weights = [torch.cat([p.flatten() for p in task.model.parameters()]) for task in tasks]
-    assert torch.equal(*weights)
-    row = {"updates": len(batches), "seconds per run": round(median(theirs), 3)}
-    ratio = keep_ratio("update by hand", "our seconds / its", ours, theirs, **row)
-    with capsys.disabled():
-        print(
-            f"\nDQN update: {median(ours) / len(batches) * 1e6:.0f} us, by hand"
-            f" {median(theirs) / len(batches) * 1e6:.0f} us, ratio of medians {ratio:.3f},"
-            f" {len(ours)} rounds ({processor()})"
-        )
-    assert ratio < 1.1

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import csv
 import os
-from copy import deepcopy
 from pathlib import Path
-from statistics import mean, median
-from time import perf_counter
+from statistics import mean
 
 import pytest
-import torch
-from torch.nn import functional
 
 from repeatlab.analysis import mean_interval
 from repeatlab.config import RunConfig
@@ -26,7 +22,7 @@ from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.environment import processor
 from repeatlab.loop import train
 from repeatlab.schema import parse
-from repeatlab.tasks.selfsupervised import SelfSupervised, SelfSupervisedConfig, knn_accuracy
+from repeatlab.tasks.selfsupervised import SelfSupervised, knn_accuracy
 
 SEEDS = 3
 UPDATES = 2000
@@ -115,43 +111,3 @@ def test_features_are_better_than_untrained_ones_and_raw_pixels(tmp_path, capsys
     knn = {r["arm"]: r["mean"] for r in rows if r["metric"] == "test knn_accuracy"}
     assert knn["SimCLR"] > knn["untrained encoder"] + 0.05
     assert knn["SimCLR"] > knn["raw pixels"] + 0.05
-
-
-def by_hand(task: SelfSupervised, updates: int) -> float:
-    """Return the seconds of the leanest loop of the same updates, batches included."""
-    encoder, head, optimizer = task.encoder, task.head, task.optimizer
-    count = 2 * task.config.batch_size
-    itself = torch.eye(count, dtype=torch.bool)
-    target = (torch.arange(count) + count // 2) % count
-    start = perf_counter()
-    for index in range(updates):
-        z = functional.normalize(head(encoder(task.fresh_batch(index).views)), dim=1)
-        logits = (z @ z.T / task.config.temperature).masked_fill(itself, -float("inf"))
-        loss = functional.cross_entropy(logits, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return perf_counter() - start
-
-
-def by_task(task: SelfSupervised, updates: int) -> float:
-    start = perf_counter()
-    for index in range(updates):
-        task.step(task.fresh_batch(index), torch.Tensor.item)
-    return perf_counter() - start
-
-
-def test_an_update_against_the_loop_by_hand(capsys):
-    """On the embedded digits at the default scale, in turn, batches included on both sides."""
-    task = SelfSupervised(SelfSupervisedConfig(lr=0.05), seed=0, device="cpu")
-    start, ratios = deepcopy(task.state_dict()), []
-    for number in range(12):
-        sides = {}
-        for side in (by_hand, by_task) if number % 2 else (by_task, by_hand):
-            task.load_state_dict(deepcopy(start))
-            sides[side] = side(task, 40)
-        ratios.append(sides[by_task] / sides[by_hand])
-    ratio = median(ratios[2:])
-    with capsys.disabled():
-        print(f"\nSimCLR on digits: update against the loop by hand {ratio:.3f} ({processor()})")
-    assert ratio < 1.1

@@ -18,14 +18,10 @@ from __future__ import annotations
 
 import csv
 import os
-from copy import deepcopy
 from pathlib import Path
-from statistics import mean, median
-from time import perf_counter
+from statistics import mean
 
 import pytest
-import torch
-from torch.nn import functional
 
 from repeatlab.analysis import mean_interval
 from repeatlab.config import RunConfig
@@ -33,7 +29,6 @@ from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.environment import processor
 from repeatlab.loop import train
 from repeatlab.schema import parse
-from repeatlab.tasks.semisupervised import SemiSupervised, SemiSupervisedConfig
 
 UPDATES = 8000
 SCALE = "CNN of 0.88 M parameters, bf16, B 64"
@@ -119,47 +114,3 @@ def test_fixmatch_is_above_the_labels_alone(tmp_path, capsys):
             print("  ".join(str(value) for value in row.values()))
     record(rows)
     assert accuracy["FixMatch, mu 3"] > accuracy["labels alone"] + 0.01
-
-
-def by_hand(task: SemiSupervised, updates: int) -> float:
-    """Return the seconds of the leanest loop of the same updates, batches included."""
-    model, ema, optimizer, config = task.model, task.ema, task.optimizer, task.config
-    averaged, trained = list(ema.parameters()), list(model.parameters())
-    start = perf_counter()
-    for index in range(updates):
-        batch = task.fresh_batch(index)
-        logits = model(torch.cat([batch.labelled, batch.weak, batch.strong]))
-        b, u = len(batch.labelled), len(batch.weak)
-        best, guess = logits[b : b + u].detach().softmax(1).max(1)
-        loss = functional.cross_entropy(logits[:b], batch.labels)
-        strong = functional.cross_entropy(logits[b + u :], guess, reduction="none")
-        loss = loss + (strong * (best >= config.threshold)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, trained, 1 - config.ema_decay)
-    return perf_counter() - start
-
-
-def by_task(task: SemiSupervised, updates: int) -> float:
-    start = perf_counter()
-    for index in range(updates):
-        task.step(task.fresh_batch(index), torch.Tensor.item)
-    return perf_counter() - start
-
-
-def test_an_update_against_the_loop_by_hand(capsys):
-    """On the embedded digits at the default scale, in turn, batches included on both sides."""
-    task = SemiSupervised(SemiSupervisedConfig(lr=0.05), seed=0, device="cpu")
-    start, ratios = deepcopy(task.state_dict()), []
-    for number in range(12):
-        sides = {}
-        for side in (by_hand, by_task) if number % 2 else (by_task, by_hand):
-            task.load_state_dict(deepcopy(start))
-            sides[side] = side(task, 20)
-        ratios.append(sides[by_task] / sides[by_hand])
-    ratio = median(ratios[2:])
-    with capsys.disabled():
-        print(f"\nFixMatch on digits: update against the loop by hand {ratio:.3f} ({processor()})")
-    assert ratio < 1.1

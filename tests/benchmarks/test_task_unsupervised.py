@@ -12,8 +12,6 @@ from statistics import mean
 
 import pandas as pd
 import pytest
-import torch
-from torch import nn
 
 from repeatlab.analysis import mean_interval
 from repeatlab.config import RunConfig
@@ -21,12 +19,10 @@ from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.environment import processor
 from repeatlab.loop import train
 from repeatlab.schema import parse
-from repeatlab.tasks.unsupervised import Unsupervised, UnsupervisedConfig
 
 RESULTS = Path(__file__).parent / "results" / "unsupervised.csv"
 UPDATES, SEEDS = 2000, 2
 SCALE = "width 32 (1.08 M parameters), 4.7 of the plan's 100 epochs"
-ROUNDS, BLOCK = 15, 40
 
 
 def test_the_vae_learns_mnist(tmp_path, capsys, record):
@@ -75,36 +71,3 @@ def row(metric: str, values: list[float], seconds: float) -> dict:
         "seconds per run": round(seconds, 1),
         "processor": processor(),
     }
-
-
-def test_an_update_costs_what_a_loop_written_out_costs(capsys, interleaved):
-    """Processor time of the smallest network, where overhead shows most; median over rounds."""
-    ours, theirs = (
-        Unsupervised(UnsupervisedConfig(width=8), seed=0, device="cpu") for _ in range(2)
-    )
-    batches = [ours.fresh_batch(index) for index in range(BLOCK)]
-
-    def package() -> None:
-        for batch in batches:
-            ours.step(batch, lambda loss: None)
-
-    model, optimizer, noise = theirs.model, theirs.optimizer, torch.Generator().manual_seed(0)
-
-    def by_hand() -> None:
-        for batch in batches:
-            epsilon = torch.randn((128, 20), generator=noise)
-            mean, log_variance = model.encoder(batch.images).chunk(2, dim=1)
-            logits = model.decoder(mean + (0.5 * log_variance).exp() * epsilon)
-            bce = nn.functional.binary_cross_entropy_with_logits(
-                logits, batch.images, reduction="none"
-            )
-            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-            loss = (bce.flatten(1).sum(1) + kl.sum(1)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    ratio = interleaved(package, by_hand, ROUNDS)
-    with capsys.disabled():
-        print(f"\nVAE, width 8, digits: update / loop written out = {ratio:.3f} ({processor()})")
-    assert ratio < 1.05
