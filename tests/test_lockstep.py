@@ -28,6 +28,7 @@ from repeatlab.lockstep.optimizers import StackedOptimizer
 from repeatlab.loop import train
 from repeatlab.models import mlp, small_cnn
 from repeatlab.places import Places
+from repeatlab.prerequisites import prerequisites
 from repeatlab.records import Run, Store
 from repeatlab.schema import parse
 from repeatlab.study import Study, run_studies
@@ -383,8 +384,20 @@ def test_runs_go_together_in_rounds_with_what_they_need_before_them():
     assert [len(round_) for round_ in rounds] == [1, 1]
     first, second = ({c.run_id for c in round_[0]} for round_ in rounds)
     assert first | second == {config.run_id for config in runs}
+    for config in runs:
+        assert {needed.run_id for needed in prerequisites(config)} <= first
+    # `random` is replayed, the next three wait for it and for a calibration, the others for room.
     names = {p.method for p in study().planned() if p.config.run_id in second}
-    assert names == {"threshold", "shuffled", "spaced"}
+    assert {"threshold", "shuffled", "spaced"} < names
+    assert "random" not in names
+    assert len(first) == len(second)
+
+
+def test_no_run_goes_into_a_round_that_is_shorter_than_it_is():
+    """Calibrations are short: all that is long goes with what waits for them."""
+    ((first,), (second,)) = groups(configs(methods=["standard", "cosine", "threshold"], seeds=4))
+    assert [c.max_updates for c in first] == 4 * [8]
+    assert [c.max_updates for c in second] == 12 * [T]
 
 
 def test_every_worker_gets_a_group_of_whole_seeds_if_there_are_enough():
@@ -486,16 +499,15 @@ def test_the_command_line_can_refuse(tmp_path, monkeypatch):
     assert [places.lockstep for places in asked] == [True, False]
 
 
-def test_status_says_that_seconds_are_a_share(tmp_path):
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_status_says_that_seconds_are_a_share(tmp_path, lockstep):
     small = study(methods=["standard", "cosine", "linear", "random"], seeds=1)
-    run_studies([small], tmp_path, places=Places(workers=0))
+    run_studies([small], tmp_path, places=Places(workers=0, lockstep=lockstep))
     done = CliRunner().invoke(cli, ["status", "--all", "--runs", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    lines = [line for line in done.output.splitlines() if "trained" in line]
-    assert len(lines) == 4
-    # The calibration that `linear` needs comes before it, and so the others are in step first.
-    shares = [line.partition("trained ")[2].partition(" s")[2] for line in lines]
-    assert sorted(set(shares)) == ["", ", its share of 4 in lock-step"]
+    times = [line.partition(": trained ")[2] for line in done.output.splitlines()[-4:]]
+    assert all(time.endswith(" s, its share of 4 in lock-step") == lockstep for time in times)
+    assert all(float(time.partition(" s")[0]) > 0 for time in times)
 
 
 # --- the pieces, against torch --------------------------------------------------------------------

@@ -60,22 +60,43 @@ def groups(configs: Iterable[RunConfig], *, workers: int = 1) -> list[list[list[
     """Return the groups of runs to train in lock-step, in rounds: one needs only earlier rounds.
 
     Runs go together that are equal but for method, seed, learning rate and length; as many as there
-    are, where each worker gets a group. Runs that are in no group are left to be made one by one.
+    are, where each worker gets a group. What no other run needs waits for a round with room, since
+    few arms share little. Runs that are in no group are left to be made one by one.
 
     Args:
         configs: The runs that are to be made, with those that they need.
         workers: Over how many processes the groups of a round are spread.
     """
-    rounds: dict[int, dict[str, list[RunConfig]]] = {}
+    kinds: dict[str, list[RunConfig]] = {}
     for config in configs:
         if can_go_in_step(config) and pays(config):
-            alike = rounds.setdefault(_depth(config), {})
-            alike.setdefault(_kind(config), []).append(config)
-    dealt = [
-        [group for runs in rounds[depth].values() for group in _deal(runs, workers)]
-        for depth in sorted(rounds)
-    ]
-    return [round_ for round_ in dealt if round_]
+            kinds.setdefault(_kind(config), []).append(config)
+    rounds: dict[int, list[list[RunConfig]]] = {}
+    for runs in kinds.values():
+        for number, together in _rounds(runs).items():
+            rounds.setdefault(number, []).extend(_deal(together, workers))
+    return [rounds[number] for number in sorted(rounds) if rounds[number]]
+
+
+def _rounds(runs: list[RunConfig]) -> dict[int, list[RunConfig]]:
+    """Return the runs, of one kind, by round: as early as others need them, else where few are."""
+    needed = {before.run_id for run in runs for before in prerequisites(run)}
+    rounds: dict[int, list[RunConfig]] = {}
+    for run in runs:
+        if run.run_id in needed:
+            rounds.setdefault(_depth(run), []).append(run)
+    # Those that have to be late come first.
+    for run in sorted(runs, key=_depth, reverse=True):
+        if run.run_id not in needed:
+            earliest = _depth(run)
+            long = [
+                number
+                for number, there in rounds.items()
+                if number >= earliest and max(r.max_updates for r in there) >= run.max_updates
+            ]
+            chosen = min(long, key=lambda number: (len(rounds[number]), number), default=earliest)
+            rounds.setdefault(chosen, []).append(run)
+    return rounds
 
 
 def can_go_in_step(config: RunConfig) -> bool:

@@ -71,7 +71,6 @@ RUN_SECONDS = 1.0
 TURNS = 48
 QUIET = 0.1  # of one processor
 PATIENCE = 3  # times as many rounds as are kept
-LARGEST_ERROR, LARGEST_ERROR_OF_SHORT_UPDATES = 0.03, 0.05
 LONG_UPDATE = 0.010  # seconds
 
 
@@ -243,7 +242,7 @@ def test_predicted_against_measured(name, tmp_path, capsys, record):
     rows = [about | row for side in sides for row in side.rows(rounds)]
     record(RESULTS, rows)
     update = rows[0]["update_ms"]
-    limit = LARGEST_ERROR if update > 1000 * LONG_UPDATE else LARGEST_ERROR_OF_SHORT_UPDATES
+    long = update > 1000 * LONG_UPDATE
     with capsys.disabled():
         print(f"\n{name}: {update:.2f} ms an update, k = {rows[0]['k']}")
         for row in rows:
@@ -254,4 +253,7 @@ def test_predicted_against_measured(name, tmp_path, capsys, record):
             )
         for arm, why in refused.items():
             print(f"  {arm:18s} refused: {why}")
-    assert {row["arm"]: row["error"] for row in rows if abs(row["error"]) > limit} == {}
+    # Where a prefetched batch takes about as long as an update, now one is waited for, now the
+    # other: together that is more than the larger one.
+    limits = {row["arm"]: 0.03 if long and "prefetch" not in row["arm"] else 0.05 for row in rows}
+    assert [row for row in rows if abs(row["error"]) > limits[row["arm"]]] == []
