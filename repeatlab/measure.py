@@ -33,8 +33,11 @@ SHORTEST_DELAY, LONGEST_DELAY = 0.012, 0.050
 # short for that to even out.
 START_UP = 0.05
 # A processor can be twice as fast in one second as in the next (its clock, the neighbour on its
-# core), so that the blocks of a round are made in so many turns, a few updates of each in a turn.
+# core), so that the blocks of a round are made in so many turns, a few updates of each in a turn; a
+# turn is no shorter than so many seconds, or its first update, which finds other caches, weighs too
+# much.
 TURNS = 8
+SHORTEST_TURN = 0.030
 # Before its turn other updates run so long, in seconds: the first ones of a turn find the caches
 # full of another network.
 LEAD_IN = 0.01
@@ -111,6 +114,7 @@ class Bench:
         self._start = deepcopy(task.state_dict())
         self._tasks: dict[str, _Later] = {}
         self._leading, self._led = task, 0
+        self._least = 1  # updates in a turn
         self.updates = self.waits = REPEATS
         self.started = self.lead = 0
         self.delay = SHORTEST_DELAY
@@ -125,6 +129,7 @@ class Bench:
         with self._settings():
             seconds = [in_turns({"once": self._loop("once", REPEATS)}, _nothing) for _ in range(2)]
         update = seconds[1]["once"]
+        self._least = ceil(SHORTEST_TURN / update)
         self.started = REPEATS * int(START_UP / update / REPEATS)
         if self.device == "cpu":
             self.lead = round(LEAD_IN / update)
@@ -162,7 +167,7 @@ class Bench:
         """Return how many of a loop's updates are made in a turn."""
         if self.device != "cpu":
             return updates
-        return REPEATS * ceil(updates / (REPEATS * self.turns))
+        return max(ceil(updates / self.turns), self._least)
 
     def measurement(self) -> Measurement:
         """Return the medians over the rounds made so far."""

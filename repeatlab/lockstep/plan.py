@@ -60,8 +60,8 @@ def groups(configs: Iterable[RunConfig], *, workers: int = 1) -> list[list[list[
     """Return the groups of runs to train in lock-step, in rounds: one needs only earlier rounds.
 
     Runs go together that are equal but for method, seed, learning rate and length; as many as there
-    are, where each worker gets a group. What no other run needs waits for a round with room, since
-    few arms share little. Runs that are in no group are left to be made one by one.
+    are, where each worker gets a group. What no other run needs may wait for a later round, so that
+    there are few long ones. Runs that are in no group are left to be made one by one.
 
     Args:
         configs: The runs that are to be made, with those that they need.
@@ -79,7 +79,7 @@ def groups(configs: Iterable[RunConfig], *, workers: int = 1) -> list[list[list[
 
 
 def _rounds(runs: list[RunConfig]) -> dict[int, list[RunConfig]]:
-    """Return the runs, of one kind, by round: as early as others need them, else where few are."""
+    """Return the runs, of one kind, by round: as early as others need them, else where most are."""
     needed = {before.run_id for run in runs for before in prerequisites(run)}
     rounds: dict[int, list[RunConfig]] = {}
     for run in runs:
@@ -94,7 +94,7 @@ def _rounds(runs: list[RunConfig]) -> dict[int, list[RunConfig]]:
                 for number, there in rounds.items()
                 if number >= earliest and max(r.max_updates for r in there) >= run.max_updates
             ]
-            chosen = min(long, key=lambda number: (len(rounds[number]), number), default=earliest)
+            chosen = max(long, key=lambda number: (len(rounds[number]), -number), default=earliest)
             rounds.setdefault(chosen, []).append(run)
     return rounds
 
