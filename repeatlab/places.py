@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,6 +103,7 @@ def local_client(workers: int) -> Iterator[Any]:
         dask.config.set(
             {
                 "distributed.deploy.lost-worker-timeout": NEVER,
+                "distributed.worker.preload": [__name__],
                 "distributed.nanny.pre-spawn-environ": dict.fromkeys(ONE_THREAD, 1),
                 "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
             }
@@ -119,6 +121,14 @@ def local_client(workers: int) -> Iterator[Any]:
         Client(cluster) as client,
     ):
         yield client
+
+
+def dask_setup(worker: Any) -> None:
+    """Dask calls this in every local worker: Ctrl-C reaches all processes of a terminal or kernel.
+
+    It would end the worker in the middle of an update; this study's own process passes it on.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _start_fork_server() -> bool:

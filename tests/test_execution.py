@@ -179,6 +179,11 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_goes_on(tmp_path, to_all):
     assert run.summary["state_sha256"] == other.summary["state_sha256"]
 
 
+def test_ctrl_c_ends_no_local_worker():
+    with local_client(1) as client:
+        assert list(client.run(signal.getsignal, signal.SIGINT).values()) == [signal.SIG_IGN]
+
+
 @contextmanager
 def cluster(folder: Path, *, workers: int):
     """Yield the address of a Dask scheduler with workers, all processes of their own."""
