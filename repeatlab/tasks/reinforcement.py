@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.data import gather
-from repeatlab.replay import ReplayBuffer, Transitions, episode_transitions
+from repeatlab.replay import ReplayBuffer, Transitions, episode_transitions, joined
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.optimization import Descent, OptimizationConfig, OptimizerChoice, chosen
@@ -360,15 +360,14 @@ class Reinforcement:
             returns = list(self.recent_returns) or [len(self.episode_actions)]
             numbers = self.buffer.samples_at(self.environment_steps)
             spread = torch.linspace(numbers[0], numbers[-1], min(len(numbers), PROBED_TRANSITIONS))
-            episodes = [self.buffer.batch(spread.long(), 0)]
+            seen = self.buffer.batch(spread.long(), 0)
         else:
             episodes = self.play(split)
             returns = [len(episode.actions) for episode in episodes]
-        moved = [episode.to(self.device) for episode in episodes]
-        losses = torch.cat([self.sample_losses(episode) for episode in moved])
-        values = torch.cat(
-            [self.precision(self.model, episode.observations).amax(1) for episode in moved]
-        )
+            seen = joined(episodes)
+        seen = seen.to(self.device)
+        losses = self.sample_losses(seen)
+        values = self.precision(self.model, seen.observations).amax(1)
         return {
             "return": float(np.mean(returns)),
             "loss": losses.double().mean().item(),
