@@ -317,13 +317,15 @@ class Reinforcement:
 
     def _values_and_targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) and the double DQN targets of it, both (batch,)."""
-        with torch.no_grad():
-            best = self.precision(self.model, batch.next_observations).argmax(1, keepdim=True)
-            later = self.precision(self.target, batch.next_observations)
-            targets = batch.returns + batch.discounts * later.gather(1, best).squeeze(1)
+        targets = self._targets(batch)
         values = self.precision(self.model, batch.observations)
-        values = values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
-        return values, targets
+        return values.gather(1, batch.actions.unsqueeze(1)).squeeze(1), targets
+
+    @torch.no_grad()
+    def _targets(self, batch: Transitions) -> Tensor:
+        best = self.precision(self.model, batch.next_observations).argmax(1, keepdim=True)
+        later = self.precision(self.target, batch.next_observations)
+        return batch.returns + batch.discounts * later.gather(1, best).squeeze(1)
 
     def _driver_losses(self, values: Tensor, targets: Tensor) -> Tensor:
         if self.config.driver == "td_error":
@@ -366,12 +368,13 @@ class Reinforcement:
             returns = [len(episode.actions) for episode in episodes]
             seen = joined(episodes)
         seen = seen.to(self.device)
-        losses = self.sample_losses(seen)
-        values = self.precision(self.model, seen.observations).amax(1)
+        values = self.precision(self.model, seen.observations)
+        taken = values.gather(1, seen.actions.unsqueeze(1)).squeeze(1)
+        losses = self._driver_losses(taken, self._targets(seen))
         return {
             "return": float(np.mean(returns)),
             "loss": losses.double().mean().item(),
-            "q_value": values.double().mean().item(),
+            "q_value": values.amax(1).double().mean().item(),
         }
 
     def play(self, split: str) -> list[Transitions]:
