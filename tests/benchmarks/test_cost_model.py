@@ -66,8 +66,10 @@ SLOW_ARMS = {
 }
 SLEEPING = {"delayed", "delayed_briefly", "prefetched"}
 WEIGHING = {"uniform", "chosen"}
-ROUNDS, ROUNDS_OF_LARGER = 7, 5
+ROUNDS, ROUNDS_OF_LARGER = 7, 3
 RUN_SECONDS = 1.0
+# A run's first update takes up to three times as long, while memory is being had.
+LEAST_UPDATES = 80
 TURNS = 48
 QUIET = 0.1  # of one processor
 PATIENCE = 3  # times as many rounds as are kept
@@ -139,7 +141,7 @@ class Side:
         sizing = Bench(config, device="cpu")
         sizing.warm_up(RUN_SECONDS)
         update = RUN_SECONDS / sizing.updates
-        self.updates = max(12, ceil(RUN_SECONDS / (update + pace)))
+        self.updates = max(LEAST_UPDATES, ceil(RUN_SECONDS / (update + pace)))
         self.bench = Part(config, device="cpu", clock=clock, turns=TURNS)
         self.bench.left_out = without
         self.bench.warm_up(RUN_SECONDS)
