@@ -42,12 +42,6 @@ class Transitions(NamedTuple):
         return Transitions(*(t.to(device, non_blocking=True) for t in self[:-1]), self.index)
 
 
-def joined(batches: Sequence[Transitions]) -> Transitions:
-    """Return these batches end to end, as the first one's fresh batch."""
-    columns = zip(*(batch[:-1] for batch in batches), strict=True)
-    return Transitions(*map(torch.cat, columns), batches[0].index)
-
-
 class ReplayBuffer:
     """The last `capacity` transitions of one environment, in arrays allocated once.
 

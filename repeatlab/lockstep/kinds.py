@@ -15,7 +15,8 @@ from repeatlab.data import Batch
 from repeatlab.lockstep.network import StackedMLP
 from repeatlab.lockstep.optimizers import StackedOptimizer
 from repeatlab.replay import Transitions
-from repeatlab.tasks.reinforcement import Reinforcement, greedy_episodes
+from repeatlab.tasks.greedy_episodes import greedy_episodes
+from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.tasks.supervised import Supervised
 
 

@@ -52,15 +52,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.data import gather
-from repeatlab.replay import ReplayBuffer, Transitions, episode_transitions, joined
+from repeatlab.data import gather, joined
+from repeatlab.replay import ReplayBuffer, Transitions
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.greedy_episodes import ENVIRONMENT, greedy_episodes
 from repeatlab.tasks.optimization import Descent, OptimizationConfig, OptimizerChoice, chosen
 from repeatlab.tasks.precision import Precision, place
 
-ENVIRONMENT = "CartPole-v1"
-MAX_EPISODE_STEPS = 500  # of CartPole-v1
 # Draws are made for this many steps or batches at a time: one generator each would cost more than
 # the update.
 BLOCK = 1024
@@ -318,8 +317,7 @@ class Reinforcement:
     def _values_and_targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) and the double DQN targets of it, both (batch,)."""
         targets = self._targets(batch)
-        values = self.precision(self.model, batch.observations)
-        return values.gather(1, batch.actions.unsqueeze(1)).squeeze(1), targets
+        return _taken(self.precision(self.model, batch.observations), batch), targets
 
     @torch.no_grad()
     def _targets(self, batch: Transitions) -> Tensor:
@@ -366,11 +364,10 @@ class Reinforcement:
         else:
             episodes = self.play(split)
             returns = [len(episode.actions) for episode in episodes]
-            seen = joined(episodes)
+            seen = joined(episodes, 0)
         seen = seen.to(self.device)
         values = self.precision(self.model, seen.observations)
-        taken = values.gather(1, seen.actions.unsqueeze(1)).squeeze(1)
-        losses = self._driver_losses(taken, self._targets(seen))
+        losses = self._driver_losses(_taken(values, seen), self._targets(seen))
         return {
             "return": float(np.mean(returns)),
             "loss": losses.double().mean().item(),
@@ -437,65 +434,9 @@ class _Blocks:
         return self._rows[row]
 
 
-@torch.no_grad()
-def greedy_episodes(
-    config: ReinforcementConfig,
-    split: str,
-    greedy: Callable[[Tensor], Tensor],
-    *,
-    device: str,
-    agents: int = 1,
-) -> list[list[Transitions]]:
-    """Return the greedy episodes of every agent, all played side by side, each until it first ends.
-
-    Args:
-        config: The agents' task.
-        split: "validation" or "test"; it says where the episodes begin, the same for every agent.
-        greedy: From observations, float32, (agents * episodes, 4), agent by agent, to the actions
-            of the highest value, int64, (agents * episodes,).
-        device: Where `greedy` wants the observations.
-        agents: How many there are.
-    """
-    count, scale = config.evaluation_episodes, np.array(config.observation_scale, dtype=np.float32)
-    environments = _side_by_side(agents * count)
-    raw, _ = environments.reset(seed=derive(0, f"evaluation/{split}"))
-    if agents > 1:
-        alone = _side_by_side(count)
-        raw, _ = alone.reset(seed=derive(0, f"evaluation/{split}"))
-        environments.unwrapped.state = np.tile(alone.unwrapped.state, agents)
-        raw = np.tile(raw, (agents, 1))
-    observations, actions = [raw * scale], []
-    lengths, failed = np.zeros(agents * count, dtype=int), np.zeros(agents * count, dtype=bool)
-    while not lengths.all():
-        actions.append(greedy(torch.from_numpy(observations[-1]).to(device)).cpu().numpy())
-        raw, _, terminated, truncated, _ = environments.step(actions[-1])
-        observations.append(raw * scale)
-        ended = (terminated | truncated) & (lengths == 0)
-        lengths[ended], failed[ended] = len(actions), terminated[ended]
-    environments.close()
-    seen, done = np.stack(observations, axis=1), np.stack(actions, axis=1)
-    episodes = [
-        episode_transitions(
-            seen[i, : length + 1],
-            done[i, :length],
-            _rewards(config, length, failed[i]),
-            terminated=bool(failed[i]),
-            n_steps=config.n_steps,
-            gamma=config.gamma,
-        )
-        for i, length in enumerate(lengths)
-    ]
-    return [episodes[i : i + count] for i in range(0, len(episodes), count)]
-
-
-def _side_by_side(count: int) -> gymnasium.vector.VectorEnv:
-    return gymnasium.make_vec(ENVIRONMENT, num_envs=count, vectorization_mode="vector_entry_point")
-
-
-def _rewards(config: ReinforcementConfig, length: int, failed: bool) -> np.ndarray:
-    if not config.sutton_barto_reward:
-        return np.ones(length)
-    return np.where(np.arange(length) == length - 1, -float(failed), 0.0)
+def _taken(values: Tensor, batch: Transitions) -> Tensor:
+    """Return, (batch,), the values of the actions that were taken, out of those of all."""
+    return values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
 
 
 def huber_bounds(values: Tensor, targets: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ SLEEPING = {"delayed", "delayed_briefly", "prefetched"}
 WEIGHING = {"uniform", "chosen"}
 ROUNDS, ROUNDS_OF_LARGER = 7, 3
 RUN_SECONDS = 1.0
-# A run's first update takes up to three times as long, while memory is being had.
+# A run's first update takes longer, while memory is being had; nothing predicts that.
 LEAST_UPDATES = 80
 TURNS = 48
 QUIET = 0.1  # of one processor
