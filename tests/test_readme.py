@@ -109,6 +109,7 @@ def test_the_chinese_page_has_the_same_tables(english, chinese):
 
 # --- results --------------------------------------------------------------------------------------
 
+
 def results() -> list[str]:
     """Return the committed results, and those that `make figures` may have written over them."""
     committed = ["git", "-C", ROOT, "show", "HEAD:figures/results.md"]
