@@ -67,16 +67,17 @@ class ReplayBuffer:
         self.steps = 0
         self._powers = [gamma**age for age in range(n_steps + 1)]
         self._open = 0  # latest transitions of the running episode that the next reward belongs to
-        self._columns = {
-            "observations": torch.zeros(capacity, observation_size),
-            "actions": torch.zeros(capacity, dtype=torch.int64),
-            "returns": torch.zeros(capacity),
-            "next_observations": torch.zeros(capacity, observation_size),
-            "discounts": torch.zeros(capacity),
+        # numpy's zeros, unlike torch's, take no memory and no time before they are written to.
+        self._arrays = {
+            "observations": np.zeros((capacity, observation_size), dtype=np.float32),
+            "actions": np.zeros(capacity, dtype=np.int64),
+            "returns": np.zeros(capacity, dtype=np.float32),
+            "next_observations": np.zeros((capacity, observation_size), dtype=np.float32),
+            "discounts": np.zeros(capacity, dtype=np.float32),
         }
-        # The same memory for the environment's side: writing a number into a tensor takes 20 times
-        # as long as into an array.
-        self._arrays = {name: column.numpy() for name, column in self._columns.items()}
+        # The same memory for the network's side: writing a number into a tensor takes 20 times as
+        # long as into an array.
+        self._columns = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
 
     def add(
         self,
@@ -153,37 +154,59 @@ class ReplayBuffer:
             self._columns[name][: len(column)] = column
 
 
-def episode_transitions(
+class Episodes(NamedTuple):
+    """Whole episodes as n-step transitions, end to end.
+
+    Attributes:
+        transitions: As `ReplayBuffer` would hold them; b is the sum of the lengths.
+        episode: int64, (b,): the episode of each.
+        first: int64, (b,): the step in its episode at which it begins.
+        last: int64, (b,): the step at which its n steps end, at most the episode's length.
+    """
+
+    transitions: Transitions
+    episode: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
+def whole_episodes(
     observations: np.ndarray,
     actions: np.ndarray,
     rewards: np.ndarray,
+    lengths: np.ndarray,
+    terminated: np.ndarray,
     *,
-    terminated: bool,
     n_steps: int,
     gamma: float,
-) -> Transitions:
-    """Return the n-step transitions of one whole episode, as `ReplayBuffer` would hold them.
+) -> Episodes:
+    """Return the n-step transitions of episodes that are over.
 
     Args:
-        observations: (length + 1, size), the last one included.
-        actions: (length,).
-        rewards: (length,).
-        terminated: Whether the last observation is a terminal state.
+        observations: (episodes, steps + 1, size), the last of each episode included.
+        actions: (episodes, steps), with anything after an episode's end.
+        rewards: (episodes, steps), likewise.
+        lengths: int64, (episodes,): steps of each.
+        terminated: bool, (episodes,): whether the last observation is a terminal state.
         n_steps: n.
         gamma: Discount of one step.
     """
-    length = len(actions)
-    first = np.arange(length)
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    first = np.arange(len(episode)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    length = lengths[episode]
     last = np.minimum(first + n_steps, length)
-    padded = np.concatenate([rewards, np.zeros(n_steps)])
-    returns = sum(gamma**i * padded[i : i + length] for i in range(n_steps))
-    discounts = np.where((last == length) & terminated, 0.0, gamma ** (last - first))
-    return Transitions(
-        torch.as_tensor(observations[first], dtype=torch.float32),
-        torch.as_tensor(actions, dtype=torch.int64),
+    returns = np.zeros(len(episode))
+    for age in range(n_steps):
+        inside = first + age < length
+        returns[inside] += gamma**age * rewards[episode[inside], first[inside] + age]
+    discounts = np.where((last == length) & terminated[episode], 0.0, gamma ** (last - first))
+    transitions = Transitions(
+        torch.as_tensor(observations[episode, first], dtype=torch.float32),
+        torch.as_tensor(actions[episode, first], dtype=torch.int64),
         torch.as_tensor(returns, dtype=torch.float32),
-        torch.as_tensor(observations[last], dtype=torch.float32),
+        torch.as_tensor(observations[episode, last], dtype=torch.float32),
         torch.as_tensor(discounts, dtype=torch.float32),
         torch.from_numpy(first),
         0,
     )
+    return Episodes(transitions, episode, first, last)

@@ -523,24 +523,38 @@ def test_evaluation_is_repeatable_and_has_no_influence():
 def test_episodes_of_several_agents_side_by_side_are_those_of_each_alone():
     agents = [make(seed=seed) for seed in range(3)]
 
-    def greedy(seen: torch.Tensor) -> torch.Tensor:
+    def values(seen: torch.Tensor) -> torch.Tensor:
         rows = seen.view(3, -1, 4)
-        return torch.cat(
-            [agent.model(row).argmax(1) for agent, row in zip(agents, rows, strict=True)]
-        )
+        return torch.cat([agent.model(row) for agent, row in zip(agents, rows, strict=True)])
 
-    together = greedy_episodes(agents[0].config, "test", greedy, device="cpu", agents=3)
-    for agent, episodes in zip(agents, together, strict=True):
+    together = greedy_episodes(agents[0].config, "test", values, device="cpu", agents=3)
+    for agent, played in zip(agents, together, strict=True):
         alone = agent.play("test")
-        assert len(episodes) == len(alone)
-        for one, other in zip(episodes, alone, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(one[:-1], other[:-1], strict=True))
+        assert (played.lengths == alone.lengths).all()
+        for one, other in zip(played.transitions[:-1], alone.transitions[:-1], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_values_of_played_episodes_are_the_network_s():
+    agent = make(seed=1)
+    with torch.no_grad():
+        for weight in agent.model.parameters():
+            weight.mul_(5)
+    played = agent.play("validation")
+    seen = played.transitions
+    assert len(seen.actions) == played.lengths.sum()
+    for found, at in (
+        (played.values, seen.observations),
+        (played.next_values, seen.next_observations),
+    ):
+        torch.testing.assert_close(found, agent.model(at).detach())
+    assert torch.equal(played.values.argmax(1), seen.actions)
 
 
 def test_evaluation_starts_are_fixed_over_runs_and_differ_between_splits():
     def starts(seed: int, split: str) -> torch.Tensor:
-        episodes = make(seed=seed).play(split)
-        return torch.stack([episode.observations[0] for episode in episodes])
+        played = make(seed=seed).play(split)
+        return played.transitions.observations[np.cumsum(played.lengths) - played.lengths]
 
     assert torch.equal(starts(0, "test"), starts(1, "test"))
     assert not torch.equal(starts(0, "test"), starts(0, "validation"))

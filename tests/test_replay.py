@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repeatlab.replay import ReplayBuffer, episode_transitions
+from repeatlab.replay import ReplayBuffer, whole_episodes
 
 GAMMA = 0.9
 SIZE = 3
@@ -81,30 +81,34 @@ def test_every_transition_that_can_be_sampled_is_the_one_summed_by_hand(life, n,
         assert batch.discounts[place].item() == pytest.approx(discount, rel=1e-6)
 
 
-@pytest.mark.parametrize("end", ["terminated", "truncated"])
-@pytest.mark.parametrize("length", [1, 2, 3, 10])
-def test_a_whole_episode_at_once_is_what_the_buffer_holds(end, length):
-    generator = np.random.default_rng(length)
-    observations = generator.normal(size=(length + 1, SIZE)).astype(np.float32)
-    actions, rewards = generator.integers(0, 2, length), generator.normal(size=length)
-    episode = episode_transitions(
-        observations, actions, rewards, terminated=end == "terminated", n_steps=3, gamma=GAMMA
-    )
-    buffer = ReplayBuffer(20, SIZE, n_steps=3, gamma=GAMMA)
-    for t in range(length):
-        last = t == length - 1
-        buffer.add(
-            observations[t],
-            int(actions[t]),
-            float(rewards[t]),
-            observations[t + 1],
-            terminated=last and end == "terminated",
-            truncated=last and end == "truncated",
-        )
-    held = buffer.batch(torch.arange(length), 0)
-    for ours, theirs in zip(episode[:-1], held[:-1], strict=True):
+@pytest.mark.parametrize("n", [1, 3])
+def test_whole_episodes_at_once_are_what_the_buffer_holds(n):
+    generator = np.random.default_rng(n)
+    lengths, terminated = np.array([1, 2, 10, 3, 10]), np.array([True, False, True, True, False])
+    steps = lengths.max()
+    observations = generator.normal(size=(5, steps + 1, SIZE)).astype(np.float32)
+    actions, rewards = generator.integers(0, 2, (5, steps)), generator.normal(size=(5, steps))
+    settings = {"n_steps": n, "gamma": GAMMA}
+    buffer = ReplayBuffer(40, SIZE, **settings)
+    places = []
+    for episode, length in enumerate(lengths):
+        for t in range(length):
+            last = t == length - 1
+            buffer.add(
+                observations[episode, t],
+                int(actions[episode, t]),
+                float(rewards[episode, t]),
+                observations[episode, t + 1],
+                terminated=last and bool(terminated[episode]),
+                truncated=last and not terminated[episode],
+            )
+            places.append((episode, t, min(t + n, length)))
+    found = whole_episodes(observations, actions, rewards, lengths, terminated, **settings)
+    held = buffer.batch(torch.arange(lengths.sum()), 0)
+    for ours, theirs in zip(found.transitions[:5], held[:5], strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs)
+    assert list(zip(found.episode, found.first, found.last, strict=True)) == places
 
 
 def test_goes_on_after_a_reload_as_if_nothing_had_happened():

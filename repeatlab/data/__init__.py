@@ -1,6 +1,6 @@
 """Datasets as tensors in memory, and minibatches that are a function of (seed, index)."""
 
-from repeatlab.data.batches import Batch, TrainStream, gather, iter_batches, joined
+from repeatlab.data.batches import Batch, TrainStream, gather, iter_batches
 from repeatlab.data.datasets import DATASETS, ImageSet, Splits, load_splits
 from repeatlab.data.sources import DataError
 
@@ -13,6 +13,5 @@ __all__ = [
     "TrainStream",
     "gather",
     "iter_batches",
-    "joined",
     "load_splits",
 ]

@@ -145,21 +145,15 @@ class TrainStream:
         )
 
 
-def joined(batches: Sequence[Any], index: int) -> Any:
-    """Return batches, named tuples of tensors with the index last, end to end as batch `index`."""
-    columns = zip(*(batch[:-1] for batch in batches), strict=True)
-    return type(batches[0])(*map(torch.cat, columns), index)
-
-
 def gather(batches: Sequence[Any], picks: Tensor, index: int) -> Any:
     """Return the samples `picks` of several batches laid end to end, as fresh batch `index`.
 
     Args:
-        batches: As in `joined`, with tensors of (b, ...) each.
+        batches: Named tuples of tensors, (b, ...) each, with the index last.
         picks: int64, (m,), from 0 to the samples of all `batches`, with repeats if so wished.
         index: The fresh batch that they make up.
     """
-    columns = joined(batches, index)[:-1]
+    columns = map(torch.cat, zip(*(batch[:-1] for batch in batches), strict=True))
     picked = (column.index_select(0, picks.to(column.device)) for column in columns)
     return type(batches[0])(*picked, index)
 

@@ -15,7 +15,7 @@ from repeatlab.data import Batch
 from repeatlab.lockstep.network import StackedMLP
 from repeatlab.lockstep.optimizers import StackedOptimizer
 from repeatlab.replay import Transitions
-from repeatlab.tasks.greedy_episodes import greedy_episodes
+from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
 from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.tasks.supervised import Supervised
 
@@ -117,7 +117,7 @@ class ReinforcementStack:
         # Of the weights as they are until the next step.
         self._seen: list[np.ndarray] = []
         self._greedy: list[int] = []
-        self._episodes: dict[str, list[list[Transitions]]] = {}
+        self._episodes: dict[str, list[Played]] = {}
         for arm, task in enumerate(tasks):
             task.fetch = _numbers_alone
             task.greedy_action = partial(self._greedy_action, arm)
@@ -165,16 +165,16 @@ class ReinforcementStack:
             return self._greedy[arm]
         return Reinforcement.greedy_action(task)
 
-    def _play(self, arm: int, split: str) -> list[Transitions]:
+    def _play(self, arm: int, split: str) -> Played:
         """Return an arm's episodes of a split."""
         if split not in self._episodes:
             arms = len(self._tasks)
 
-            def greedy(seen: Tensor) -> Tensor:
-                return self._agents(seen.view(arms, -1, 4)).argmax(2).flatten()
+            def values(seen: Tensor) -> Tensor:
+                return self._agents(seen.view(arms, -1, 4)).flatten(0, 1)
 
             self._episodes[split] = greedy_episodes(
-                self._tasks[0].config, split, greedy, device=self._gradient.device, agents=arms
+                self._tasks[0].config, split, values, device=self._gradient.device, agents=arms
             )
         return self._episodes[split][arm]
 

@@ -42,6 +42,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -52,11 +53,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.data import gather, joined
+from repeatlab.data import gather
 from repeatlab.replay import ReplayBuffer, Transitions
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.greedy_episodes import ENVIRONMENT, greedy_episodes
+from repeatlab.tasks.greedy_episodes import ENVIRONMENT, Played, greedy_episodes
 from repeatlab.tasks.optimization import Descent, OptimizationConfig, OptimizerChoice, chosen
 from repeatlab.tasks.precision import Precision, place
 
@@ -188,7 +189,6 @@ class Reinforcement:
         fraction = min(1.0, clock / config.epsilon_steps)
         return config.epsilon_start + fraction * (config.epsilon_end - config.epsilon_start)
 
-    @torch.no_grad()
     def _act(self, steps: int) -> None:
         """Make steps with the epsilon-greedy policy, and remember them."""
         for _ in range(steps):
@@ -316,12 +316,14 @@ class Reinforcement:
 
     def _values_and_targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) and the double DQN targets of it, both (batch,)."""
-        targets = self._targets(batch)
+        with torch.no_grad():
+            next_values = self.precision(self.model, batch.next_observations)
+        targets = self._targets(batch, next_values)
         return _taken(self.precision(self.model, batch.observations), batch), targets
 
     @torch.no_grad()
-    def _targets(self, batch: Transitions) -> Tensor:
-        best = self.precision(self.model, batch.next_observations).argmax(1, keepdim=True)
+    def _targets(self, batch: Transitions, next_values: Tensor) -> Tensor:
+        best = next_values.argmax(1, keepdim=True)
         later = self.precision(self.target, batch.next_observations)
         return batch.returns + batch.discounts * later.gather(1, best).squeeze(1)
 
@@ -355,32 +357,29 @@ class Reinforcement:
         is how the agent fared while it learnt: the last 20 training episodes, exploration included,
         and 1000 transitions spread evenly over the replay buffer.
         """
-        if split == "train":
-            # Until the first episode has ended: how long it has lasted.
-            returns = list(self.recent_returns) or [len(self.episode_actions)]
-            numbers = self.buffer.samples_at(self.environment_steps)
-            spread = torch.linspace(numbers[0], numbers[-1], min(len(numbers), PROBED_TRANSITIONS))
-            seen = self.buffer.batch(spread.long(), 0)
-        else:
-            episodes = self.play(split)
-            returns = [len(episode.actions) for episode in episodes]
-            seen = joined(episodes, 0)
-        seen = seen.to(self.device)
-        values = self.precision(self.model, seen.observations)
-        losses = self._driver_losses(_taken(values, seen), self._targets(seen))
+        lengths, *lived = self._lived() if split == "train" else self.play(split)
+        seen, values, next_values = (part.to(self.device) for part in lived)
+        losses = self._driver_losses(_taken(values, seen), self._targets(seen, next_values))
         return {
-            "return": float(np.mean(returns)),
+            "return": float(np.mean(lengths)),
             "loss": losses.double().mean().item(),
             "q_value": values.amax(1).double().mean().item(),
         }
 
-    def play(self, split: str) -> list[Transitions]:
+    def _lived(self) -> Played:
+        """Return the latest training episodes, and transitions from all over the buffer."""
+        # Until the first episode has ended: how long it has lasted.
+        lengths = np.array(self.recent_returns or [len(self.episode_actions)])
+        numbers = self.buffer.samples_at(self.environment_steps)
+        spread = torch.linspace(numbers[0], numbers[-1], min(len(numbers), PROBED_TRANSITIONS))
+        seen = self.buffer.batch(spread.long(), 0).to(self.device)
+        both = (seen.observations, seen.next_observations)
+        return Played(lengths, seen, *(self.precision(self.model, part) for part in both))
+
+    def play(self, split: str) -> Played:
         """Return the split's greedy episodes."""
-
-        def greedy(seen: Tensor) -> Tensor:
-            return self.precision(self.model, seen).argmax(1)
-
-        return greedy_episodes(self.config, split, greedy, device=self.device)[0]
+        values = partial(self.precision, self.model)
+        return greedy_episodes(self.config, split, values, device=self.device)[0]
 
     def pictures(self) -> dict[str, np.ndarray]:
         return {}
