@@ -47,11 +47,13 @@ class Places:
 
 @contextmanager
 def open_client(places: Places, configs: Mapping[str, RunConfig]) -> Iterator[Any]:
-    """Yield a Dask client of the workers that are to make these runs, by their ids."""
-    from distributed import Client
+    """Yield a Dask client of the workers that are to make these runs, by their ids.
 
+    Raises:
+        ConnectionError: there is no scheduler at the address, or its encryption is another.
+    """
     if places.scheduler is not None:
-        with Client(places.scheduler) as client:
+        with _connected(places.scheduler) as client:
             yield client
         return
     gpus = [] if all(config.device == "cpu" for config in configs.values()) else _gpus()
@@ -60,6 +62,19 @@ def open_client(places: Places, configs: Mapping[str, RunConfig]) -> Iterator[An
         if gpus:
             _share_gpus(client, gpus, places.runs_per_gpu)
         yield client
+
+
+def _connected(address: str) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(address)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ConnectionError(
+            f"scheduler: no connection to {address}: {error}. It must be the address that `dask "
+            "scheduler` prints, such as tcp://HOST:8786; one with tls:// needs the certificates of "
+            "Dask's configuration (distributed.comm.tls), which README shows how to set"
+        ) from error
 
 
 def _gpus() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,10 +186,10 @@ def test_ctrl_c_ends_no_local_worker():
 
 
 @contextmanager
-def cluster(folder: Path, *, workers: int):
+def cluster(folder: Path, *, workers: int, protocol: str = "tcp"):
     """Yield the address of a Dask scheduler with workers, all processes of their own."""
     address = folder / "scheduler.json"
-    options = ["--scheduler-file", str(address), "--no-dashboard"]
+    options = ["--scheduler-file", str(address), "--no-dashboard", "--protocol", protocol]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     dask = [sys.executable, "-m"]
     command = [*dask, "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
@@ -204,11 +205,36 @@ def cluster(folder: Path, *, workers: int):
             child.wait()
 
 
-def test_a_study_goes_on_when_one_of_a_scheduler_s_workers_is_killed(tmp_path):
+def certificate(folder: Path) -> dict[str, str]:
+    """Return environment variables that make Dask speak TLS, and nothing else, with a new key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("a certificate is made with openssl, which is not installed")
+    names = {"key": str(folder / "key.pem"), "cert": str(folder / "cert.pem")}
+    made = ["-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=repeatlab"]
+    made += ["-keyout", names["key"], "-out", names["cert"]]
+    subprocess.run(["openssl", "req", "-x509", *made], check=True, capture_output=True)
+    comm = "DASK_DISTRIBUTED__COMM__"
+    parts = {
+        f"{comm}TLS__{role}__{part.upper()}": file
+        for role in ("SCHEDULER", "WORKER", "CLIENT")
+        for part, file in names.items()
+    }
+    encrypted = {f"{comm}REQUIRE_ENCRYPTION": "true", f"{comm}TLS__CA_FILE": names["cert"]}
+    return parts | encrypted
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "tls"])
+def test_a_study_goes_on_when_one_of_a_scheduler_s_workers_is_killed(
+    tmp_path, monkeypatch, protocol
+):
+    if protocol == "tls":
+        for name, value in certificate(tmp_path).items():
+            monkeypatch.setenv(name, value)
     slow = study(loader=SLOW)
     file, store = parameter_file(slow, tmp_path), tmp_path / "runs"
     run = only_run(slow, store)
-    with cluster(tmp_path, workers=2) as address:
+    with cluster(tmp_path, workers=2, protocol=protocol) as address:
+        assert address.startswith(f"{protocol}://")
         command = [sys.executable, "-m", "repeatlab", "run", str(file), "--runs", str(store)]
         process = subprocess.Popen([*command, "--scheduler", address], stdout=subprocess.PIPE)
         until(lambda: recorded(run) >= 10, process)
@@ -219,6 +245,37 @@ def test_a_study_goes_on_when_one_of_a_scheduler_s_workers_is_killed(tmp_path):
     assert run.status == {"status": "complete"}
     assert run.environment["attempts"] == 2
     assert len(run.updates) == 100
+
+
+def run_on(address: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Return what the command does on a scheduler, with these environment variables added."""
+    command = [sys.executable, "-m", "repeatlab", "run", str(folder / "params/test/small.yaml")]
+    return subprocess.run(
+        [*command, "--runs", str(folder / "runs"), "--scheduler", address],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_scheduler_that_cannot_be_spoken_to_is_named(tmp_path):
+    parameter_file(study(), tmp_path)
+    settings = certificate(tmp_path)
+    nobody = "tcp://127.0.0.1:1"
+    waiting = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "1s"}
+    for found, address in (
+        (run_on(nobody, tmp_path, **waiting), nobody),
+        (run_on("tls://127.0.0.1:1", tmp_path, **waiting), "tls://127.0.0.1:1"),
+        (run_on(nobody, tmp_path, **settings), nobody),
+        (run_on("nonsense://", tmp_path, **waiting), "nonsense://"),
+    ):
+        assert found.returncode == 2
+        message = found.stderr.splitlines()[-1]
+        assert message.startswith(f"Error: scheduler: no connection to {address}: ")
+        assert "tcp://HOST:8786" in message
+        assert "Traceback" not in found.stderr
+    assert not (tmp_path / "runs" / "supervised").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system sets no such limit")
