@@ -584,6 +584,19 @@ def test_goes_on_after_a_reload_in_the_middle_of_a_repeat(stop, fields):
     assert second.evaluate("train") == whole.evaluate("train")
 
 
+@pytest.mark.parametrize("fields", [{}, {"learning_starts": 90, "capacity": 50}])
+def test_an_agent_can_begin_where_its_like_has_begun(fields):
+    lived = make(seed=3, **fields)
+    beginning = lived.life()
+    learn(lived, [2] * 9)
+    other = make(seed=3, **fields)
+    begun = Reinforcement(other.config, seed=3, device="cpu", beginning=beginning)
+    assert digest(begun.state_dict()) == digest(other.state_dict())
+    assert begun.evaluate("train") == other.evaluate("train")
+    learn(begun, [2] * 9)
+    assert digest(begun.state_dict()) == digest(lived.state_dict())
+
+
 # --- configuration --------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from repeatlab.repeater import NonFiniteLoss
 from repeatlab.stopwatch import Stopwatch
 from repeatlab.tasks import Task
 from repeatlab.tasks.dataset import DatasetTask
+from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.training import CheckpointPlan, Interrupted
 
 # Of fresh batches that arms of one seed share: one that was dropped is made again.
@@ -79,6 +80,12 @@ def _shared(stream: TrainStream) -> Callable[[int], Batch]:
     return fresh_batch
 
 
+def _rates(config: RunConfig) -> str:
+    """Return what says how a run's learning rate goes: the optimizer moves neighbours as one."""
+    method = config.method
+    return repr((config.task.lr, method.schedule, method.warm_up, method.apply))
+
+
 class Group:
     """The runs that go in step.
 
@@ -99,6 +106,7 @@ class Group:
         self._clock = Stopwatch()
         self._data: Any = None
         self._batches: dict[int, Callable[[int], Any]] = {}
+        self._beginnings: dict[int, dict[str, Any]] = {}
         self._gone: set[Arm] = set()
         self._stack: Stack | None = None
 
@@ -106,7 +114,7 @@ class Group:
         """Begin the runs that the store lacks, or get ready to go on with them."""
         missing = [c for c in configs if not self.store.run(c.task.name, c.run_id).done]
         self.outcomes = {config.run_id: None for config in configs}
-        for config in missing:
+        for config in sorted(missing, key=_rates):
             try:
                 self._open(config, len(missing))
             except Exception as error:
@@ -127,9 +135,13 @@ class Group:
         self.arms.append(arm)
 
     def _build_task(self, config: RunConfig) -> Task:
-        """Return the run's task, which shares what is equal in all: the data set, fresh batches."""
+        """Return the run's task, which shares what is equal in all: data, how an agent begins."""
         parts = {} if self._data is None else {"data": self._data}
+        if config.seed in self._beginnings:
+            parts["beginning"] = self._beginnings[config.seed]
         task = loop.build_task(config, self.device, **parts)
+        if isinstance(task, Reinforcement):
+            self._beginnings.setdefault(config.seed, task.life())
         if isinstance(task, DatasetTask):
             self._data = task.data
             task.fresh_batch = self._batches.setdefault(config.seed, _shared(task.stream))

@@ -1,8 +1,8 @@
 """The optimizer's step of all arms at once, each at its own learning rate.
 
 The arithmetic is torch's own: its fused kernels take the weights of as many arms as have the same
-rate at once, each arm's end to end. The state is the arms' own, too, so that a checkpoint is that
-of a run alone.
+rate at once; with Adam, neighbours end to end as one parameter. The state is the arms' own, too, so
+that a checkpoint is that of a run alone.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ class StackedOptimizer:
         self._groups = [optimizer.param_groups[0] for optimizer in optimizers]
         self._move = _sgd if isinstance(optimizers[0], SGD) else _adam
         self._known: dict[tuple[int, ...], list[list[Tensor]]] = {}
-        matrices = [weights, gradients]
-        matrices += [_states(optimizers, name, weights) for name in _state_names(optimizers[0])]
+        self._matrices = [weights, gradients]
+        for name in _state_names(optimizers[0]):
+            self._matrices.append(_states(optimizers, name, weights))
+        # Neighbours can be one parameter if they have made as many steps; from now on all make as
+        # many. SGD rounds a parameter's last numbers otherwise than the others: there none can.
+        self._like = list(range(len(optimizers)))
         if self._move is _adam:
-            matrices.append(_steps(optimizers, weights))
-        self._columns = [list(matrix) for matrix in matrices]
+            self._matrices.append(_steps(optimizers, weights))
+            self._like = self._matrices[-1].tolist()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -51,11 +55,17 @@ class StackedOptimizer:
             self._move(self._groups[0], rate, *self._joined(tuple(arms)))
 
     def _joined(self, arms: tuple[int, ...]) -> list[list[Tensor]]:
-        """Return the columns of these arms; which arms have one rate seldom changes."""
+        """Return the rows of these arms, neighbours as one; which have one rate seldom changes."""
         if arms not in self._known:
             if len(self._known) > len(self._groups):
                 self._known.clear()
-            self._known[arms] = [[column[arm] for arm in arms] for column in self._columns]
+            parts: list[slice] = []
+            for arm in arms:
+                if parts and parts[-1].stop == arm and self._like[arm] == self._like[arm - 1]:
+                    parts[-1] = slice(parts[-1].start, arm + 1)
+                else:
+                    parts.append(slice(arm, arm + 1))
+            self._known[arms] = [[matrix[part] for part in parts] for matrix in self._matrices]
         return self._known[arms]
 
 
@@ -110,16 +120,19 @@ def _adam(
     settings = ("weight_decay", "eps", "maximize", "decoupled_weight_decay", "fused")
     chosen = {name: group[name] for name in settings}
     first, second = group["betas"]
+    counts = [step[0] for step in steps]
     adam(
         weights,
         gradients,
         means,
         squares,
         [],
-        steps,
+        counts,
         amsgrad=False,
         beta1=first,
         beta2=second,
         lr=rate,
         **chosen,
     )
+    for step, count in zip(steps, counts, strict=True):  # neighbours' have gone up as one
+        step.fill_(count)

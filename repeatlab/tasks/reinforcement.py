@@ -140,7 +140,23 @@ class Reinforcement:
 
     Config: ClassVar[type[TaskConfig]] = ReinforcementConfig
 
-    def __init__(self, config: ReinforcementConfig, *, seed: int, device: str) -> None:
+    def __init__(
+        self,
+        config: ReinforcementConfig,
+        *,
+        seed: int,
+        device: str,
+        beginning: dict[str, Any] | None = None,
+    ) -> None:
+        """Make the agent and let it live through `learning_starts` steps.
+
+        Args:
+            config: Its settings.
+            seed: Its weights, its environment and all draws follow from it.
+            device: Where its networks are.
+            beginning: What `life()` was before the first update of an agent that is equal but for
+                the learning rate, in place of living through it again.
+        """
         self.config, self.seed, self.device = config, seed, device
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(derive(seed, "weights"))
@@ -168,8 +184,11 @@ class Reinforcement:
             seed, "explore", lambda g: torch.rand(BLOCK, 2, generator=g).tolist()
         )
         self._draws: dict[int, _Blocks] = {}
-        self._begin_episode(0)
-        self._act(config.learning_starts)
+        if beginning is None:
+            self._begin_episode(0)
+            self._act(config.learning_starts)
+        else:
+            self._go_on_living(beginning)
 
     # --- acting -----------------------------------------------------------------------------------
 
@@ -392,6 +411,12 @@ class Reinforcement:
             "target": self.target.state_dict(),
             "optimizer": self.descent.state_dict(),
             "updates": self.updates,
+            **self.life(),
+        }
+
+    def life(self) -> dict[str, Any]:
+        """Return the part of the state that is the environment's."""
+        return {
             "buffer": self.buffer.state_dict(),
             "episode": self.episode,
             "episode_actions": list(self.episode_actions),
@@ -403,6 +428,9 @@ class Reinforcement:
         self.target.load_state_dict(state["target"])
         self.descent.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
+        self._go_on_living(state)
+
+    def _go_on_living(self, state: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state["buffer"])
         self.recent_returns = deque(state["recent_returns"], maxlen=RECENT_EPISODES)
         # The simulator is deterministic: the same start and actions lead to the same state.
