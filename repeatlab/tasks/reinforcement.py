@@ -335,13 +335,14 @@ class Reinforcement:
 
     def _values_and_targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) and the double DQN targets of it, both (batch,)."""
-        with torch.no_grad():
-            next_values = self.precision(self.model, batch.next_observations)
-        targets = self._targets(batch, next_values)
+        targets = self._targets(batch)
         return _taken(self.precision(self.model, batch.observations), batch), targets
 
     @torch.no_grad()
-    def _targets(self, batch: Transitions, next_values: Tensor) -> Tensor:
+    def _targets(self, batch: Transitions, next_values: Tensor | None = None) -> Tensor:
+        """Return the targets, (batch,), given what the network says of where they end, if known."""
+        if next_values is None:
+            next_values = self.precision(self.model, batch.next_observations)
         best = next_values.argmax(1, keepdim=True)
         later = self.precision(self.target, batch.next_observations)
         return batch.returns + batch.discounts * later.gather(1, best).squeeze(1)
