@@ -49,11 +49,11 @@ def config(seed: int) -> RunConfig:
     )
 
 
-def test_dcgan_learns_cifar_10(tmp_path, capsys, record):
+def test_dcgan_learns_cifar_10(store, capsys, record):
     root = os.environ.get(DIRECTORY_VARIABLE)
     if not root or not (Path(root) / "cifar-10-batches-py").exists():
         pytest.skip(f"set {DIRECTORY_VARIABLE} to a directory that holds cifar-10-batches-py")
-    runs = [train(config(seed), tmp_path) for seed in range(SEEDS)]
+    runs = [train(config(seed), store) for seed in range(SEEDS)]
     seconds = mean(run.summary["ledger"]["seconds"] for run in runs)
     metric = "fid_classifier"
     validation = [run.evals.query("split == 'validation'") for run in runs]

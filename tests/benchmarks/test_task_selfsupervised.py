@@ -74,7 +74,7 @@ def row(arm: str, metric: str, values: list[float], updates: int, seconds: float
     }
 
 
-def test_features_are_better_than_untrained_ones_and_raw_pixels(tmp_path, capsys):
+def test_features_are_better_than_untrained_ones_and_raw_pixels(store, capsys):
     root = os.environ.get(DIRECTORY_VARIABLE)
     if not root or not (Path(root) / "cifar-10-batches-py/test_batch").exists():
         pytest.skip(f"cifar10: set {DIRECTORY_VARIABLE} to the directory that holds it")
@@ -82,7 +82,7 @@ def test_features_are_better_than_untrained_ones_and_raw_pixels(tmp_path, capsys
     for seed in range(SEEDS):
         task = SelfSupervised(config(seed).task, seed=seed, device="cpu")
         untrained.append(task.evaluate("test"))
-        trained.append(train(config(seed), tmp_path).summary)
+        trained.append(train(config(seed), store).summary)
     bank, test = task._bank(), task.data.test
     mean_pixel = bank.images.float().flatten(1).mean(0)
     raw = knn_accuracy(

@@ -25,7 +25,7 @@ UPDATES, SEEDS = 2000, 3
 SCALE = "width 32 (1.08 M parameters), 4.7 of the plan's 100 epochs"
 
 
-def test_the_vae_learns_mnist(tmp_path, capsys, record):
+def test_the_vae_learns_mnist(store, capsys, record):
     root = os.environ.get(DIRECTORY_VARIABLE)
     if not root or not (Path(root) / "MNIST").exists():
         pytest.skip(f"set {DIRECTORY_VARIABLE} to a directory that holds MNIST")
@@ -38,7 +38,7 @@ def test_the_vae_learns_mnist(tmp_path, capsys, record):
             "evaluation": {"every": UPDATES // 4, "splits": ["validation"]},
             "device": "cpu",
         }
-        runs.append(train(parse(RunConfig, config), tmp_path))
+        runs.append(train(parse(RunConfig, config), store))
     seconds = mean(run.summary["ledger"]["seconds"] for run in runs)
     table = []
     for metric in ("negative_elbo", "reconstruction", "kl", "fid_classifier"):
