@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 import repeatlab.measure
 from repeatlab.analysis import load
@@ -31,7 +32,7 @@ from repeatlab.stopwatch import Stopwatch
 from repeatlab.study import Study
 from repeatlab.tasks import TASKS, TaskConfig
 from repeatlab.tasks.reinforcement import ReinforcementConfig
-from repeatlab.tasks.supervised import SupervisedConfig
+from repeatlab.tasks.supervised import Supervised, SupervisedConfig
 from repeatlab.turns import Turns, in_turns
 
 # --- a task whose parts take what a clock on paper says ----------------------------------------
@@ -289,6 +290,28 @@ def test_every_loop_begins_where_the_others_do(toy):
     begins = [steps for index, steps in STEPS_AT if index == 101]
     assert min(STEPS_AT)[0] == 101
     assert begins == 11 * [1]  # two loops to warm up, seven kinds, the singles, the FLOPs
+
+
+def weights(task: Any) -> torch.Tensor:
+    return parameters_to_vector(task.model.parameters()).detach().clone()
+
+
+def test_what_is_measured_has_learnt_a_little_and_learns_no_more():
+    config = SupervisedConfig(width=2, batch_size=8, lr=0.1)
+    plain = Supervised(config, seed=0, device="cpu")
+    for index in range(20):
+        plain.step(plain.fresh_batch(index), lambda loss: None)
+    bench = Bench(config, device="cpu", first_batch=20)
+    assert torch.equal(weights(bench.task), weights(plain))
+    bench.warm_up(0.01)
+    bench.round()
+    assert torch.equal(weights(bench.task), weights(plain))
+
+
+def test_what_diverges_is_measured_as_it_begins():
+    config = SupervisedConfig(width=2, batch_size=8, lr=1e30)
+    bench = Bench(config, device="cpu", first_batch=20)
+    assert torch.equal(weights(bench.task), weights(Supervised(config, seed=0, device="cpu")))
 
 
 def test_measuring_leaves_nothing_behind(toy):

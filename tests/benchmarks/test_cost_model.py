@@ -142,7 +142,8 @@ class Side:
         sizing.warm_up(RUN_SECONDS)
         update = RUN_SECONDS / sizing.updates
         self.updates = max(LEAST_UPDATES, ceil(RUN_SECONDS / (update + pace)))
-        self.bench = Part(config, device="cpu", clock=clock, turns=TURNS)
+        half = self.updates // 2  # of its batches, as in `measured`
+        self.bench = Part(config, device="cpu", first_batch=half, clock=clock, turns=TURNS)
         self.bench.left_out = without
         self.bench.warm_up(RUN_SECONDS)
         self.rounds: list[tuple[float, dict, dict]] = []

@@ -1,7 +1,6 @@
 """DCGAN on real data: the plan's hyperparameters on CIFAR-10 at half width, 8,000 updates.
 
-Inside the clock: the updates, with batches and records; evaluation is outside. The recorded run had
-to share its core with other work: its seconds are no measure of speed. Standard arm. FID is
+Inside the clock: the updates, with batches and records; evaluation is outside. Standard arm. FID is
 in the features of a classifier trained here (its name says so), 1,000 samples against the 10,000 of
 the test split at 32 pixels: not comparable with published values. The results are rows of
 `results/generative.csv`, and the first seed's samples `results/generative_samples.png`.
