@@ -128,7 +128,8 @@ def local_client(workers: int) -> Iterator[Any]:
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            # Not its fixed port, which another study may have.
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.ERROR,
             # The server's environment is that of its start.
             env=dict(os.environ) if forked else None,

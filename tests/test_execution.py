@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -183,6 +184,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_goes_on(tmp_path, to_all):
 def test_ctrl_c_ends_no_local_worker():
     with local_client(1) as client:
         assert list(client.run(signal.getsignal, signal.SIGINT).values()) == [signal.SIG_IGN]
+
+
+def test_two_studies_at_once_are_in_nobody_s_way_and_on_loopback_alone():
+    with warnings.catch_warnings(action="error"), local_client(1), local_client(1):
+        listening = [c for c in psutil.Process().net_connections() if c.status == "LISTEN"]
+    assert len(listening) >= 4
+    assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
 
 
 @contextmanager
