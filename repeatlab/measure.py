@@ -43,7 +43,7 @@ SHORTEST_TURN = 0.030
 LEAD_IN = 0.01
 # So many updates, or seconds, are made with the task's learning rate before anything is timed. What
 # an update takes depends on the weights: max-pooling picks among more zeros the more ReLUs are at
-# rest, which made an update of FixMatch on the digits 12 % faster after its first hundred.
+# rest.
 MOST_LEARNT, LEARNING = 200, 1.0
 
 
@@ -67,7 +67,7 @@ def measure(
         seed: Of the task.
         first_batch: The fresh batch after which every block begins. In reinforcement the cost of
             acting depends on epsilon, and so on how many steps were made: half of a run's batches
-            are its mean.
+            are its mean. On those before it the task learns for a little.
         blocks: Blocks of each kind, over which medians are taken.
         block_seconds: How long a block shall take at N = 1; it has at least four updates.
         clock: What to read the time from.
@@ -112,12 +112,10 @@ class Bench:
         self.config, self.threads, self.seed = task_config, threads, seed
         self.device, self._clock, self.turns = pick_device(device), clock, turns
         self._first = first_batch + 1
-        self.task = task = self._learnt()
-        # Optimizers have their moments from the first step on.
-        task.step(task.fresh_batch(-1), _ignore)
-        self._start = deepcopy(task.state_dict())
+        self.task = self._learnt()
+        self._start = deepcopy(self.task.state_dict())
         self._tasks: dict[str, _Later] = {}
-        self._leading, self._led = task, 0
+        self._leading, self._led = self.task, 0
         self._least = 1  # updates in a turn
         self.updates = self.waits = REPEATS
         self.started = self.lead = 0
@@ -326,18 +324,22 @@ class Bench:
     def _learnt(self) -> _Later:
         """Return the task after some updates on earlier batches, or as it begins if it diverges."""
         task, losses = self._build(learns=True), []
+
+        def report(loss: Any, *_: Any) -> None:
+            losses.append(torch.as_tensor(loss).item())
+
         with self._settings():
             end = perf_counter() + LEARNING
             for index in range(-min(self._first, MOST_LEARNT), -1):
-                task.step(
-                    task.fresh_batch(index),
-                    lambda loss, *_: losses.append(torch.as_tensor(loss).item()),
-                )
+                task.step(task.fresh_batch(index), report)
                 if perf_counter() > end or not isfinite(losses[-1]):
                     break
-        if not np.isfinite(losses).all():
-            return self._build()
-        _freeze(task)
+            _freeze(task)
+            # Optimizers have their moments from the first step on.
+            task.step(task.fresh_batch(-1), report)
+            if not np.isfinite(losses).all():
+                task = self._build()
+                task.step(task.fresh_batch(-1), _ignore)
         return task
 
     def _task(self, kind: str) -> _Later:

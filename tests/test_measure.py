@@ -296,7 +296,8 @@ def weights(task: Any) -> torch.Tensor:
     return parameters_to_vector(task.model.parameters()).detach().clone()
 
 
-def test_what_is_measured_has_learnt_a_little_and_learns_no_more():
+def test_what_is_measured_has_learnt_a_little_and_learns_no_more(monkeypatch):
+    monkeypatch.setattr(repeatlab.measure, "LEARNING", inf)
     config = SupervisedConfig(width=2, batch_size=8, lr=0.1)
     plain = Supervised(config, seed=0, device="cpu")
     for index in range(20):
@@ -308,9 +309,11 @@ def test_what_is_measured_has_learnt_a_little_and_learns_no_more():
     assert torch.equal(weights(bench.task), weights(plain))
 
 
-def test_what_diverges_is_measured_as_it_begins():
+@pytest.mark.parametrize("first", [1, 20])
+def test_what_diverges_is_measured_as_it_begins(monkeypatch, first):
+    monkeypatch.setattr(repeatlab.measure, "LEARNING", inf)
     config = SupervisedConfig(width=2, batch_size=8, lr=1e30)
-    bench = Bench(config, device="cpu", first_batch=20)
+    bench = Bench(config, device="cpu", first_batch=first)
     assert torch.equal(weights(bench.task), weights(Supervised(config, seed=0, device="cpu")))
 
 

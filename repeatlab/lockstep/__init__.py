@@ -14,8 +14,7 @@ is a run's share: the group's time, divided by its arms.
 
 Each agent has its own environment and replay buffer: of a DQN's time less is shared than of an
 MLP's on a data set. The action of highest value, and an evaluation's episodes, are asked of all
-networks at once; agents of one seed share the steps before the first update. Of what an agent in
-lock-step still costs, half is matrix products and Adam's step.
+networks at once; agents of one seed share the steps before the first update.
 """
 
 from __future__ import annotations
