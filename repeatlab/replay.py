@@ -8,7 +8,6 @@ where the episode has terminated. Where an episode ends, the returns before it a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +41,32 @@ class Transitions(NamedTuple):
         return Transitions(*(t.to(device, non_blocking=True) for t in self[:-1]), self.index)
 
 
+# A transition in one row: both observations, and these three.
+RETURN, DISCOUNT, ACTION = -3, -2, -1
+
+
+def in_columns(rows: Tensor, indices: Tensor, index: int) -> Transitions:
+    """Return transitions of which each is a row, (..., b, width), as views but for the actions.
+
+    Args:
+        rows: float32, as `ReplayBuffer.copy_rows` gives them.
+        indices: Their numbers.
+        index: Which fresh batch this is.
+    """
+    size = (rows.shape[-1] - 3) // 2
+    return Transitions(
+        observations=rows[..., :size],
+        actions=rows[..., ACTION].long(),
+        returns=rows[..., RETURN],
+        next_observations=rows[..., size : 2 * size],
+        discounts=rows[..., DISCOUNT],
+        indices=indices,
+        index=index,
+    )
+
+
 class ReplayBuffer:
-    """The last `capacity` transitions of one environment, in arrays allocated once.
+    """The last `capacity` transitions of one environment, in an array allocated once.
 
     The n - 1 latest transitions wait for rewards that are still to come, and cannot be sampled.
 
@@ -55,6 +78,7 @@ class ReplayBuffer:
 
     Attributes:
         steps: Transitions added so far, those overwritten included.
+        width: Numbers in the row of a transition.
     """
 
     def __init__(self, capacity: int, observation_size: int, *, n_steps: int, gamma: float) -> None:
@@ -65,19 +89,16 @@ class ReplayBuffer:
             )
         self.capacity, self.n_steps, self.gamma = capacity, n_steps, gamma
         self.steps = 0
-        self._powers = [gamma**age for age in range(n_steps + 1)]
+        # What the latest n transitions make of a reward, and of the value after it: oldest first.
+        self._weights = np.array([gamma**age for age in reversed(range(n_steps))])
+        self._powers = np.array([gamma ** (age + 1) for age in reversed(range(n_steps))])
         self._open = 0  # latest transitions of the running episode that the next reward belongs to
-        # numpy's zeros, unlike torch's, take no memory and no time before they are written to.
-        self._arrays = {
-            "observations": np.zeros((capacity, observation_size), dtype=np.float32),
-            "actions": np.zeros(capacity, dtype=np.int64),
-            "returns": np.zeros(capacity, dtype=np.float32),
-            "next_observations": np.zeros((capacity, observation_size), dtype=np.float32),
-            "discounts": np.zeros(capacity, dtype=np.float32),
-        }
-        # The same memory for the network's side: writing a number into a tensor takes 20 times as
-        # long as into an array.
-        self._columns = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
+        # numpy's zeros, unlike torch's, take no memory and no time before they are written to, and
+        # writing a number into a tensor takes 20 times as long as into an array.
+        self.width = 2 * observation_size + 3
+        self._rows = np.zeros((capacity, self.width), dtype=np.float32)
+        self._begins = slice(0, observation_size)
+        self._ends = slice(observation_size, 2 * observation_size)
 
     def add(
         self,
@@ -99,24 +120,35 @@ class ReplayBuffer:
             terminated: The episode ended in a terminal state, whose value is 0.
             truncated: The episode was cut off; the value of its last state counts.
         """
-        arrays, slot = self._arrays, self.steps % self.capacity
-        arrays["observations"][slot] = observation
-        arrays["actions"][slot] = action
-        arrays["returns"][slot] = 0.0
-        returns, discounts = arrays["returns"], arrays["discounts"]
-        next_observations = arrays["next_observations"]
-        for age in range(self._open + 1):
-            slot = (self.steps - age) % self.capacity
-            if reward:
-                returns[slot] += self._powers[age] * reward
-            next_observations[slot] = next_observation
-            discounts[slot] = 0.0 if terminated else self._powers[age + 1]
+        rows, slot, open_ = self._rows, self.steps % self.capacity, self._open + 1
+        row = rows[slot]
+        row[self._begins] = observation
+        row[RETURN], row[ACTION] = 0.0, action
+        first = slot + 1 - open_
+        slots = slice(first, slot + 1)
+        if first < 0:
+            slots = np.arange(first, slot + 1) % self.capacity
+        rows[slots, self._ends] = next_observation
+        rows[slots, DISCOUNT] = 0.0 if terminated else self._powers[-open_:]
+        if reward:
+            rows[slots, RETURN] += (reward * self._weights[-open_:]).astype(np.float32)
         self.steps += 1
-        self._open = 0 if terminated or truncated else min(self._open + 1, self.n_steps - 1)
+        self._open = 0 if terminated or truncated else min(open_, self.n_steps - 1)
 
     def samples_at(self, steps: int) -> range:
         """Return the numbers of the transitions that could be sampled after `steps` steps."""
         return range(max(0, steps - self.capacity), max(0, steps - self.n_steps + 1))
+
+    def uniform(self, draws: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Return the numbers of transitions, int64, (k, b), that are drawn uniformly.
+
+        Args:
+            draws: float64, (k, b), uniform in [0, 1).
+            steps: int64, (k,): each row is of what could be sampled after so many.
+        """
+        first = np.maximum(0, steps - self.capacity)
+        count = np.maximum(0, steps - self.n_steps + 1) - first
+        return (draws * count[:, None]).astype(np.int64) + first[:, None]
 
     def batch(self, indices: Tensor, index: int) -> Transitions:
         """Return the transitions with these numbers.
@@ -125,33 +157,30 @@ class ReplayBuffer:
             indices: int64, (b,), all within `samples_at(self.steps)`.
             index: The fresh batch this is.
         """
-        # Below its capacity, the buffer holds transition i at place i.
-        slots = indices if self.steps <= self.capacity else indices % self.capacity
-        return Transitions(*(c[slots] for c in self._columns.values()), indices, index)
+        rows = np.empty((len(indices), self.width), dtype=np.float32)
+        self.copy_rows(indices, rows)
+        return in_columns(torch.from_numpy(rows), indices, index)
 
-    def copy_batch(self, indices: Tensor, places: Sequence[np.ndarray]) -> None:
-        """Copy the transitions with these numbers, as `batch` returns them, into arrays.
+    def copy_rows(self, indices: Tensor, place: np.ndarray) -> None:
+        """Copy the transitions with these numbers, each as a row, into an array.
 
         Args:
             indices: As in `batch`.
-            places: For the columns in their order, each (b,) or (b, size).
+            place: float32, (b, width); see `in_columns`.
         """
-        slots = indices.numpy() % self.capacity
-        for column, place in zip(self._arrays.values(), places, strict=True):
-            # All slots are inside: "clip" only spares a copy.
-            column.take(slots, 0, out=place, mode="clip")
+        # All slots are inside: "clip" only spares a copy.
+        self._rows.take(indices.numpy() % self.capacity, 0, out=place, mode="clip")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the buffer holds, without the places that are still empty."""
         filled = min(self.steps, self.capacity)
-        columns = {name: column[:filled].clone() for name, column in self._columns.items()}
-        return {"steps": self.steps, "open": self._open, "columns": columns}
+        rows = torch.from_numpy(self._rows[:filled].copy())
+        return {"steps": self.steps, "open": self._open, "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()` of a buffer of the same capacity."""
         self.steps, self._open = state["steps"], state["open"]
-        for name, column in state["columns"].items():
-            self._columns[name][: len(column)] = column
+        self._rows[: len(state["rows"])] = state["rows"].numpy()
 
 
 class Episodes(NamedTuple):

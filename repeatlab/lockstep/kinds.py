@@ -14,10 +14,13 @@ from torch.nn import functional
 from repeatlab.data import Batch
 from repeatlab.lockstep.network import StackedMLP
 from repeatlab.lockstep.optimizers import StackedOptimizer
-from repeatlab.replay import Transitions
+from repeatlab.replay import Transitions, in_columns
 from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
 from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.tasks.supervised import Supervised
+
+# Probability of a random action above which agents are asked one by one for the greedy one.
+MOSTLY_RANDOM = 0.5
 
 
 class Stack(Protocol):
@@ -100,18 +103,9 @@ class ReinforcementStack:
         )
         self._by_error = tasks[0].config.driver == "td_error"
         shape, device = (len(tasks), tasks[0].batch_size), tasks[0].device
-        self._batches = Transitions(
-            observations=torch.zeros(*shape, 4),
-            actions=torch.zeros(shape, dtype=torch.int64),
-            returns=torch.zeros(shape),
-            next_observations=torch.zeros(*shape, 4),
-            discounts=torch.zeros(shape),
-            indices=torch.zeros(shape, dtype=torch.int64),
-            index=0,
-        )
-        columns = [column.numpy() for column in self._batches[:5]]
-        self._places = list(zip(*columns, strict=True))
-        self._actions = self._batches.actions
+        self._rows = torch.zeros(*shape, tasks[0].buffer.width)
+        self._places = list(self._rows.numpy())
+        self._actions = torch.empty(0)
         self._gradient = torch.zeros(*shape, 2, device=device)
         self._errors = torch.empty(0)
         # Of the weights as they are until the next step.
@@ -125,12 +119,13 @@ class ReinforcementStack:
 
     def stage(self, arm: int, batch: Transitions) -> None:
         """See `Stack`."""
-        self._tasks[arm].buffer.copy_batch(batch.indices, self._places[arm])
+        self._tasks[arm].buffer.copy_rows(batch.indices, self._places[arm])
 
     @torch.no_grad()
     def losses(self) -> list[float]:
         """See `Stack`."""
-        batches = self._batches.to(self._gradient.device)
+        rows = self._rows.to(self._gradient.device, non_blocking=True)
+        batches = in_columns(rows, torch.empty(0), 0)
         best = self._agents(batches.next_observations).argmax(2, keepdim=True)
         later = self._targets(batches.next_observations).gather(2, best).squeeze(2)
         goals = batches.returns + batches.discounts * later
@@ -155,12 +150,18 @@ class ReinforcementStack:
             task.count_update()
 
     def _greedy_action(self, arm: int) -> int:
-        """Return an arm's greedy action; from its second step in a row on, it is asked alone."""
+        """Return an arm's greedy action.
+
+        It is asked alone from its second step in a row on, and while most actions are random: to
+        ask all would then be to ask for much that no arm does.
+        """
+        task = self._tasks[arm]
+        if task.epsilon() > MOSTLY_RANDOM:
+            return Reinforcement.greedy_action(task)
         if not self._seen:
             self._seen = [task.observation for task in self._tasks]
             seen = torch.from_numpy(np.stack(self._seen)).to(self._gradient.device)
             self._greedy = self._agents(seen.unsqueeze(1)).argmax(2).squeeze(1).tolist()
-        task = self._tasks[arm]
         if self._seen[arm] is task.observation:
             return self._greedy[arm]
         return Reinforcement.greedy_action(task)

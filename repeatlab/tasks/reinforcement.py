@@ -181,7 +181,7 @@ class Reinforcement:
         self.scale = np.array(config.observation_scale, dtype=np.float32)
         self.recent_returns: deque[int] = deque(maxlen=RECENT_EPISODES)
         self._explore = _Blocks(
-            seed, "explore", lambda g: torch.rand(BLOCK, 2, generator=g).tolist()
+            seed, "explore", lambda g, numbers: torch.rand(len(numbers), 2, generator=g).tolist()
         )
         self._draws: dict[int, _Blocks] = {}
         if beginning is None:
@@ -271,16 +271,15 @@ class Reinforcement:
             visit: 0 for the fresh batch itself; other numbers draw other transitions.
         """
         if visit not in self._draws:
-            shape = (BLOCK, self.config.batch_size)
-            self._draws[visit] = _Blocks(
-                self.seed,
-                f"replay/{visit}" if visit else "replay",
-                # On so few numbers an operation of numpy's takes half the time of one of torch's.
-                lambda g: torch.rand(shape, generator=g, dtype=torch.float64).numpy(),
-            )
-        numbers = self.buffer.samples_at(self._steps_at(index))
-        indices = (self._draws[visit][index] * len(numbers)).astype(np.int64) + numbers.start
-        return self.fetch(torch.from_numpy(indices), index)
+            stream = f"replay/{visit}" if visit else "replay"
+            self._draws[visit] = _Blocks(self.seed, stream, self._uniform)
+        return self.fetch(torch.from_numpy(self._draws[visit][index]), index)
+
+    def _uniform(self, generator: torch.Generator, numbers: range) -> np.ndarray:
+        """Return, int64, the transitions drawn for the fresh batches `numbers`, a row for each."""
+        shape = (len(numbers), self.config.batch_size)
+        draws = torch.rand(shape, generator=generator, dtype=torch.float64).numpy()
+        return self.buffer.uniform(draws, np.array([self._steps_at(index) for index in numbers]))
 
     def fetch(self, indices: Tensor, index: int) -> Transitions:
         """Return the transitions `indices`, int64, (batch,), as fresh batch `index`."""
@@ -445,11 +444,11 @@ class _Blocks:
     """Row i of an endless table of draws, as a function of (seed, stream, i), made block by block.
 
     Args:
-        draw: Returns the `BLOCK` rows of a block from its generator.
+        draw: Returns the rows of a block, given its generator and their numbers.
     """
 
     def __init__(
-        self, seed: int, stream: str, draw: Callable[[torch.Generator], Sequence[Any]]
+        self, seed: int, stream: str, draw: Callable[[torch.Generator, range], Sequence[Any]]
     ) -> None:
         self._seed, self._stream, self._draw = seed, stream, draw
         self._block, self._rows = -1, ()
@@ -458,7 +457,8 @@ class _Blocks:
         block, row = divmod(index, BLOCK)
         if block != self._block:
             self._block = block
-            self._rows = self._draw(generator(self._seed, self._stream, block))
+            numbers = range(block * BLOCK, (block + 1) * BLOCK)
+            self._rows = self._draw(generator(self._seed, self._stream, block), numbers)
         return self._rows[row]
 
 
