@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,9 +17,6 @@ from repeatlab.replay import Transitions, in_columns
 from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
 from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.tasks.supervised import Supervised
-
-# Probability of a random action above which agents are asked one by one for the greedy one.
-MOSTLY_RANDOM = 0.5
 
 
 class Stack(Protocol):
@@ -86,9 +82,8 @@ class SupervisedStack:
 class ReinforcementStack:
     """DQN agents: the mean Huber loss of each arm's TD errors.
 
-    Each arm lives in its own environment and has its own replay buffer. What its task asks its
-    network for is asked of all networks at once: the greedy action where the agent is, and the
-    episodes of an evaluation, which arms in step come to after the same update.
+    Each arm lives in its own environment and has its own replay buffer. The episodes of an
+    evaluation, which arms in step come to after the same update, are played by all at once.
 
     Args:
         tasks: The arms' tasks.
@@ -109,8 +104,6 @@ class ReinforcementStack:
         self._gradient = torch.zeros(*shape, 2, device=device)
         self._errors = torch.empty(0)
         # Of the weights as they are until the next step.
-        self._seen: list[np.ndarray] = []
-        self._greedy: list[int] = []
         self._episodes: dict[str, list[Played]] = {}
         for arm, task in enumerate(tasks):
             task.fetch = _numbers_alone
@@ -144,27 +137,14 @@ class ReinforcementStack:
         self._gradient.zero_().scatter_(2, self._actions, slopes)
         self._agents.backward(self._gradient)
         self._optimizer.step()
-        self._seen.clear()
         self._episodes.clear()
         for task in self._tasks:
             task.count_update()
 
     def _greedy_action(self, arm: int) -> int:
-        """Return an arm's greedy action.
-
-        It is asked alone from its second step in a row on, and while most actions are random: to
-        ask all would then be to ask for much that no arm does.
-        """
-        task = self._tasks[arm]
-        if task.epsilon() > MOSTLY_RANDOM:
-            return Reinforcement.greedy_action(task)
-        if not self._seen:
-            self._seen = [task.observation for task in self._tasks]
-            seen = torch.from_numpy(np.stack(self._seen)).to(self._gradient.device)
-            self._greedy = self._agents(seen.unsqueeze(1)).argmax(2).squeeze(1).tolist()
-        if self._seen[arm] is task.observation:
-            return self._greedy[arm]
-        return Reinforcement.greedy_action(task)
+        """Return an arm's greedy action: few arms want one in a round, so that each is asked."""
+        seen = torch.from_numpy(self._tasks[arm].observation).to(self._gradient.device)
+        return int(self._agents.alone(arm, seen).argmax())
 
     def _play(self, arm: int, split: str) -> Played:
         """Return an arm's episodes of a split."""

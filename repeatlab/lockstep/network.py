@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
 
@@ -40,6 +41,10 @@ class StackedMLP:
         self._layers = _stacked(self.weights, linear)
         self._gradients = _stacked(self.gradients, linear)
         self._inputs: list[Tensor] = []
+        self._alone = [
+            [(layer.weight, layer.bias) for layer in _linear_layers(network)]
+            for network in networks
+        ]
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -50,6 +55,13 @@ class StackedMLP:
                 inputs.relu_()
             self._inputs.append(inputs)
             inputs = torch.baddbmm(bias, inputs, weight.mT)
+        return inputs
+
+    @torch.no_grad()
+    def alone(self, arm: int, inputs: Tensor) -> Tensor:
+        """Return one arm's outputs, (outputs,), on its inputs, (features,)."""
+        for place, layer in enumerate(self._alone[arm]):
+            inputs = functional.linear(inputs.relu_() if place else inputs, *layer)
         return inputs
 
     @torch.no_grad()
