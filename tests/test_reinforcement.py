@@ -277,7 +277,7 @@ def test_epsilon_falls_with_environment_steps():
     task = Reinforcement(ReinforcementConfig(), seed=0, device="cpu")
     for steps, expected in ((0, 1.0), (1500, 0.755), (3000, 0.51), (6000, 0.02), (15_000, 0.02)):
         task.buffer.steps = steps
-        assert task.epsilon() == pytest.approx(expected)
+        assert task.actor.epsilon() == pytest.approx(expected)
         task.updates += 1000  # without effect
 
 
@@ -285,10 +285,10 @@ def test_epsilon_can_fall_with_updates():
     by_steps, by_updates = make(), make(epsilon_clock="updates")
     learn(by_steps, [1] * 50)
     learn(by_updates, [1] * 50)
-    assert by_steps.epsilon() == by_updates.epsilon() != 1.0
+    assert by_steps.actor.epsilon() == by_updates.actor.epsilon() != 1.0
     assert digest(by_steps.state_dict()) == digest(by_updates.state_dict())
     learn(by_updates, [3] * 50, start=50)
-    assert by_updates.epsilon() == pytest.approx(1 - 0.98 * (60 + 50 + 150) / 300)
+    assert by_updates.actor.epsilon() == pytest.approx(1 - 0.98 * (60 + 50 + 150) / 300)
 
 
 def copies(task: Reinforcement, counts: list[int]) -> list[int]:
@@ -587,7 +587,7 @@ def test_goes_on_after_a_reload_in_the_middle_of_a_repeat(stop, fields):
 @pytest.mark.parametrize("fields", [{}, {"learning_starts": 90, "capacity": 50}])
 def test_an_agent_can_begin_where_its_like_has_begun(fields):
     lived = make(seed=3, **fields)
-    beginning = lived.life()
+    beginning = lived.actor.state_dict()
     learn(lived, [2] * 9)
     other = make(seed=3, **fields)
     begun = Reinforcement(other.config, seed=3, device="cpu", beginning=beginning)

@@ -78,6 +78,22 @@ def test_every_transition_that_can_be_sampled_is_the_one_summed_by_hand(life, n,
         assert batch.discounts[place].item() == pytest.approx(discount, rel=1e-6)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    steps=st.lists(st.integers(5, 60), min_size=1, max_size=4),
+    n=st.integers(1, 5),
+    capacity=st.integers(5, 60),
+    seed=st.integers(0, 9),
+)
+def test_what_is_drawn_uniformly_could_be_sampled_after_these_steps(steps, n, capacity, seed):
+    buffer = ReplayBuffer(capacity, SIZE, n_steps=n, gamma=GAMMA)
+    draws = np.random.default_rng(seed).random((len(steps), 8))
+    found = buffer.uniform(draws, np.array(steps))
+    for row, drawn, after in zip(found, draws, steps, strict=True):
+        numbers = buffer.samples_at(after)
+        assert row.tolist() == [numbers[int(draw * len(numbers))] for draw in drawn]
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_whole_episodes_at_once_are_what_the_buffer_holds(n):
     generator = np.random.default_rng(n)

@@ -141,7 +141,7 @@ class Group:
             parts["beginning"] = self._beginnings[config.seed]
         task = loop.build_task(config, self.device, **parts)
         if isinstance(task, Reinforcement):
-            self._beginnings.setdefault(config.seed, task.life())
+            self._beginnings.setdefault(config.seed, task.actor.state_dict())
         if isinstance(task, DatasetTask):
             self._data = task.data
             task.fresh_batch = self._batches.setdefault(config.seed, _shared(task.stream))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -141,10 +142,10 @@ class ReinforcementStack:
         for task in self._tasks:
             task.count_update()
 
-    def _greedy_action(self, arm: int) -> int:
+    def _greedy_action(self, arm: int, seen: np.ndarray) -> int:
         """Return an arm's greedy action: few arms want one in a round, so that each is asked."""
-        seen = torch.from_numpy(self._tasks[arm].observation).to(self._gradient.device)
-        return int(self._agents.alone(arm, seen).argmax())
+        observation = torch.from_numpy(seen).to(self._gradient.device)
+        return int(self._agents.alone(arm, observation).argmax())
 
     def _play(self, arm: int, split: str) -> Played:
         """Return an arm's episodes of a split."""

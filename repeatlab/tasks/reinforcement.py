@@ -39,14 +39,12 @@ lie in [-1, 0]. Public reference: CleanRL's DQN reaches 488.69 +- 16.11 after 50
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import gymnasium
 import numpy as np
 import torch
 from pydantic import Field, model_validator
@@ -54,17 +52,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.data import gather
-from repeatlab.replay import ReplayBuffer, Transitions
-from repeatlab.seeding import derive, generator
+from repeatlab.replay import Transitions
+from repeatlab.seeding import EndlessDraws, derive, generator
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.greedy_episodes import ENVIRONMENT, Played, greedy_episodes
+from repeatlab.tasks.actor import Actor
+from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
 from repeatlab.tasks.optimization import Descent, OptimizationConfig, OptimizerChoice, chosen
 from repeatlab.tasks.precision import Precision, place
 
-# Draws are made for this many steps or batches at a time: one generator each would cost more than
-# the update.
-BLOCK = 1024
-RECENT_EPISODES = 20
 PROBED_TRANSITIONS = 1000
 
 
@@ -154,8 +149,8 @@ class Reinforcement:
             config: Its settings.
             seed: Its weights, its environment and all draws follow from it.
             device: Where its networks are.
-            beginning: What `life()` was before the first update of an agent that is equal but for
-                the learning rate, in place of living through it again.
+            beginning: What `actor.state_dict()` was before the first update of an agent that is
+                equal but for the learning rate, in place of living through it again.
         """
         self.config, self.seed, self.device = config, seed, device
         with torch.random.fork_rng(devices=()):
@@ -172,75 +167,30 @@ class Reinforcement:
         self.backward_samples = config.batch_size
         self.updates = 0
 
-        self.buffer = ReplayBuffer(config.capacity, 4, n_steps=config.n_steps, gamma=config.gamma)
-        self.environment = gymnasium.make(
-            ENVIRONMENT,
-            sutton_barto_reward=config.sutton_barto_reward,
-            disable_env_checker=True,
+        self._draws: dict[int, EndlessDraws] = {}
+        self.actor = Actor(
+            config,
+            seed,
+            # Looked up at every step: in lock-step another function stands in its place.
+            greedy=lambda seen: self.greedy_action(seen),
+            updates=lambda: self.updates,
+            beginning=beginning,
         )
-        self.scale = np.array(config.observation_scale, dtype=np.float32)
-        self.recent_returns: deque[int] = deque(maxlen=RECENT_EPISODES)
-        self._explore = _Blocks(
-            seed, "explore", lambda g, numbers: torch.rand(len(numbers), 2, generator=g).tolist()
-        )
-        self._draws: dict[int, _Blocks] = {}
-        if beginning is None:
-            self._begin_episode(0)
-            self._act(config.learning_starts)
-        else:
-            self._go_on_living(beginning)
-
-    # --- acting -----------------------------------------------------------------------------------
+        self.buffer = self.actor.buffer
 
     @property
     def environment_steps(self) -> int:
-        return self.buffer.steps
+        return self.actor.steps
 
     @property
     def skipped_steps(self) -> int:
         return self.descent.skipped
 
-    def epsilon(self) -> float:
-        """Return the probability of a random action at the next step."""
-        config, clock = self.config, self.environment_steps
-        if config.epsilon_clock == "updates" and clock > config.learning_starts:
-            clock = config.learning_starts + self.updates
-        fraction = min(1.0, clock / config.epsilon_steps)
-        return config.epsilon_start + fraction * (config.epsilon_end - config.epsilon_start)
-
-    def _act(self, steps: int) -> None:
-        """Make steps with the epsilon-greedy policy, and remember them."""
-        for _ in range(steps):
-            chance, choice = self._explore[self.environment_steps]
-            action = int(choice * 2) if chance < self.epsilon() else self.greedy_action()
-            before = self.observation
-            raw, reward, terminated, truncated, _ = self.environment.step(action)
-            self.observation = raw * self.scale
-            self.buffer.add(
-                before,
-                action,
-                reward,
-                self.observation,
-                terminated=terminated,
-                truncated=truncated,
-            )
-            self.episode_actions.append(action)
-            if terminated or truncated:
-                self.recent_returns.append(len(self.episode_actions))
-                self._begin_episode(self.episode + 1)
-
     @torch.no_grad()
-    def greedy_action(self) -> int:
-        """Return the action of the highest value where the agent is."""
-        seen = torch.from_numpy(self.observation).to(self.device, non_blocking=True)
-        return int(self.precision(self.model, seen).argmax())
-
-    def _begin_episode(self, episode: int) -> None:
-        """Reset the environment: how an episode begins is a function of (seed, its number)."""
-        self.episode = episode
-        self.episode_actions: list[int] = []
-        raw, _ = self.environment.reset(seed=derive(self.seed, "episode", episode))
-        self.observation = raw * self.scale
+    def greedy_action(self, seen: np.ndarray) -> int:
+        """Return the action of the highest value where `seen`, float32, (4,), is observed."""
+        observation = torch.from_numpy(seen).to(self.device, non_blocking=True)
+        return int(self.precision(self.model, observation).argmax())
 
     # --- learning ---------------------------------------------------------------------------------
 
@@ -258,7 +208,7 @@ class Reinforcement:
             config = self.config
             if config.target_clock == "fresh_batches" and index % config.target_every == 0:
                 self._copy_target()
-            self._act(missing)
+            self.actor.act(missing)
 
     def _steps_at(self, index: int) -> int:
         return self.config.learning_starts + (index + 1) * self.config.train_frequency
@@ -272,7 +222,7 @@ class Reinforcement:
         """
         if visit not in self._draws:
             stream = f"replay/{visit}" if visit else "replay"
-            self._draws[visit] = _Blocks(self.seed, stream, self._uniform)
+            self._draws[visit] = EndlessDraws(self.seed, stream, self._uniform)
         return self.fetch(torch.from_numpy(self._draws[visit][index]), index)
 
     def _uniform(self, generator: torch.Generator, numbers: range) -> np.ndarray:
@@ -388,7 +338,7 @@ class Reinforcement:
     def _lived(self) -> Played:
         """Return the latest training episodes, and transitions from all over the buffer."""
         # Until the first episode has ended: how long it has lasted.
-        lengths = np.array(self.recent_returns or [len(self.episode_actions)])
+        lengths = np.array(self.actor.recent_returns or [len(self.actor.episode_actions)])
         numbers = self.buffer.samples_at(self.environment_steps)
         spread = torch.linspace(numbers[0], numbers[-1], min(len(numbers), PROBED_TRANSITIONS))
         seen = self.buffer.batch(spread.long(), 0).to(self.device)
@@ -411,16 +361,7 @@ class Reinforcement:
             "target": self.target.state_dict(),
             "optimizer": self.descent.state_dict(),
             "updates": self.updates,
-            **self.life(),
-        }
-
-    def life(self) -> dict[str, Any]:
-        """Return the part of the state that is the environment's."""
-        return {
-            "buffer": self.buffer.state_dict(),
-            "episode": self.episode,
-            "episode_actions": list(self.episode_actions),
-            "recent_returns": list(self.recent_returns),
+            "actor": self.actor.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -428,38 +369,7 @@ class Reinforcement:
         self.target.load_state_dict(state["target"])
         self.descent.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
-        self._go_on_living(state)
-
-    def _go_on_living(self, state: dict[str, Any]) -> None:
-        self.buffer.load_state_dict(state["buffer"])
-        self.recent_returns = deque(state["recent_returns"], maxlen=RECENT_EPISODES)
-        # The simulator is deterministic: the same start and actions lead to the same state.
-        self._begin_episode(state["episode"])
-        for action in state["episode_actions"]:
-            self.observation = self.environment.step(action)[0] * self.scale
-            self.episode_actions.append(action)
-
-
-class _Blocks:
-    """Row i of an endless table of draws, as a function of (seed, stream, i), made block by block.
-
-    Args:
-        draw: Returns the rows of a block, given its generator and their numbers.
-    """
-
-    def __init__(
-        self, seed: int, stream: str, draw: Callable[[torch.Generator, range], Sequence[Any]]
-    ) -> None:
-        self._seed, self._stream, self._draw = seed, stream, draw
-        self._block, self._rows = -1, ()
-
-    def __getitem__(self, index: int) -> Any:
-        block, row = divmod(index, BLOCK)
-        if block != self._block:
-            self._block = block
-            numbers = range(block * BLOCK, (block + 1) * BLOCK)
-            self._rows = self._draw(generator(self._seed, self._stream, block), numbers)
-        return self._rows[row]
+        self.actor.load_state_dict(state["actor"])
 
 
 def _taken(values: Tensor, batch: Transitions) -> Tensor:
