@@ -52,6 +52,13 @@ class EndlessLoader:
             self.epoch, self.position = self.epoch + 1, 0
             self._iterator = self._rng = None
 
+    def release(self) -> None:
+        """Let go of the pass's iterator, and so of threads and processes that it may have.
+
+        The next batch would come from a new one, at the same position.
+        """
+        self._iterator = None
+
     def state_dict(self, *, rewind: bool = False) -> dict[str, Any]:
         """Return the position; with `rewind`, the one before the batch taken last."""
         return {

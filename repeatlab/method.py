@@ -150,13 +150,16 @@ class FreshBatches:
             while True:
                 yield self._make(position)
                 position += 1
-        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        # In no `with`, whose end joins the pool's thread: where the garbage collector ends this
+        # iterator, it may do so while `threading` starts another thread, and holds the lock that
+        # joining needs. A pool that is dropped ends its thread without being waited for.
+        pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        coming = pool.submit(self._make, position)
+        while True:
+            batch = coming.result()
+            position += 1
             coming = pool.submit(self._make, position)
-            while True:
-                batch = coming.result()
-                position += 1
-                coming = pool.submit(self._make, position)
-                yield batch
+            yield batch
 
     def resampled(self, indices: torch.Tensor) -> None:
         """See the samples that came in the place of a batch's."""

@@ -144,6 +144,7 @@ class BatchRepeater:
                 )
         self._batch = None
         self._settle()
+        self._loader.release()
 
     def stop(self) -> None:
         """Make the visit under way the last one; the current batch's N is cut to its visits.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from math import ceil, floor, sqrt
 from pathlib import Path
-from threading import current_thread, main_thread
+from threading import Event, Thread, current_thread, main_thread
+from threading import enumerate as enumerate_threads
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -632,8 +635,52 @@ def test_prefetching_is_one_batch_ahead_and_no_more():
         batch = next(batches)
         assert batch.index == index
         assert torch.equal(batch.images, make(index).images)
-    batches.close()  # waits for the one that is under way
+    (thread,) = prefetching()
+    batches.close()
+    thread.join(60)  # makes the one that is under way, and ends
+    assert not thread.is_alive()
     assert asked == [4, 5, 6, 7, 8, 9]
+
+
+def prefetching() -> list[Thread]:
+    return [thread for thread in enumerate_threads() if thread.name.startswith("prefetch")]
+
+
+def test_the_garbage_collector_does_not_wait_for_a_loader_s_thread():
+    # It may run while `threading` holds the lock that joining a thread needs.
+    go_on = Event()
+
+    class Stuck:
+        def fresh_batch(self, index: int) -> Any:
+            if index:
+                go_on.wait()
+            return SimpleNamespace(index=index, indices=torch.tensor([index]))
+
+    left = iter(FreshBatches(Stuck(), settings=LoaderConfig(prefetch=True)))
+    next(left)
+    (thread,) = prefetching()
+    cycle = [left]
+    cycle.append(cycle)
+    del left, cycle
+    collector = Thread(target=gc.collect, daemon=True)
+    collector.start()
+    collector.join(60)
+    waits = collector.is_alive()
+    go_on.set()
+    thread.join(60)
+    assert not waits
+    assert not thread.is_alive()
+
+
+def test_a_run_leaves_no_thread_of_its_loader(tmp_path):
+    gc.disable()
+    try:
+        train(run_config({}, max_updates=5, loader={"prefetch": True}), tmp_path)
+        for thread in prefetching():
+            thread.join(60)
+        assert not prefetching()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("chosen", [LOADED["hard mining"], LOADED["selective"]])
