@@ -8,6 +8,7 @@ where the episode has terminated. Where an episode ends, the returns before it a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,16 +140,16 @@ class ReplayBuffer:
         """Return the numbers of the transitions that could be sampled after `steps` steps."""
         return range(max(0, steps - self.capacity), max(0, steps - self.n_steps + 1))
 
-    def uniform(self, draws: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    def uniform(self, draws: np.ndarray, steps: Sequence[int]) -> np.ndarray:
         """Return the numbers of transitions, int64, (k, b), that are drawn uniformly.
 
         Args:
             draws: float64, (k, b), uniform in [0, 1).
-            steps: int64, (k,): each row is of what could be sampled after so many.
+            steps: k numbers: each row is of what could be sampled after so many.
         """
-        first = np.maximum(0, steps - self.capacity)
-        count = np.maximum(0, steps - self.n_steps + 1) - first
-        return (draws * count[:, None]).astype(np.int64) + first[:, None]
+        numbers = [self.samples_at(after) for after in steps]
+        first = np.array([[r.start] for r in numbers])
+        return (draws * [[len(r)] for r in numbers]).astype(np.int64) + first
 
     def batch(self, indices: Tensor, index: int) -> Transitions:
         """Return the transitions with these numbers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil, floor, sqrt
 from pathlib import Path
 from threading import Event, Thread, current_thread, main_thread
@@ -627,7 +627,7 @@ def test_prefetched_batches_are_the_same_and_made_beside_the_updates(
 
 def test_prefetching_is_one_batch_ahead_and_no_more():
     task = load_task(TASKS["supervised"])(run_config({}).task, seed=0, device="cpu")
-    asked = []
+    asked, before = [], prefetching()
     make = task.fresh_batch
     task.fresh_batch = lambda index: (asked.append(index), make(index))[1]
     batches = FreshBatches(task, settings=LoaderConfig(prefetch=True)).iter_from(4)
@@ -635,15 +635,17 @@ def test_prefetching_is_one_batch_ahead_and_no_more():
         batch = next(batches)
         assert batch.index == index
         assert torch.equal(batch.images, make(index).images)
-    (thread,) = prefetching()
+    (thread,) = prefetching(before)
     batches.close()
     thread.join(60)  # makes the one that is under way, and ends
     assert not thread.is_alive()
     assert asked == [4, 5, 6, 7, 8, 9]
 
 
-def prefetching() -> list[Thread]:
-    return [thread for thread in enumerate_threads() if thread.name.startswith("prefetch")]
+def prefetching(before: Sequence[Thread] = ()) -> list[Thread]:
+    """Return the threads that make batches ahead, but for those of `before`, which may yet end."""
+    threads = [thread for thread in enumerate_threads() if thread.name.startswith("prefetch")]
+    return [thread for thread in threads if thread not in before]
 
 
 def test_the_garbage_collector_does_not_wait_for_a_loader_s_thread():
@@ -656,9 +658,10 @@ def test_the_garbage_collector_does_not_wait_for_a_loader_s_thread():
                 go_on.wait()
             return SimpleNamespace(index=index, indices=torch.tensor([index]))
 
+    before = prefetching()
     left = iter(FreshBatches(Stuck(), settings=LoaderConfig(prefetch=True)))
     next(left)
-    (thread,) = prefetching()
+    (thread,) = prefetching(before)
     cycle = [left]
     cycle.append(cycle)
     del left, cycle

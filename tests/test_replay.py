@@ -88,7 +88,7 @@ def test_every_transition_that_can_be_sampled_is_the_one_summed_by_hand(life, n,
 def test_what_is_drawn_uniformly_could_be_sampled_after_these_steps(steps, n, capacity, seed):
     buffer = ReplayBuffer(capacity, SIZE, n_steps=n, gamma=GAMMA)
     draws = np.random.default_rng(seed).random((len(steps), 8))
-    found = buffer.uniform(draws, np.array(steps))
+    found = buffer.uniform(draws, steps)
     for row, drawn, after in zip(found, draws, steps, strict=True):
         numbers = buffer.samples_at(after)
         assert row.tolist() == [numbers[int(draw * len(numbers))] for draw in drawn]

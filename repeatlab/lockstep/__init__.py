@@ -13,8 +13,8 @@ there on the two runs drift apart, as equal runs on two processors do. What a re
 is a run's share: the group's time, divided by its arms.
 
 Each agent has its own environment and replay buffer: of a DQN's time less is shared than of an
-MLP's on a data set. The action of highest value, and an evaluation's episodes, are asked of all
-networks at once; agents of one seed share the steps before the first update.
+MLP's on a data set. An evaluation's episodes are played by all networks at once; agents of one seed
+share the steps before the first update.
 """
 
 from __future__ import annotations

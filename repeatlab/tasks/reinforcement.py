@@ -229,7 +229,7 @@ class Reinforcement:
         """Return, int64, the transitions drawn for the fresh batches `numbers`, a row for each."""
         shape = (len(numbers), self.config.batch_size)
         draws = torch.rand(shape, generator=generator, dtype=torch.float64).numpy()
-        return self.buffer.uniform(draws, np.array([self._steps_at(index) for index in numbers]))
+        return self.buffer.uniform(draws, [self._steps_at(index) for index in numbers])
 
     def fetch(self, indices: Tensor, index: int) -> Transitions:
         """Return the transitions `indices`, int64, (batch,), as fresh batch `index`."""
@@ -248,10 +248,9 @@ class Reinforcement:
     def candidates(self, index: int, block: int) -> Transitions:
         if block == index:
             return self.fresh_batch(index)
-        numbers = self.population(index)
-        draws = generator(self.seed, "candidates", block)
-        uniform = torch.rand(self.config.batch_size, generator=draws, dtype=torch.float64)
-        return self.batch_of((uniform * len(numbers)).long() + numbers.start, index)
+        self._reach(index)
+        drawn = self._uniform(generator(self.seed, "candidates", block), range(index, index + 1))
+        return self.batch_of(torch.from_numpy(drawn[0]), index)
 
     def batch_of(self, indices: Tensor, index: int) -> Transitions:
         return self.buffer.batch(indices.cpu(), index).to(self.device)
