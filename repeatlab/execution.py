@@ -114,15 +114,22 @@ def spread(
     """
     waiting, running = with_needs(configs.values()), {}
     outcomes: dict[str, str | None] = {}
+    futures: dict[str, Any] = {}
+    threads = _threads(client)
     try:
         while waiting or running:
-            for run_id in _next(waiting, outcomes, room=_threads(client) - len(running)):
+            for run_id in _next(waiting, outcomes, room=threads - len(running)):
                 config = waiting.pop(run_id).to_json()
                 # The key makes a run that is submitted twice one job.
                 running[run_id] = client.submit(
                     run_job, config, root, limit=time_limit, key=f"run-{run_id}"
                 )
-            ended = {run_id: _reason(future) for run_id, future in _ended(running).items()}
+            # What no worker waits for comes now, while all are at work: to ask for their number and
+            # to forget the ended, whose message would hold back a submission for 10 ms.
+            threads = _threads(client)
+            futures.clear()
+            futures = _ended(running)
+            ended = {run_id: _reason(future) for run_id, future in futures.items()}
             if any(ended.values()):
                 ended |= _hopeless(waiting, outcomes | ended)
             outcomes |= ended
@@ -174,10 +181,12 @@ def _reason(future: Any) -> str | None:
     """Return why a run failed in a worker, or None."""
     from distributed import KilledWorker
 
+    if future.status == "finished":  # known here; for an error the scheduler is asked
+        return None
     error = future.exception()
     if isinstance(error, KilledWorker):
         return "its worker died at every attempt (memory, a signal or the time limit)"
-    return None if error is None else str(error)
+    return str(error)
 
 
 def _leave(client: Any, running: list[Any]) -> None:

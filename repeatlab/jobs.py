@@ -9,17 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from threading import Timer
 from typing import Any
 
 from repeatlab.config import RunConfig
+from repeatlab.libraries import import_libraries
 from repeatlab.records import Store, StoreError
 
 TIME_LIMIT_EXIT = 124
-# What the first run of a process imports late, most of its seconds: torch's optimizers import its
-# compiler. None of this package: a notebook's next study trains with the code as it is then.
-LATE_IMPORTS = ("torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "pyarrow.parquet")
 
 
 class RunFailed(RuntimeError):
@@ -48,7 +45,7 @@ def train_job(config: dict[str, Any], runs: str, *, limit: float | None = None) 
     from repeatlab.training import Interrupted
 
     run = RunConfig.from_json(config)
-    import_late()
+    import_libraries()
     with _ending_after(limit, [run], runs):
         try:
             train(run, runs)
@@ -73,7 +70,7 @@ def group_job(
     from repeatlab.training import Interrupted
 
     found = [RunConfig.from_json(config) for config in configs]
-    import_late()
+    import_libraries()
     with _ending_after(limit and limit * len(found), found, runs):
         try:
             return train_group(found, runs)
@@ -81,12 +78,6 @@ def group_job(
             return {run.run_id: "interrupted" for run in found}
         except Exception:
             return {}
-
-
-def import_late() -> None:
-    """Import what a process's first run would import: no part of the run, nor of its time limit."""
-    for module in LATE_IMPORTS:
-        import_module(module)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from multiprocessing import forkserver
 from typing import Any
 
 from repeatlab.config import RunConfig
-from repeatlab.jobs import LATE_IMPORTS
 
 # Dask gives up a local worker that is absent at this time after its end; its nanny never does.
 NEVER = "1000 days"
@@ -157,7 +156,7 @@ def _start_fork_server() -> bool:
         return False
     for name in ONE_THREAD:  # as Dask does for workers that are no copies
         os.environ.setdefault(name, "1")
-    forkserver.set_forkserver_preload(["distributed", "torch", *LATE_IMPORTS])
+    forkserver.set_forkserver_preload(["repeatlab.preload"])
     try:
         forkserver.ensure_running()
     except ChildProcessError:

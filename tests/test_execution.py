@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -22,9 +23,10 @@ import pytest
 import torch
 import yaml
 
-from repeatlab import checkpoint, execution, jobs, places
+from repeatlab import checkpoint, execution, jobs, libraries, places
 from repeatlab.execution import execute, spread, with_needs
 from repeatlab.jobs import RunFailed
+from repeatlab.libraries import LIBRARIES
 from repeatlab.places import Places, gpu_of, local_client
 from repeatlab.records import Store, StoreError
 from repeatlab.study import Study, StudyError, run_studies
@@ -327,8 +329,32 @@ def test_workers_begin_with_the_libraries_and_the_environment_of_now(monkeypatch
         monkeypatch.setenv("REPEATLAB_DATA", value)
         with local_client(1) as client:
             loaded = client.submit(eval, "list(__import__('sys').modules)").result()
-            assert set(jobs.LATE_IMPORTS) <= set(loaded)
+            assert set(LIBRARIES) <= set(loaded)
+            # Their objects are left out by a collector that is at work again.
+            assert client.submit(eval, "__import__('gc').get_freeze_count()").result() > 100_000
+            assert client.submit(eval, "__import__('gc').isenabled()").result()
             assert client.submit(os.environ.get, "REPEATLAB_DATA").result() == value
+
+
+def test_processes_of_a_study_end_without_a_word():
+    """Libraries complain at the end of a process of objects that its last collection leaves."""
+    code = "from repeatlab.places import local_client\nwith local_client(1): pass"
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_importing_the_libraries_leaves_the_collector_as_it_was(monkeypatch, enabled):
+    during = []
+    monkeypatch.setattr(libraries, "import_module", lambda name: during.append(gc.isenabled()))
+    before = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        libraries.import_libraries()
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable() if before else gc.disable()
+    assert during == [False] * len(LIBRARIES)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are no copies")
@@ -391,6 +417,7 @@ def test_a_cluster_that_was_told_to_stop_trains_the_next_study(tmp_path):
 class _Future:
     def __init__(self, failure: str | None) -> None:
         self.failure = failure
+        self.status = "error" if failure else "finished"
 
     def done(self) -> bool:
         return True
