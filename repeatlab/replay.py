@@ -145,11 +145,11 @@ class ReplayBuffer:
 
         Args:
             draws: float64, (k, b), uniform in [0, 1).
-            steps: k numbers: each row is of what could be sampled after so many.
+            steps: k numbers: each row is of what could be sampled after so many, one at least.
         """
-        numbers = [self.samples_at(after) for after in steps]
-        first = np.array([[r.start] for r in numbers])
-        return (draws * [[len(r)] for r in numbers]).astype(np.int64) + first
+        after = np.asarray(steps)[:, None]
+        first = np.maximum(0, after - self.capacity)  # as in `samples_at`, of all rows at once
+        return first + (draws * (after - self.n_steps + 1 - first)).astype(np.int64)
 
     def batch(self, indices: Tensor, index: int) -> Transitions:
         """Return the transitions with these numbers.

@@ -41,6 +41,11 @@ class StackedMLP:
         self._layers = _stacked(self.weights, linear)
         self._gradients = _stacked(self.gradients, linear)
         self._inputs: list[Tensor] = []
+        # Where results go, again and again: what is as large as these and new in every update costs
+        # as much to have from the system as to fill.
+        self._hidden: dict[int, list[Tensor]] = {}
+        self._slopes: dict[int, list[Tensor]] = {}
+        self._products = [weight.new_empty(weight.shape) for weight, _ in self._layers]
         self._alone = [
             [(layer.weight, layer.bias) for layer in _linear_layers(network)]
             for network in networks
@@ -49,13 +54,20 @@ class StackedMLP:
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return every arm's outputs, (arms, b, outputs), on its inputs, (arms, b, features)."""
-        self._inputs = []
-        for weight, bias in self._layers:
-            if self._inputs:
-                inputs.relu_()
-            self._inputs.append(inputs)
-            inputs = torch.baddbmm(bias, inputs, weight.mT)
-        return inputs
+        self._inputs = [inputs]
+        *hidden, (last, last_bias) = self._layers
+        outputs = self._places(self._hidden, inputs.shape[1])
+        for (weight, bias), output in zip(hidden, outputs, strict=True):
+            torch.baddbmm(bias, self._inputs[-1], weight.mT, out=output)
+            self._inputs.append(output.relu_())
+        return torch.baddbmm(last_bias, self._inputs[-1], last.mT)
+
+    def _places(self, known: dict[int, list[Tensor]], size: int) -> list[Tensor]:
+        """Return one tensor for each hidden layer, (arms, size, width); always the same ones."""
+        if size not in known:
+            widths = [bias.shape[2] for _, bias in self._layers[:-1]]
+            known[size] = [self.weights.new_empty(len(self.weights), size, w) for w in widths]
+        return known[size]
 
     @torch.no_grad()
     def alone(self, arm: int, inputs: Tensor) -> Tensor:
@@ -67,13 +79,16 @@ class StackedMLP:
     @torch.no_grad()
     def backward(self, gradient: Tensor) -> None:
         """Fill `gradients`, given that at the outputs of the last call, (arms, b, outputs)."""
+        masked = torch.ops.aten.threshold_backward.grad_input
+        slopes = self._places(self._slopes, gradient.shape[1])
         for place in range(len(self._layers) - 1, -1, -1):
             inputs, (weight, bias) = self._inputs[place], self._gradients[place]
-            weight.copy_(torch.bmm(gradient.mT, inputs))
+            weight.copy_(torch.bmm(gradient.mT, inputs, out=self._products[place]))
             torch.sum(gradient, 1, keepdim=True, out=bias)
             if place:
-                gradient = torch.bmm(gradient, self._layers[place][0])
-                gradient = torch.ops.aten.threshold_backward(gradient, inputs, 0)
+                slope = slopes[place - 1]
+                torch.bmm(gradient, self._layers[place][0], out=slope)
+                gradient = masked(slope, inputs, 0, grad_input=slope)
 
 
 def _views(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
