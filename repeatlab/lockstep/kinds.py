@@ -16,8 +16,10 @@ from repeatlab.lockstep.network import StackedMLP
 from repeatlab.lockstep.optimizers import StackedOptimizer
 from repeatlab.replay import Transitions, in_columns
 from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
-from repeatlab.tasks.reinforcement import Reinforcement
+from repeatlab.tasks.reinforcement import Reinforcement, double_q_targets, taken
 from repeatlab.tasks.supervised import Supervised
+
+NOTHING = (torch.empty(0),) * 5
 
 
 class Stack(Protocol):
@@ -120,12 +122,10 @@ class ReinforcementStack:
         """See `Stack`."""
         rows = self._rows.to(self._gradient.device, non_blocking=True)
         batches = in_columns(rows, torch.empty(0), 0)
-        best = self._agents(batches.next_observations).argmax(2, keepdim=True)
-        later = self._targets(batches.next_observations).gather(2, best).squeeze(2)
-        goals = batches.returns + batches.discounts * later
-        values = self._agents(batches.observations)
+        next_values = self._agents(batches.next_observations)
+        goals = double_q_targets(batches, next_values, self._targets(batches.next_observations))
         self._actions = batches.actions.unsqueeze(2)
-        values = values.gather(2, self._actions).squeeze(2)
+        values = taken(self._agents(batches.observations), batches)
         self._errors = values - goals
         if self._by_error:
             return self._errors.abs().mean(1).tolist()
@@ -163,8 +163,7 @@ class ReinforcementStack:
 
 def _numbers_alone(indices: Tensor, index: int) -> Transitions:
     """Return a batch that is read from the buffer only when it is staged."""
-    nothing = torch.empty(0)
-    return Transitions(nothing, nothing, nothing, nothing, nothing, indices, index)
+    return Transitions(*NOTHING, indices, index)
 
 
 STACKS: dict[str, type[Stack]] = {

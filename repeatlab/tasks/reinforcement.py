@@ -283,17 +283,14 @@ class Reinforcement:
 
     def _values_and_targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) and the double DQN targets of it, both (batch,)."""
-        targets = self._targets(batch)
-        return _taken(self.precision(self.model, batch.observations), batch), targets
-
-    @torch.no_grad()
-    def _targets(self, batch: Transitions, next_values: Tensor | None = None) -> Tensor:
-        """Return the targets, (batch,), given what the network says of where they end, if known."""
-        if next_values is None:
+        with torch.no_grad():
             next_values = self.precision(self.model, batch.next_observations)
-        best = next_values.argmax(1, keepdim=True)
-        later = self.precision(self.target, batch.next_observations)
-        return batch.returns + batch.discounts * later.gather(1, best).squeeze(1)
+            targets = double_q_targets(batch, next_values, self._target_values(batch))
+        return taken(self.precision(self.model, batch.observations), batch), targets
+
+    def _target_values(self, batch: Transitions) -> Tensor:
+        """Return what the target network says of where transitions end, (batch, 2)."""
+        return self.precision(self.target, batch.next_observations)
 
     def _driver_losses(self, values: Tensor, targets: Tensor) -> Tensor:
         if self.config.driver == "td_error":
@@ -304,6 +301,10 @@ class Reinforcement:
     def _copy_target(self) -> None:
         for copy, weight in zip(self.target.parameters(), self.model.parameters(), strict=True):
             copy.copy_(weight)
+
+    def _target_is_equal(self) -> bool:
+        pairs = zip(self.target.parameters(), self.model.parameters(), strict=True)
+        return all(torch.equal(copy, weight) for copy, weight in pairs)
 
     @torch.no_grad()
     def sample_losses(self, batch: Transitions) -> Tensor:
@@ -327,7 +328,10 @@ class Reinforcement:
         """
         lengths, *lived = self._lived() if split == "train" else self.play(split)
         seen, values, next_values = (part.to(self.device) for part in lived)
-        losses = self._driver_losses(_taken(values, seen), self._targets(seen, next_values))
+        # Evaluations are mostly made when the target network has just been copied.
+        later = next_values if self._target_is_equal() else self._target_values(seen)
+        targets = double_q_targets(seen, next_values, later)
+        losses = self._driver_losses(taken(values, seen), targets)
         return {
             "return": float(np.mean(lengths)),
             "loss": losses.double().mean().item(),
@@ -371,9 +375,22 @@ class Reinforcement:
         self.actor.load_state_dict(state["actor"])
 
 
-def _taken(values: Tensor, batch: Transitions) -> Tensor:
-    """Return, (batch,), the values of the actions that were taken, out of those of all."""
-    return values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
+def double_q_targets(batch: Transitions, next_values: Tensor, later: Tensor) -> Tensor:
+    """Return the targets of double Q-learning, (..., b).
+
+    Args:
+        batch: Transitions, b of each agent.
+        next_values: What the agents' networks say of where they end, (..., b, actions): it picks
+            the action.
+        later: What the target networks say of the same, likewise: it gives the action's value.
+    """
+    best = next_values.argmax(-1, keepdim=True)
+    return batch.returns + batch.discounts * later.gather(-1, best).squeeze(-1)
+
+
+def taken(values: Tensor, batch: Transitions) -> Tensor:
+    """Return the values of the actions that were taken, (..., b), out of (..., b, actions)."""
+    return values.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
 
 
 def huber_bounds(values: Tensor, targets: Tensor) -> Tensor:

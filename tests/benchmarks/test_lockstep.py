@@ -7,6 +7,7 @@ processor's, over all of it: data, updates, evaluations, records, directories.
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 from statistics import median
@@ -61,11 +62,18 @@ def _size(task: dict) -> str:
     return f"width {task['width']}, batch {task['batch_size']}"
 
 
+@pytest.fixture(autouse=True)
+def collected():
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_an_arm_s_share_of_a_run_alone(case, tmp_path, record, capsys):
     task, seeds, updates, most = CASES[case]
     seconds: dict[bool, list[float]] = {True: [], False: []}  # an arm, in lock-step or not
     run_studies([study(task, [0], 20)], tmp_path / "warm", places=Places(workers=0))
+    gc.freeze()  # as in a study's workers (repeatlab.preload)
     for turn in range(ROUNDS):
         for lockstep in (True, False) if turn % 2 else (False, True):
             made = study(task, list(range(seeds)) if lockstep else [turn], updates)
