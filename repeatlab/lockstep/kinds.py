@@ -65,7 +65,6 @@ class SupervisedStack:
         torch.index_select(self._of_label, 0, batch.labels, out=gradient)
         self._targets[arm] = batch.labels
 
-    @torch.no_grad()
     def losses(self) -> list[float]:
         """See `Stack`."""
         self._log_shares = self._network(self._images).log_softmax(2)
@@ -73,7 +72,6 @@ class SupervisedStack:
         pairs = zip(self._log_shares, self._targets, strict=True)
         return torch.stack([functional.nll_loss(*pair) for pair in pairs]).tolist()
 
-    @torch.no_grad()
     def step(self) -> None:
         """See `Stack`."""
         shares = self._log_shares
@@ -117,7 +115,6 @@ class ReinforcementStack:
         """See `Stack`."""
         self._tasks[arm].buffer.copy_rows(batch.indices, self._places[arm])
 
-    @torch.no_grad()
     def losses(self) -> list[float]:
         """See `Stack`."""
         rows = self._rows.to(self._gradient.device, non_blocking=True)
@@ -131,7 +128,6 @@ class ReinforcementStack:
             return self._errors.abs().mean(1).tolist()
         return functional.smooth_l1_loss(values, goals, reduction="none").mean(1).tolist()
 
-    @torch.no_grad()
     def step(self) -> None:
         """See `Stack`."""
         slopes = self._errors.clamp_(-1, 1).mul_(1 / self._errors.shape[1]).unsqueeze(2)

@@ -47,11 +47,10 @@ class StackedMLP:
         self._slopes: dict[int, list[Tensor]] = {}
         self._products = [weight.new_empty(weight.shape) for weight, _ in self._layers]
         self._alone = [
-            [(layer.weight, layer.bias) for layer in _linear_layers(network)]
+            [(layer.weight.detach(), layer.bias.detach()) for layer in _linear_layers(network)]
             for network in networks
         ]
 
-    @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return every arm's outputs, (arms, b, outputs), on its inputs, (arms, b, features)."""
         self._inputs = [inputs]
@@ -69,14 +68,12 @@ class StackedMLP:
             known[size] = [self.weights.new_empty(len(self.weights), size, w) for w in widths]
         return known[size]
 
-    @torch.no_grad()
     def alone(self, arm: int, inputs: Tensor) -> Tensor:
         """Return one arm's outputs, (outputs,), on its inputs, (features,)."""
         for place, layer in enumerate(self._alone[arm]):
             inputs = functional.linear(inputs.relu_() if place else inputs, *layer)
         return inputs
 
-    @torch.no_grad()
     def backward(self, gradient: Tensor) -> None:
         """Fill `gradients`, given that at the outputs of the last call, (arms, b, outputs)."""
         masked = torch.ops.aten.threshold_backward.grad_input

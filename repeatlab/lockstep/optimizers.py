@@ -45,7 +45,6 @@ class StackedOptimizer:
             self._matrices.append(_steps(optimizers, weights))
             self._like = self._matrices[-1].tolist()
 
-    @torch.no_grad()
     def step(self) -> None:
         """Make one update of every arm."""
         at_rate: dict[float, list[int]] = {}
