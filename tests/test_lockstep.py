@@ -520,7 +520,10 @@ def test_outputs_and_gradients_are_autograd_s(flat):
     alone = copy.deepcopy(networks)
     inputs, targets = torch.randn(4, 7, 12), torch.randint(3, (4, 7))
     stack = StackedMLP(networks)
+    earlier = stack(torch.randn_like(inputs))
+    kept = earlier.clone()
     outputs = stack(inputs)
+    assert torch.equal(earlier, kept)  # the next call is not to write over it
     gradients = []
     for network, images, labels, found in zip(alone, inputs, targets, outputs, strict=True):
         logits = network(images)

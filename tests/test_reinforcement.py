@@ -447,11 +447,17 @@ POLICIES = {
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("reward", [True, False])
-def test_evaluation_agrees_with_single_environments(policy, reward):
+@pytest.mark.parametrize("copied", [True, False])
+def test_evaluation_agrees_with_single_environments(policy, reward, copied):
     weights = POLICIES[policy]
     task = make(hidden=(), sutton_barto_reward=reward, evaluation_episodes=12)
     balance(task, weights)
-    task.target.load_state_dict({"0.weight": torch.ones(2, 4) / 9, "0.bias": torch.zeros(2)})
+    other = {"0.weight": torch.ones(2, 4) / 9, "0.bias": torch.zeros(2)}
+    task.target.load_state_dict(task.model.state_dict() if copied else other)
+
+    def value(observation: np.ndarray) -> float:
+        return abs(float(observation @ np.float32(weights)))
+
     vector = gymnasium.make_vec("CartPole-v1", num_envs=12, vectorization_mode="vector_entry_point")
     vector.reset(seed=derive(0, "evaluation/test"))
     lengths, losses, values = [], [], []
@@ -468,15 +474,15 @@ def test_evaluation_agrees_with_single_environments(policy, reward):
             over = terminated or truncated
         lengths.append(len(rewards))
         for t in range(len(rewards)):
-            # Q(s, a) of the greedy action is |w s|, and the target network's is the mean it has.
+            # Q(s, a) of the greedy action is |w s|; another target network's is the mean it has.
             steps = min(3, len(rewards) - t)
             total = sum(0.99**i * rewards[t + i] for i in range(steps))
             ends = terminated and t + steps == len(rewards)
-            following = 0.0 if ends else 0.99**steps * seen[t + steps].sum() / 9
-            value = abs(float(seen[t] @ np.float32(weights)))
-            error = abs(total + following - value)
+            later = value(seen[t + steps]) if copied else seen[t + steps].sum() / 9
+            following = 0.0 if ends else 0.99**steps * later
+            error = abs(total + following - value(seen[t]))
             losses.append(error**2 / 2 if error < 1 else error - 0.5)
-            values.append(value)
+            values.append(value(seen[t]))
     metrics = task.evaluate("test")
     assert metrics["return"] == np.mean(lengths)
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)

@@ -21,7 +21,7 @@ from repeatlab.study import Study, run_studies
 
 RESULTS = Path(__file__).parent / "results" / "lockstep.csv"
 MOST = 0.25
-ROUNDS = 3
+ROUNDS = 5
 METHODS = {
     "standard": {},
     "cosine": {"schedule": {"name": "cosine"}},
