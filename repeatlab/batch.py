@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection, Sequence
@@ -191,6 +192,8 @@ def execute(job: Job, *, output: Path, runs: Path, figures: Path) -> None:
     from papermill.exceptions import PapermillException
     from traitlets.config import Config
 
+    # Its own inspector warns of every line with two equals signs; `parameter_names` has read them.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     output.mkdir(parents=True, exist_ok=True)
     copy = output.resolve() / f"{job.source.stem}.ipynb"
     parameters = job.parameters | {"runs": str(runs.resolve()), "figures": str(figures.resolve())}

@@ -52,7 +52,7 @@ def test_parameters_are_read_from_the_syntax_tree(project):
     assert names == {"rate", "runs", "figures"}
 
 
-def test_a_notebook_gets_its_parameters_and_its_figures_are_named(project):
+def test_a_notebook_gets_its_parameters_and_its_figures_are_named(project, caplog):
     code = """
 import json, pathlib
 assert rate == 0.001 and pathlib.Path.cwd().name == "notebooks"
@@ -64,6 +64,7 @@ entry = {"mine": {"notebook": "00_small"}, "not mine": {"notebook": "99_other"}}
     assert _execute(root) == ["mine"]
     executed = nbformat.read(root / "runs" / "notebooks" / "tiny" / "small.ipynb", 4)
     assert all(cell.execution_count for cell in executed.cells)
+    assert [r.message for r in caplog.records if r.name == "papermill"] == []
 
 
 def test_a_cell_that_raises_fails_the_batch(project):
