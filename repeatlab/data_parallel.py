@@ -31,6 +31,8 @@ from repeatlab.loss_reader import in_process_group
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.futures import Future
+    from torch.nn.parallel import DistributedDataParallel
     from torch.optim import Optimizer
 
     from repeatlab.tasks import Task
@@ -211,11 +213,44 @@ class JoinedLosses:
         self._summed = flat[-1:]
         return flat[:-1]
 
+    def begin_sum_with(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        """Begin the weighted sum over all processes of a bucket of DDP's gradients, flat."""
+        gradients, passenger, self._waiting = bucket.buffer(), self._waiting, None
+        if passenger is None:
+            flat = gradients.mul_(self.weight)
+        else:
+            flat = torch.cat([gradients, passenger.to(gradients)]).mul_(self.weight)
+            self._summed = flat[-1:]
+        sent = dist.all_reduce(flat, async_op=True).get_future()
+        return sent.then(lambda done: done.value()[0][: len(gradients)])
+
     def join(self, losses: Tensor) -> Tensor:
         """Return the weighted sum over all processes of `losses`, (n,)."""
         joined = losses.to(torch.float32) * self.weight
         dist.all_reduce(joined)
         return joined
+
+
+def losses_with_gradients(model: DistributedDataParallel) -> JoinedLosses:
+    """Make the losses of a loop of your own travel with the gradients of its DDP model.
+
+        model = DistributedDataParallel(model)
+        losses = losses_with_gradients(model)
+        repeater = BatchRepeater(loader, mapping, max_updates=T, reduce=losses.start)
+
+    Otherwise a loss that is to decide has an all-reduce of its own, which for a small network takes
+    a good part of an update's time. Every process is to have a batch of the same size.
+
+    Args:
+        model: The model; it gets a communication hook, of which it can have one.
+
+    Raises:
+        RuntimeError: it has one already.
+    """
+    losses = JoinedLosses(1 / dist.get_world_size())
+    # Without annotations, which torch would look at, and here are but text.
+    model.register_comm_hook(losses, lambda losses, bucket: losses.begin_sum_with(bucket))
+    return losses
 
 
 class GradientSum:

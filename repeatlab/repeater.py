@@ -50,7 +50,8 @@ class BatchRepeater:
     step, and none where the mapping does not need the loss.
 
     In a torch.distributed process group the loss that decides is the mean over the ranks, so that
-    all ranks make the same number of updates on their batch.
+    all ranks make the same number of updates on their batch. Under `DistributedDataParallel`,
+    `data_parallel.losses_with_gradients` spares it a message of its own.
 
     Args:
         loader: A re-iterable of batches, iterated again when it ends (see `EndlessLoader`).

@@ -21,10 +21,18 @@ from click.testing import CliRunner
 from every_method import METHODS, config
 from test_resume import same_record
 from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from repeatlab import cli, data_parallel
 from repeatlab.config import RunConfig
-from repeatlab.data_parallel import GradientSum, JoinedLosses, SilentWriter, TeamBroken
+from repeatlab.data_parallel import (
+    GradientSum,
+    JoinedLosses,
+    SilentWriter,
+    TeamBroken,
+    losses_with_gradients,
+)
 from repeatlab.loop import together, train
 from repeatlab.loss_reader import LossReader
 from repeatlab.mappings import Linear, Mapping, Threshold, Until, to_dict
@@ -358,6 +366,78 @@ def report_before_the_other(rank: int) -> int:
 def test_report_does_not_wait_for_the_other_ranks(tmp_path):
     answers, codes = in_ranks(2, report_before_the_other, folder=tmp_path)
     assert (answers, codes) == ([6, 6], [0, 0])
+
+
+def train_under_ddp(rank: int, way: str) -> dict:
+    """Train a small network on batches of this rank's own; count the messages with a loss alone."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 1))
+    # So that there are two buckets, and the loss has to find one.
+    model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=0.001)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    data = torch.randn(5, 8, 4, generator=torch.Generator().manual_seed(rank))
+    ways = {}
+    if way == "with gradients":
+        losses = losses_with_gradients(model)
+        ways = {"reduce": losses.start, "join": losses.join}
+    all_reduce, alone = dist.all_reduce, []
+
+    def counted(tensor, *arguments, **options):
+        alone.append(tensor.numel())
+        return all_reduce(tensor, *arguments, **options)
+
+    dist.all_reduce = counted
+    repeater = BatchRepeater(data, Linear(t=0.8), max_updates=24, **ways)
+    for inputs in repeater:
+        loss = functional.mse_loss(model(inputs), inputs.sum(1, keepdim=True))
+        repeater.report(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    decisions = alone.count(1)
+    rows = repeater.drain()
+    dist.all_reduce = all_reduce
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    columns = {name: torch.from_numpy(column) for name, column in rows.items()}
+    return columns | {"weights": weights, "decisions": decisions}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_under_ddp_losses_can_travel_with_the_gradients(size, tmp_path):
+    """The run is the same as with messages of their own, but for how sums are rounded."""
+    apart, codes = in_ranks(size, train_under_ddp, "apart", folder=tmp_path / "apart")
+    joined, more = in_ranks(size, train_under_ddp, "with gradients", folder=tmp_path / "joined")
+    assert codes == more == [0] * size
+    first = (joined[0]["repeat"] == 0).numpy()
+    assert 1 < joined[0]["repeats"].max() <= 5
+    assert apart[0]["decisions"] == first.sum()
+    for one, other in zip(apart, joined, strict=True):
+        assert other["decisions"] == 0
+        for name in ("update", "fresh_batch", "repeat", "repeats"):
+            assert other[name].equal(one[name])
+            assert other[name].equal(joined[0][name])
+        torch.testing.assert_close(other["weights"], one["weights"])
+        assert other["weights"].equal(joined[0]["weights"])
+        torch.testing.assert_close(other["loss"][first], one["loss"][first])
+    # Of repeats, too, the mean over the ranks: apart, each has recorded its own.
+    mean = torch.stack([rank["loss"] for rank in apart]).mean(0)
+    torch.testing.assert_close(joined[0]["loss"], mean)
+
+
+def hook_twice(rank: int) -> str:
+    model = DistributedDataParallel(nn.Linear(2, 1))
+    losses_with_gradients(model)
+    try:
+        losses_with_gradients(model)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_ddp_model_takes_losses_along_once(tmp_path):
+    answers, codes = in_ranks(1, hook_twice, folder=tmp_path)
+    assert codes == [0]
+    assert "register_comm_hook" in answers[0]
 
 
 # --- Kills, stops, errors -------------------------------------------------------------------------
