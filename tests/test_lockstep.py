@@ -543,8 +543,9 @@ def test_other_networks_are_refused():
     with pytest.raises(ValueError, match="Sigmoid"):
         StackedMLP([nn.Sequential(nn.Linear(2, 2), nn.Sigmoid(), nn.Linear(2, 2))])
     weight = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="RMSprop"):
-        StackedOptimizer([torch.optim.RMSprop([weight])], torch.zeros(1, 2), torch.zeros(1, 2))
+    for kind in (torch.optim.RMSprop, torch.optim.Adam):  # the latter is not fused here
+        with pytest.raises(ValueError, match=kind.__name__):
+            StackedOptimizer([kind([weight])], torch.zeros(1, 2), torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -557,9 +558,10 @@ def test_other_networks_are_refused():
     ],
 )
 def test_a_step_is_torch_s_for_every_arm_at_its_own_rate(kind, settings):
+    """To the bit, though kernels round the last numbers of a parameter otherwise: 4 and 7 here."""
     torch.manual_seed(0)
-    rows = torch.randn(4, 11)
-    weights = [[nn.Parameter(row[:6].view(3, 2)), nn.Parameter(row[6:])] for row in rows]
+    rows = torch.randn(4, 59)
+    weights = [[nn.Parameter(row[:36].view(9, 4)), nn.Parameter(row[36:])] for row in rows]
     alone = copy.deepcopy(weights)
     rates = [0.1, 0.2, 0.1, 0.3]
 
@@ -569,22 +571,22 @@ def test_a_step_is_torch_s_for_every_arm_at_its_own_rate(kind, settings):
     found, expected = made(weights), made(alone)
     gradients = torch.zeros_like(rows)
     stacked = StackedOptimizer(found, rows, gradients)
-    for step in range(6):
+    for step in range(20):
         if step == 3:  # as a schedule does
             for optimizer in (*found[1:3], *expected[1:3]):
                 optimizer.param_groups[0]["lr"] *= 0.5
         gradients.copy_(torch.randn_like(gradients))
         for gradient, (matrix, vector) in zip(gradients, alone, strict=True):
-            matrix.grad, vector.grad = gradient[:6].view(3, 2).clone(), gradient[6:].clone()
+            matrix.grad, vector.grad = gradient[:36].view(9, 4).clone(), gradient[36:].clone()
         stacked.step()
         for optimizer in expected:
             optimizer.step()
     for own, others in zip(weights, alone, strict=True):
         for weight, other in zip(own, others, strict=True):
-            assert torch.allclose(weight, other, atol=1e-6)
+            assert torch.equal(weight, other)
     for one, other in zip(found, expected, strict=True):
         assert one.state_dict()["state"].keys() == other.state_dict()["state"].keys()
         for key, state in other.state_dict()["state"].items():
             for name, value in state.items():
                 if value is not None:
-                    assert torch.allclose(one.state_dict()["state"][key][name], value, atol=1e-6)
+                    assert torch.equal(one.state_dict()["state"][key][name], value)

@@ -1,8 +1,9 @@
 """The optimizer's step of all arms at once, each at its own learning rate.
 
-The arithmetic is torch's own: its fused kernels take the weights of as many arms as have the same
-rate at once; with Adam, neighbours end to end as one parameter. The state is the arms' own, too, so
-that a checkpoint is that of a run alone.
+The arithmetic is torch's own: one call of a fused kernel moves every parameter of the arms that
+have the same rate. Each stays a parameter of its own, since the kernels round a parameter's last
+numbers otherwise than the others: those that do not fill a vector of the processor. The state is
+the arms' own, too, so that a checkpoint is that of a run alone.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
-from torch.optim.adam import adam
-from torch.optim.sgd import sgd
 
 
 class StackedOptimizer:
     """One step of many optimizers that are equal but for the learning rate.
 
     Args:
-        optimizers: Of the arms, SGD or Adam (AdamW is one), each with one parameter group.
+        optimizers: Of the arms, SGD or Adam (AdamW is one), fused, each with one parameter group.
         weights: (arms, numbers); an arm's parameters are views of its row, in their order.
         gradients: (arms, numbers), likewise.
 
@@ -30,41 +29,39 @@ class StackedOptimizer:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], weights: Tensor, gradients: Tensor) -> None:
-        if not isinstance(optimizers[0], (SGD, Adam)):
-            raise ValueError(f"no lock-step for {type(optimizers[0]).__name__}")
         self._groups = [optimizer.param_groups[0] for optimizer in optimizers]
+        if not isinstance(optimizers[0], (SGD, Adam)) or not self._groups[0].get("fused"):
+            raise ValueError(f"no lock-step for {type(optimizers[0]).__name__}, or not fused")
         self._move = _sgd if isinstance(optimizers[0], SGD) else _adam
-        self._known: dict[tuple[int, ...], list[list[Tensor]]] = {}
-        self._matrices = [weights, gradients]
-        for name in _state_names(optimizers[0]):
-            self._matrices.append(_states(optimizers, name, weights))
-        # Neighbours can be one parameter if they have made as many steps; from now on all make as
-        # many. SGD rounds a parameter's last numbers otherwise than the others: there none can.
-        self._like = list(range(len(optimizers)))
+        sizes = [parameter.numel() for parameter in self._groups[0]["params"]]
+        states = [_states(optimizers, name, weights) for name in _state_names(optimizers[0])]
+        # Of each matrix, arm by arm, the parts that belong to its parameters.
+        self._parts = [
+            [row.split(sizes) for row in matrix] for matrix in (weights, gradients, *states)
+        ]
+        self._steps = torch.empty(0)
         if self._move is _adam:
-            self._matrices.append(_steps(optimizers, weights))
-            self._like = self._matrices[-1].tolist()
+            self._steps = _steps(optimizers, weights)
+            self._parts.append([row.unbind() for row in self._steps])
+        self._known: dict[tuple[int, ...], list[list[Tensor]]] = {}
 
     def step(self) -> None:
         """Make one update of every arm."""
+        self._steps += 1
         at_rate: dict[float, list[int]] = {}
         for arm, group in enumerate(self._groups):
             at_rate.setdefault(group["lr"], []).append(arm)
         for rate, arms in at_rate.items():
-            self._move(self._groups[0], rate, *self._joined(tuple(arms)))
+            self._move(self._groups[0], rate, *self._of(tuple(arms)))
 
-    def _joined(self, arms: tuple[int, ...]) -> list[list[Tensor]]:
-        """Return the rows of these arms, neighbours as one; which have one rate seldom changes."""
+    def _of(self, arms: tuple[int, ...]) -> list[list[Tensor]]:
+        """Return the parts of these arms; which have one rate seldom changes."""
         if arms not in self._known:
             if len(self._known) > len(self._groups):
                 self._known.clear()
-            parts: list[slice] = []
-            for arm in arms:
-                if parts and parts[-1].stop == arm and self._like[arm] == self._like[arm - 1]:
-                    parts[-1] = slice(parts[-1].start, arm + 1)
-                else:
-                    parts.append(slice(arm, arm + 1))
-            self._known[arms] = [[matrix[part] for part in parts] for matrix in self._matrices]
+            self._known[arms] = [
+                [part for arm in arms for part in parts[arm]] for parts in self._parts
+            ]
         return self._known[arms]
 
 
@@ -89,10 +86,11 @@ def _states(optimizers: Sequence[Optimizer], name: str, weights: Tensor) -> Tens
 
 
 def _steps(optimizers: Sequence[Optimizer], weights: Tensor) -> Tensor:
-    """Return every arm's count of steps, (arms,), which its parameters have in common."""
-    steps = torch.zeros(len(optimizers), device=weights.device)
-    for count, optimizer in zip(steps, optimizers, strict=True):
-        for parameter in optimizer.param_groups[0]["params"]:
+    """Return every parameter's count of steps, (arms, parameters); at first zeros."""
+    shape = len(optimizers), len(optimizers[0].param_groups[0]["params"])
+    steps = torch.zeros(shape, device=weights.device)
+    for row, optimizer in zip(steps, optimizers, strict=True):
+        for count, parameter in zip(row, optimizer.param_groups[0]["params"], strict=True):
             state = optimizer.state[parameter]
             count.copy_(state.get("step", count))
             state["step"] = count
@@ -102,9 +100,9 @@ def _steps(optimizers: Sequence[Optimizer], weights: Tensor) -> Tensor:
 def _sgd(
     group: dict[str, Any], rate: float, weights: list, gradients: list, momenta: Sequence = ()
 ) -> None:
-    settings = ("weight_decay", "momentum", "dampening", "nesterov", "maximize", "fused")
+    settings = ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
     chosen = {name: group[name] for name in settings}
-    sgd(weights, gradients, list(momenta) or [None] * len(weights), lr=rate, **chosen)
+    torch._fused_sgd_(weights, gradients, list(momenta), lr=rate, is_first_step=False, **chosen)
 
 
 def _adam(
@@ -116,22 +114,9 @@ def _adam(
     squares: list,
     steps: list,
 ) -> None:
-    settings = ("weight_decay", "eps", "maximize", "decoupled_weight_decay", "fused")
-    chosen = {name: group[name] for name in settings}
+    move = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     first, second = group["betas"]
-    counts = [step[0] for step in steps]
-    adam(
-        weights,
-        gradients,
-        means,
-        squares,
-        [],
-        counts,
-        amsgrad=False,
-        beta1=first,
-        beta2=second,
-        lr=rate,
-        **chosen,
-    )
-    for step, count in zip(steps, counts, strict=True):  # neighbours' have gone up as one
-        step.fill_(count)
+    settings = ("weight_decay", "eps", "maximize", "amsgrad")
+    chosen = {name: group[name] for name in settings}
+    lists = (weights, gradients, means, squares, [], steps)
+    move(*lists, lr=rate, beta1=first, beta2=second, **chosen)

@@ -18,8 +18,9 @@ from repeatlab.prerequisites import prerequisites
 FEWEST_ARMS = 4
 # So that a group's records and evaluations are no burst, and a kill takes little with it.
 MOST_ARMS = 64
-# Multiplications of an update's forward pass up to which the calls cost more than the arithmetic.
-MOST_WORK = 500_000
+# Multiplications of an update's forward pass up to which an arm takes some half of a run's time
+# (tests/benchmarks/test_lockstep.py). With more, arithmetic is all that takes time.
+MOST_WORK = 2_000_000
 
 # What lock-step deals with; whatever else a configuration says must be its default.
 _RUN = {"task", "method", "max_updates", "seed", "evaluation", "calibration", "device", "threads"}
