@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parameters_to_vector
 
 
 class StackedMLP:
-    """The MLPs of all arms, the parameters of each as one row of a matrix.
+    """The MLPs of all arms, each parameter of theirs as one stack.
 
-    The networks' own parameters become views of their rows: to evaluate or save one of them is to
+    The networks' own parameters become views of the stacks: to evaluate or save one of them is to
     evaluate or save what is trained here. Backward is written out, which costs two thirds of
     autograd's time on networks of this size.
 
@@ -23,7 +21,7 @@ class StackedMLP:
             turns, the last one `Linear`.
 
     Attributes:
-        weights: (arms, numbers), of each arm all parameters end to end.
+        weights: Of each parameter, in order, those of all arms, (arms, *shape).
         gradients: Those of `weights`; filled by `backward`.
 
     Raises:
@@ -31,24 +29,22 @@ class StackedMLP:
     """
 
     def __init__(self, networks: Sequence[nn.Sequential]) -> None:
-        parameters = [list(network.parameters()) for network in networks]
-        self.weights = torch.stack([parameters_to_vector(p) for p in parameters]).detach()
-        self.gradients = torch.zeros_like(self.weights)
-        for row, own in zip(self.weights, parameters, strict=True):
-            for parameter, view in zip(own, _views(row, own), strict=True):
+        layers = [_linear_layers(network) for network in networks]
+        alike = list(zip(*(network.parameters() for network in networks), strict=True))
+        self.weights = [torch.stack(parameters).detach() for parameters in alike]
+        self.gradients = [torch.zeros_like(stack) for stack in self.weights]
+        for stack, parameters in zip(self.weights, alike, strict=True):
+            for view, parameter in zip(stack, parameters, strict=True):
                 parameter.data = view
-        linear = _linear_layers(networks[0])
-        self._layers = _stacked(self.weights, linear)
-        self._gradients = _stacked(self.gradients, linear)
+        self._layers = _layers(self.weights)
+        self._gradients = _layers(self.gradients)
         self._inputs: list[Tensor] = []
         # Where results go, again and again: what is as large as these and new in every update costs
         # as much to have from the system as to fill.
         self._hidden: dict[int, list[Tensor]] = {}
         self._slopes: dict[int, list[Tensor]] = {}
-        self._products = [weight.new_empty(weight.shape) for weight, _ in self._layers]
         self._alone = [
-            [(layer.weight.detach(), layer.bias.detach()) for layer in _linear_layers(network)]
-            for network in networks
+            [(layer.weight.detach(), layer.bias.detach()) for layer in of_one] for of_one in layers
         ]
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -64,8 +60,9 @@ class StackedMLP:
     def _places(self, known: dict[int, list[Tensor]], size: int) -> list[Tensor]:
         """Return one tensor for each hidden layer, (arms, size, width); always the same ones."""
         if size not in known:
-            widths = [bias.shape[2] for _, bias in self._layers[:-1]]
-            known[size] = [self.weights.new_empty(len(self.weights), size, w) for w in widths]
+            known[size] = [
+                bias.new_empty(len(bias), size, bias.shape[2]) for _, bias in self._layers[:-1]
+            ]
         return known[size]
 
     def alone(self, arm: int, inputs: Tensor) -> Tensor:
@@ -80,18 +77,12 @@ class StackedMLP:
         slopes = self._places(self._slopes, gradient.shape[1])
         for place in range(len(self._layers) - 1, -1, -1):
             inputs, (weight, bias) = self._inputs[place], self._gradients[place]
-            weight.copy_(torch.bmm(gradient.mT, inputs, out=self._products[place]))
+            torch.bmm(gradient.mT, inputs, out=weight)
             torch.sum(gradient, 1, keepdim=True, out=bias)
             if place:
                 slope = slopes[place - 1]
                 torch.bmm(gradient, self._layers[place][0], out=slope)
                 gradient = masked(slope, inputs, 0, grad_input=slope)
-
-
-def _views(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parts of `row`, (parameters,), in the shapes of the tensors `like`."""
-    parts = row.split([tensor.numel() for tensor in like])
-    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _linear_layers(network: nn.Module) -> list[nn.Linear]:
@@ -104,12 +95,7 @@ def _linear_layers(network: nn.Module) -> list[nn.Linear]:
     return layers
 
 
-def _stacked(rows: Tensor, layers: Sequence[nn.Linear]) -> list[tuple[Tensor, Tensor]]:
-    """Return views: of each layer the weights, (arms, out, in), and biases, (arms, 1, out)."""
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-    starts = [0, *accumulate(p.numel() for p in parameters)]
-    parts = [
-        rows[:, start : start + p.numel()].view(len(rows), *(p.shape if p.ndim == 2 else (1, -1)))
-        for start, p in zip(starts, parameters, strict=False)
-    ]
-    return list(zip(parts[::2], parts[1::2], strict=True))
+def _layers(stacks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return of each layer the weights, (arms, out, in), and the biases, (arms, 1, out)."""
+    biases = (stack.unsqueeze(1) for stack in stacks[1::2])
+    return list(zip(stacks[::2], biases, strict=True))

@@ -21,28 +21,33 @@ class StackedOptimizer:
 
     Args:
         optimizers: Of the arms, SGD or Adam (AdamW is one), fused, each with one parameter group.
-        weights: (arms, numbers); an arm's parameters are views of its row, in their order.
-        gradients: (arms, numbers), likewise.
+        weights: Of each parameter, in order, a stack, (arms, *shape), whose views are the arms'.
+        gradients: Likewise.
 
     Raises:
         ValueError: they are of another kind.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], weights: Tensor, gradients: Tensor) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> None:
         self._groups = [optimizer.param_groups[0] for optimizer in optimizers]
         if not isinstance(optimizers[0], (SGD, Adam)) or not self._groups[0].get("fused"):
             raise ValueError(f"no lock-step for {type(optimizers[0]).__name__}, or not fused")
         self._move = _sgd if isinstance(optimizers[0], SGD) else _adam
-        sizes = [parameter.numel() for parameter in self._groups[0]["params"]]
         states = [_states(optimizers, name, weights) for name in _state_names(optimizers[0])]
-        # Of each matrix, arm by arm, the parts that belong to its parameters.
-        self._parts = [
-            [row.split(sizes) for row in matrix] for matrix in (weights, gradients, *states)
-        ]
         self._steps = torch.empty(0)
         if self._move is _adam:
-            self._steps = _steps(optimizers, weights)
-            self._parts.append([row.unbind() for row in self._steps])
+            self._steps = _steps(optimizers, weights[0].device)
+            states.append(self._steps.unbind())
+        # Of weights, gradients and each part of the state, arm by arm, those of its parameters.
+        self._parts = [
+            list(zip(*(stack.unbind() for stack in stacks), strict=True))
+            for stacks in (weights, gradients, *states)
+        ]
         self._known: dict[tuple[int, ...], list[list[Tensor]]] = {}
 
     def step(self) -> None:
@@ -71,26 +76,24 @@ def _state_names(optimizer: Optimizer) -> tuple[str, ...]:
     return "exp_avg", "exp_avg_sq"
 
 
-def _states(optimizers: Sequence[Optimizer], name: str, weights: Tensor) -> Tensor:
-    """Return a part of every parameter's state in the places of `weights`; at first zeros."""
-    rows = torch.zeros_like(weights)
-    for row, optimizer in zip(rows, optimizers, strict=True):
-        parameters = optimizer.param_groups[0]["params"]
-        parts = row.split([parameter.numel() for parameter in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
-            state, view = optimizer.state[parameter], part.view_as(parameter)
+def _states(optimizers: Sequence[Optimizer], name: str, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return a part of the state as stacks like `weights`; at first zeros."""
+    stacks = [torch.zeros_like(stack) for stack in weights]
+    for arm, optimizer in enumerate(optimizers):
+        for parameter, stack in zip(optimizer.param_groups[0]["params"], stacks, strict=True):
+            state, view = optimizer.state[parameter], stack[arm]
             if state.get(name) is not None:
                 view.copy_(state[name])
             state[name] = view
-    return rows
+    return stacks
 
 
-def _steps(optimizers: Sequence[Optimizer], weights: Tensor) -> Tensor:
-    """Return every parameter's count of steps, (arms, parameters); at first zeros."""
-    shape = len(optimizers), len(optimizers[0].param_groups[0]["params"])
-    steps = torch.zeros(shape, device=weights.device)
-    for row, optimizer in zip(steps, optimizers, strict=True):
-        for count, parameter in zip(row, optimizer.param_groups[0]["params"], strict=True):
+def _steps(optimizers: Sequence[Optimizer], device: torch.device) -> Tensor:
+    """Return every parameter's count of steps, (parameters, arms); at first zeros."""
+    alike = list(zip(*(of.param_groups[0]["params"] for of in optimizers), strict=True))
+    steps = torch.zeros(len(alike), len(optimizers), device=device)
+    for counts, parameters in zip(steps, alike, strict=True):
+        for count, optimizer, parameter in zip(counts, optimizers, parameters, strict=True):
             state = optimizer.state[parameter]
             count.copy_(state.get("step", count))
             state["step"] = count
