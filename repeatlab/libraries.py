@@ -11,7 +11,6 @@ from importlib import import_module
 
 # Those that a first run would import late: torch's optimizers import its compiler.
 LIBRARIES = (
-    "distributed",
     "torch",
     "torch._dynamo",
     "sklearn.datasets",
@@ -20,16 +19,16 @@ LIBRARIES = (
 )
 
 
-def import_libraries() -> None:
-    """Import them: no part of the run that needs them first, nor of its time limit.
+def import_libraries(*more: str) -> None:
+    """Import them, and `more`: no part of the run that needs them first, nor of its time limit.
 
-    The garbage collector rests meanwhile, and leaves out afterwards what they hold. It would go
-    through a million objects again and again, of which none is garbage: a third of the import.
+    The garbage collector rests meanwhile: it would go through all that they hold again and again,
+    and find no garbage.
     """
     collected = gc.isenabled()
     gc.disable()
     try:
-        for module in LIBRARIES:
+        for module in (*LIBRARIES, *more):
             import_module(module)
     finally:
         if collected:

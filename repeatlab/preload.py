@@ -5,7 +5,7 @@ import gc
 
 from repeatlab.libraries import import_libraries
 
-import_libraries()
+import_libraries("distributed")
 # Copies share the pages of what no collection of theirs looks at.
 gc.freeze()
 # Its last collection is to find all: libraries complain of what is left.

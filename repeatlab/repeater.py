@@ -11,7 +11,7 @@ for batch in repeater:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from math import isfinite, nan
 from typing import Any
 
@@ -22,23 +22,7 @@ from repeatlab.endless_loader import EndlessLoader
 from repeatlab.loss_reader import LossReader
 from repeatlab.loss_stats import LossStats
 from repeatlab.mappings import Constant
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A reported loss was NaN or infinite.
-
-    Attributes:
-        loss: The loss.
-        update: Index of the update it drives, from 0.
-        fresh_batch: Index of its fresh batch, from 0.
-    """
-
-    def __init__(self, loss: float, update: int, fresh_batch: int) -> None:
-        super().__init__(loss, update, fresh_batch)
-        self.loss, self.update, self.fresh_batch = loss, update, fresh_batch
-
-    def __str__(self) -> str:
-        return f"the loss is {self.loss} at update {self.update} (fresh batch {self.fresh_batch})"
+from repeatlab.visit_log import NonFiniteLoss, VisitLog
 
 
 class BatchRepeater:
@@ -115,7 +99,7 @@ class BatchRepeater:
         self._refresh = refresh
         self._progress = progress or (lambda: self.updates / self.max_updates)
         self._joins = join is not None
-        self._visits = _VisitLog(block, join)
+        self._visits = VisitLog(block, join)
         self._batch: Any = None  # the current one, held while visits to it are left
         self._awaiting_report = False
         self._asking = False  # the last visit's loss will tell whether there is another
@@ -322,91 +306,3 @@ class BatchRepeater:
             self._visits.restart(first, self.fresh_batch, done, [self.repeats], held)
         else:
             self._visits.restart(self.updates, self.fresh_batch + 1, 0, [])
-
-
-class _VisitLog:
-    """Every loss and every N since the last drain, in lists: all that the training loop pays for.
-
-    Attributes:
-        losses: One per visit; NaN while it is still on the device.
-        counts: N, one per decided fresh batch.
-        fetches: How often losses were brought from the device.
-    """
-
-    def __init__(
-        self, block: int, join: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> None:
-        self.block = block
-        self._join = join  # from this rank's losses, (n,), to those of all
-        self.fetches = 0
-        self.restart(0, 0, 0, [])
-
-    def restart(
-        self,
-        update: int,
-        fresh_batch: int,
-        repeat: int,
-        counts: list[int],
-        losses: Sequence[float] = (),
-    ) -> None:
-        """Begin with visit number `repeat` to `fresh_batch`, where `counts` and `losses` do."""
-        self._first_update, self._first_batch, self._skipped = update, fresh_batch, repeat
-        self.losses: list[float] = list(losses)
-        self.counts = counts
-        self._deferred: list[tuple[int, torch.Tensor]] = []
-
-    def defer(self, loss: torch.Tensor) -> None:
-        """Leave a visit's loss on the device until a block of them is full."""
-        self._deferred.append((len(self.losses), loss))
-        self.losses.append(nan)
-        if len(self._deferred) >= self.block:
-            self.fetch()
-
-    def fetch(self) -> None:
-        """Bring the deferred losses to the host in one copy."""
-        if not self._deferred:
-            return
-        rows, losses = zip(*self._deferred, strict=True)
-        self._deferred = []
-        self.fetches += 1
-        stacked = torch.stack(losses)
-        if self._join is not None:
-            stacked = self._join(stacked)
-        for row, loss in zip(rows, stacked.tolist(), strict=True):
-            self.losses[row] = loss
-            if not isfinite(loss):
-                # What came after has no meaning, and the first one is the one to name.
-                del self.losses[row + 1 :]
-                raise NonFiniteLoss(loss, self._first_update + row, int(self._expand()[0][row]))
-
-    def _expand(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return fresh batch, repeat index and N of every visit in `losses`."""
-        # An undecided batch (its loss was not finite) has one visit and no N.
-        counts = np.array(self.counts, dtype=np.int64)
-        lengths = np.maximum(counts, 1)
-        rows = slice(self._skipped, self._skipped + len(self.losses))
-        batch = np.repeat(np.arange(len(counts)), lengths)
-        repeat = np.arange(len(batch)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return self._first_batch + batch[rows], repeat[rows], counts[batch[rows]]
-
-    def drain(self, held: int = 0) -> dict[str, np.ndarray]:
-        kept = self.losses[len(self.losses) - held :]
-        del self.losses[len(self.losses) - held :]
-        batch, repeat, counts = self._expand()
-        rows = {
-            "update": self._first_update + np.arange(len(self.losses)),
-            "fresh_batch": batch,
-            "repeat": repeat,
-            "repeats": counts,
-            "loss": np.array(self.losses, dtype=np.float64),
-        }
-        if len(batch):
-            update = self._first_update + len(self.losses)
-            unfinished = repeat[-1] + 1 < counts[-1]
-            next_batch = int(batch[-1]) + (not unfinished)
-            next_repeat = int(repeat[-1]) + 1 if unfinished else 0
-            left = self.counts[next_batch - self._first_batch :]
-            self.restart(update, next_batch, next_repeat, left, kept)
-        else:
-            self.losses = kept
-        return rows

@@ -58,7 +58,7 @@ BELOW: dict[str, set[str]] = {
     "tasks": {"data", "models", "schema", "fid", "replay", "retrieval"},
     "fid": {"data"},
     "data": {"seeding"},
-    "repeater": {"loss_reader", "endless_loader", "loss_stats", "mappings"},
+    "repeater": {"loss_reader", "endless_loader", "loss_stats", "mappings", "visit_log"},
     "sliders": {"figures", "loss_stats", "mappings"},
     "live": {"figures"},
     "figures": {"echo", "environment"},
@@ -94,6 +94,7 @@ BELOW: dict[str, set[str]] = {
     "seeding": set(),
     "stopwatch": set(),
     "target_times": set(),
+    "visit_log": set(),
     "watch": set(),
 }
 VIEWPOINTS = (

@@ -25,7 +25,8 @@ from repeatlab.schema import ConfigError, parse
 from repeatlab.seeding import derive, generator
 from repeatlab.study import Study
 from repeatlab.tasks.greedy_episodes import greedy_episodes
-from repeatlab.tasks.reinforcement import Reinforcement, ReinforcementConfig, q_network
+from repeatlab.tasks.q_learning import q_network
+from repeatlab.tasks.reinforcement import Reinforcement, ReinforcementConfig
 
 SCALE = np.array([2.0, 1.0, 10.0, 1.0], dtype=np.float32)
 SMALL = {"hidden": (16, 8), "learning_starts": 60, "epsilon_steps": 300, "evaluation_episodes": 4}

@@ -16,9 +16,11 @@ from repeatlab.lockstep.network import StackedMLP
 from repeatlab.lockstep.optimizers import StackedOptimizer
 from repeatlab.replay import Transitions, in_columns
 from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
-from repeatlab.tasks.reinforcement import Reinforcement, double_q_targets, taken
+from repeatlab.tasks.q_learning import double_q_targets, taken
+from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.tasks.supervised import Supervised
 
+# In the places of a batch's columns that are not read.
 NOTHING = (torch.empty(0),) * 5
 
 

@@ -39,8 +39,8 @@ class StackedMLP:
         self._layers = _layers(self.weights)
         self._gradients = _layers(self.gradients)
         self._inputs: list[Tensor] = []
-        # Where results go, again and again: what is as large as these and new in every update costs
-        # as much to have from the system as to fill.
+        # Where results go, again and again: what is as large as these and new in every update has
+        # to be had from the system, page by page.
         self._hidden: dict[int, list[Tensor]] = {}
         self._slopes: dict[int, list[Tensor]] = {}
         self._alone = [

@@ -38,11 +38,13 @@ class StackedOptimizer:
         if not isinstance(optimizers[0], (SGD, Adam)) or not self._groups[0].get("fused"):
             raise ValueError(f"no lock-step for {type(optimizers[0]).__name__}, or not fused")
         self._move = _sgd if isinstance(optimizers[0], SGD) else _adam
-        states = [_states(optimizers, name, weights) for name in _state_names(optimizers[0])]
-        self._steps = torch.empty(0)
+        states = [
+            _owned(optimizers, name, [torch.zeros_like(stack) for stack in weights])
+            for name in _state_names(optimizers[0])
+        ]
+        self._steps = torch.zeros(len(weights), len(optimizers), device=weights[0].device)
         if self._move is _adam:
-            self._steps = _steps(optimizers, weights[0].device)
-            states.append(self._steps.unbind())
+            states.append(_owned(optimizers, "step", self._steps.unbind()))
         # Of weights, gradients and each part of the state, arm by arm, those of its parameters.
         self._parts = [
             list(zip(*(stack.unbind() for stack in stacks), strict=True))
@@ -76,9 +78,10 @@ def _state_names(optimizer: Optimizer) -> tuple[str, ...]:
     return "exp_avg", "exp_avg_sq"
 
 
-def _states(optimizers: Sequence[Optimizer], name: str, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return a part of the state as stacks like `weights`; at first zeros."""
-    stacks = [torch.zeros_like(stack) for stack in weights]
+def _owned(
+    optimizers: Sequence[Optimizer], name: str, stacks: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Return `stacks`, zeros for each parameter, as that part of the state, with what there was."""
     for arm, optimizer in enumerate(optimizers):
         for parameter, stack in zip(optimizer.param_groups[0]["params"], stacks, strict=True):
             state, view = optimizer.state[parameter], stack[arm]
@@ -86,18 +89,6 @@ def _states(optimizers: Sequence[Optimizer], name: str, weights: Sequence[Tensor
                 view.copy_(state[name])
             state[name] = view
     return stacks
-
-
-def _steps(optimizers: Sequence[Optimizer], device: torch.device) -> Tensor:
-    """Return every parameter's count of steps, (parameters, arms); at first zeros."""
-    alike = list(zip(*(of.param_groups[0]["params"] for of in optimizers), strict=True))
-    steps = torch.zeros(len(alike), len(optimizers), device=device)
-    for counts, parameters in zip(steps, alike, strict=True):
-        for count, optimizer, parameter in zip(counts, optimizers, parameters, strict=True):
-            state = optimizer.state[parameter]
-            count.copy_(state.get("step", count))
-            state["step"] = count
-    return steps
 
 
 def _sgd(

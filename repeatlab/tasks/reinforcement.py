@@ -42,13 +42,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from repeatlab.data import gather
@@ -59,6 +58,7 @@ from repeatlab.tasks.actor import Actor
 from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
 from repeatlab.tasks.optimization import Descent, OptimizationConfig, OptimizerChoice, chosen
 from repeatlab.tasks.precision import Precision, place
+from repeatlab.tasks.q_learning import double_q_targets, huber_bounds, q_network, taken
 
 PROBED_TRANSITIONS = 1000
 
@@ -373,34 +373,3 @@ class Reinforcement:
         self.descent.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
         self.actor.load_state_dict(state["actor"])
-
-
-def double_q_targets(batch: Transitions, next_values: Tensor, later: Tensor) -> Tensor:
-    """Return the targets of double Q-learning, (..., b).
-
-    Args:
-        batch: Transitions, b of each agent.
-        next_values: What the agents' networks say of where they end, (..., b, actions): it picks
-            the action.
-        later: What the target networks say of the same, likewise: it gives the action's value.
-    """
-    best = next_values.argmax(-1, keepdim=True)
-    return batch.returns + batch.discounts * later.gather(-1, best).squeeze(-1)
-
-
-def taken(values: Tensor, batch: Transitions) -> Tensor:
-    """Return the values of the actions that were taken, (..., b), out of (..., b, actions)."""
-    return values.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
-
-
-def huber_bounds(values: Tensor, targets: Tensor) -> Tensor:
-    """Return min(1, |delta|), (batch,): the Huber loss's gradient, and what replay ranks by."""
-    return (values - targets).abs().clamp(max=1.0)
-
-
-def q_network(hidden: tuple[int, ...]) -> nn.Sequential:
-    """Return the MLP from four observed numbers to the values of the two actions."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise((4, *hidden)):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear((4, *hidden)[-1], 2))

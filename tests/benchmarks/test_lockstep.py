@@ -60,10 +60,17 @@ def study(task: dict, seeds: list[int], updates: int) -> Study:
     )
 
 
-def _size(task: dict) -> str:
-    if task["name"] == "reinforcement":
-        return "the plan's agent, batch 32"
-    return f"width {task['width']}, batch {task['batch_size']}"
+def _row(task: dict, updates: int) -> dict:
+    agents = task["name"] == "reinforcement"
+    size = "the plan's agent, batch 32"
+    if not agents:
+        size = f"width {task['width']}, batch {task['batch_size']}"
+    return {
+        "task": task["name"],
+        "data": "CartPole-v1" if agents else "digits",
+        "scale": f"{size}, T {updates}",
+        "processor": f"one thread of {processor()}",
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -87,10 +94,7 @@ def test_an_arm_s_share_of_a_run_alone(case, tmp_path, record, capsys):
             assert set(report.status.values()) == {"complete"}
             shutil.rmtree(tmp_path / task["name"])
     ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
-    row = {
-        "task": task["name"],
-        "data": "digits" if task["name"] == "supervised" else "CartPole-v1",
-        "scale": f"{_size(task)}, T {updates}",
+    row = _row(task, updates) | {
         "arm": case,
         "metric": "processor time in lock-step / one by one",
         "n": ROUNDS,
@@ -98,7 +102,6 @@ def test_an_arm_s_share_of_a_run_alone(case, tmp_path, record, capsys):
         "low": round(min(ratios), 3),
         "high": round(max(ratios), 3),
         "seconds a run alone": round(median(seconds[False]), 3),
-        "processor": f"one thread of {processor()}",
     }
     record(RESULTS, [row])
     with capsys.disabled():
@@ -124,15 +127,11 @@ def test_an_arm_is_the_run_alone(case, tmp_path, record, capsys):
         apart = (one.updates["loss"] - other.updates["loss"]).abs() / other.updates["loss"]
         furthest = max(furthest, apart.max())
     assert together == len(METHODS) - 1  # but for the one that waits for another's trace
-    row = {
-        "task": task["name"],
-        "data": "digits" if task["name"] == "supervised" else "CartPole-v1",
-        "scale": f"{_size(task)}, T {updates}",
+    row = _row(task, updates) | {
         "arm": f"{len(METHODS)} methods, one seed",
         "metric": "largest relative difference of a loss to the run alone",
         "n": together,
         "median": furthest,
-        "processor": f"one thread of {processor()}",
     }
     record(RESULTS, [row])
     with capsys.disabled():
