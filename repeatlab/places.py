@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -19,6 +20,20 @@ NEVER = "1000 days"
 # Of Dask's own list without its MALLOC_TRIM_THRESHOLD_, which makes the allocator hand memory back
 # after every update: the digits CNN took 1.4 to 1.5 times the processor time.
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def _renew_pool() -> None:
+    """Give a process that was just copied a pool of its own for Dask's scheduler.
+
+    The copied pool counts on its thread, which was not copied with it: no run would ever begin.
+    """
+    if "distributed.utils" in sys.modules:
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="Dask-Offload")
+        sys.modules["distributed.utils"]._offload_executor = pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_pool)
 
 
 @dataclass(frozen=True)

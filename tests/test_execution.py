@@ -95,10 +95,23 @@ def holder(run) -> psutil.Process | None:
     return None
 
 
-def in_a_copy(function) -> None:
-    """Call the function in a copy of this process, whose second threads are not copied with it."""
-    torch.set_num_threads(1)
-    function()
+@contextmanager
+def in_a_copy(function):
+    """Yield a copy of this process, without its second threads, that calls the function."""
+
+    def call() -> None:
+        torch.set_num_threads(1)
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=call)
+    process.start()
+    try:
+        yield process
+    finally:
+        if process.is_alive():
+            for child in (*psutil.Process(process.pid).children(recursive=True), process):
+                child.kill()
+            process.join()
 
 
 def _timeless(run):
@@ -113,16 +126,27 @@ def test_a_study_survives_a_worker_killed_in_the_middle_of_a_run(tmp_path):
         report = run_studies([slow], tmp_path / "killed", places=Places(workers=1))
         assert report.retried == {run.path.name: 2}
 
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=in_a_copy, args=(execute,))
-    process.start()
-    until(lambda: recorded(run) >= 20, process)
-    until(lambda: holder(run) is not None, process)
-    holder(run).send_signal(signal.SIGKILL)
-    process.join(300)
-    assert process.exitcode == 0
+    with in_a_copy(execute) as process:
+        until(lambda: recorded(run) >= 20, process)
+        until(lambda: holder(run) is not None, process)
+        holder(run).send_signal(signal.SIGKILL)
+        process.join(300)
+        assert process.exitcode == 0
     run_studies([slow], tmp_path / "unbroken", workers=0)
     assert _timeless(run).equals(_timeless(only_run(slow, tmp_path / "unbroken")))
+
+
+def test_a_copy_of_a_process_that_has_made_a_study_makes_another(tmp_path):
+    """Dask's scheduler has a pool of threads, which counts on those that were not copied."""
+    small = study(updates=3)
+    run_studies([small], tmp_path / "first", places=Places(workers=1))
+
+    def execute():
+        run_studies([small], tmp_path / "second", places=Places(workers=1))
+
+    with in_a_copy(execute) as process:
+        process.join(100)
+        assert process.exitcode == 0
 
 
 def test_a_run_that_hangs_ends_at_the_time_limit_and_takes_no_other_down(tmp_path):
@@ -141,16 +165,14 @@ def test_a_run_that_hangs_ends_at_the_time_limit_and_takes_no_other_down(tmp_pat
 
 def test_two_processes_that_start_one_run_train_it_once(tmp_path):
     slow = study(updates=30, loader=SLOW)
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=in_a_copy, args=(lambda: run_studies([slow], tmp_path, workers=0),))
-        for _ in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0, 0]
+
+    def execute():
+        run_studies([slow], tmp_path, workers=0)
+
+    with in_a_copy(execute) as one, in_a_copy(execute) as other:
+        for process in (one, other):
+            process.join(300)
+            assert process.exitcode == 0
     run = only_run(slow, tmp_path)
     assert run.environment["attempts"] == 1
     assert len(run.updates) == 30
