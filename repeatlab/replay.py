@@ -169,8 +169,11 @@ class ReplayBuffer:
             indices: As in `batch`.
             place: float32, (b, width); see `in_columns`.
         """
+        slots = indices.numpy()
+        if self.steps > self.capacity:
+            slots = slots % self.capacity
         # All slots are inside: "clip" only spares a copy.
-        self._rows.take(indices.numpy() % self.capacity, 0, out=place, mode="clip")
+        self._rows.take(slots, 0, out=place, mode="clip")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the buffer holds, without the places that are still empty."""

@@ -25,7 +25,7 @@ from repeatlab.schema import ConfigError, parse
 from repeatlab.seeding import derive, generator
 from repeatlab.study import Study
 from repeatlab.tasks.greedy_episodes import greedy_episodes
-from repeatlab.tasks.q_learning import q_network
+from repeatlab.tasks.q_learning import greedy, q_network
 from repeatlab.tasks.reinforcement import Reinforcement, ReinforcementConfig
 
 SCALE = np.array([2.0, 1.0, 10.0, 1.0], dtype=np.float32)
@@ -161,6 +161,19 @@ def test_learns_bit_for_bit_as_the_agent_written_out_by_hand():
     assert task.environment_steps == len(agent.history) == 60 + len(counts)
     # More than the start was lived through: a failure lies in the buffer, and the greedy policy.
     assert agent.episodes >= 3
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.0], [1.0, 0.5], [2.0, 2.0], [-1.0, -1.0, 3.0]])
+def test_greedy_is_torch_s_argmax(values):
+    assert greedy(torch.tensor(values)) == torch.tensor(values).argmax()
+
+
+@pytest.mark.parametrize("action", [2, -1, 0.5])
+def test_the_environment_refuses_other_actions_than_two(action):
+    environment = make().actor.environment
+    environment.step(np.int64(1))
+    with pytest.raises(AssertionError, match="invalid"):
+        environment.step(action)
 
 
 def test_has_the_size_of_the_plan():

@@ -16,7 +16,7 @@ from repeatlab.lockstep.network import StackedMLP
 from repeatlab.lockstep.optimizers import StackedOptimizer
 from repeatlab.replay import Transitions, in_columns
 from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
-from repeatlab.tasks.q_learning import double_q_targets, taken
+from repeatlab.tasks.q_learning import double_q_targets, greedy, taken
 from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.tasks.supervised import Supervised
 
@@ -143,7 +143,7 @@ class ReinforcementStack:
     def _greedy_action(self, arm: int, seen: np.ndarray) -> int:
         """Return an arm's greedy action: few arms want one in a round, so that each is asked."""
         observation = torch.from_numpy(seen).to(self._gradient.device)
-        return int(self._agents.alone(arm, observation).argmax())
+        return greedy(self._agents.alone(arm, observation))
 
     def _play(self, arm: int, split: str) -> Played:
         """Return an arm's episodes of a split."""

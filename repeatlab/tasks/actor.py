@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 RECENT_EPISODES = 20
 
 
+class TwoActions(gymnasium.spaces.Discrete):
+    """The space of CartPole's actions, which is asked at every step.
+
+    gymnasium's own looks up each time what numbers its type can hold.
+    """
+
+    def contains(self, x: Any) -> bool:
+        """Return whether `x` is 0 or 1."""
+        return x in (0, 1)
+
+
 class Actor:
     """An agent's environment, and what it remembers of its steps in it.
 
@@ -57,6 +68,7 @@ class Actor:
             sutton_barto_reward=config.sutton_barto_reward,
             disable_env_checker=True,
         )
+        self.environment.unwrapped.action_space = TwoActions(2)
         self.scale = np.array(config.observation_scale, dtype=np.float32)
         self.recent_returns: deque[int] = deque(maxlen=RECENT_EPISODES)
         self._draws = EndlessDraws(

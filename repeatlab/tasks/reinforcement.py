@@ -58,7 +58,7 @@ from repeatlab.tasks.actor import Actor
 from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
 from repeatlab.tasks.optimization import Descent, OptimizationConfig, OptimizerChoice, chosen
 from repeatlab.tasks.precision import Precision, place
-from repeatlab.tasks.q_learning import double_q_targets, huber_bounds, q_network, taken
+from repeatlab.tasks.q_learning import double_q_targets, greedy, huber_bounds, q_network, taken
 
 PROBED_TRANSITIONS = 1000
 
@@ -190,7 +190,7 @@ class Reinforcement:
     def greedy_action(self, seen: np.ndarray) -> int:
         """Return the action of the highest value where `seen`, float32, (4,), is observed."""
         observation = torch.from_numpy(seen).to(self.device, non_blocking=True)
-        return int(self.precision(self.model, observation).argmax())
+        return greedy(self.precision(self.model, observation))
 
     # --- learning ---------------------------------------------------------------------------------
 
