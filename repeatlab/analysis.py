@@ -66,8 +66,8 @@ class Records:
 
     @cached_property
     def evals(self) -> pd.DataFrame:
-        """Rows (task, method, seed, update, split, metric, value, ledger columns) of done runs."""
-        frame = self._stack("evals")
+        """Rows (task, method, seed, status, update, split, metric, value, ledger) of done runs."""
+        frame = self._stack("evals", [*RUN_KEYS, "status"])
         if len(frame):
             # What an arm spent before its first update is part of its time from the start.
             frame["seconds"] += _prepared_seconds(frame)
@@ -76,7 +76,7 @@ class Records:
     @cached_property
     def updates(self) -> pd.DataFrame:
         """Rows (task, method, seed, update, fresh_batch, repeat, repeats, loss, lr, seconds)."""
-        return self._stack("updates")
+        return self._stack("updates", RUN_KEYS)
 
     def measured(self, metric: str, split: str) -> pd.DataFrame:
         """Return the rows of `evals` with this metric on this split, each run's in order."""
@@ -90,15 +90,15 @@ class Records:
     def _measured(self) -> dict[tuple[str, str], pd.DataFrame]:
         return {}
 
-    def _stack(self, table: str) -> pd.DataFrame:
+    def _stack(self, table: str, keys: Sequence[str]) -> pd.DataFrame:
         done = self.done
         tables = [Run(Path(path)).table(table) for path in done["path"]]
         if not tables:
-            return pd.DataFrame(columns=[*RUN_KEYS, "update", "split", "metric", "value"])
+            return pd.DataFrame(columns=[*keys, "update", "split", "metric", "value"])
         # Joined as Arrow tables: a thousand data frames take several times as long.
         stacked = pa.concat_tables(tables, promote_options="permissive").to_pandas()
         rows = [len(each) for each in tables]
-        for place, key in enumerate(RUN_KEYS):
+        for place, key in enumerate(keys):
             stacked.insert(place, key, np.repeat(done[key].to_numpy(), rows))
         return stacked
 
@@ -170,7 +170,8 @@ def curves(
     onto a grid that all runs of the method cover; nothing is extrapolated.
 
     Returns:
-        Rows (task, method, x, mean, low, high, n) with the interval of `mean_interval`.
+        Rows (task, method, x, mean, low, high, n, diverged) with the interval of `mean_interval`;
+        `diverged` of the n runs did, and the curve ends with the first of them.
     """
     chosen = evals[(evals["metric"] == metric) & (evals["split"] == split)]
     pieces = []
@@ -182,9 +183,15 @@ def curves(
         values = np.stack([np.interp(grid, r[x], r["value"]) for r in runs])
         mean, below, above = mean_interval(values)
         columns = {x: grid, "mean": mean, "low": below, "high": above, "n": len(runs)}
+        columns["diverged"] = sum(has_diverged(run) for run in runs)
         pieces.append(pd.DataFrame({"task": task, "method": method, **columns}))
-    columns = ["task", "method", x, "mean", "low", "high", "n"]
+    columns = ["task", "method", x, "mean", "low", "high", "n", "diverged"]
     return pd.concat(pieces, ignore_index=True) if pieces else pd.DataFrame(columns=columns)
+
+
+def has_diverged(run: pd.DataFrame) -> bool:
+    """Return whether the run with these rows of `Records.evals` diverged, as far as they say."""
+    return "status" in run and run["status"].iloc[0] == "diverged"
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, ...]:
@@ -261,7 +268,8 @@ def to_target(
     """Return when each run first reached `target`, by the evaluations.
 
     A run that missed it is censored, never imputed: `reached` is False and the axes hold its last
-    evaluation.
+    evaluation. One that diverged without reaching it never will: it stays a miss up to the largest
+    x of the task's runs.
 
     Returns:
         Rows (task, method, seed, reached) and one column for each of `AXES` that was counted.
@@ -269,10 +277,14 @@ def to_target(
     chosen = evals[(evals["metric"] == metric) & (evals["split"] == split)]
     axes = counted_axes(evals)
     rows = []
+    ends = chosen.groupby("task")[axes].max()
     for keys, run in chosen.groupby(RUN_KEYS, sort=False):
         run = run.sort_values("update")
         hits = run["value"] <= target if metric in LOWER_IS_BETTER else run["value"] >= target
-        at = run[hits].iloc[0] if hits.any() else run.iloc[-1]
+        if hits.any():
+            at = run[hits].iloc[0]
+        else:
+            at = ends.loc[keys[0]] if has_diverged(run) else run.iloc[-1]
         rows.append(
             {
                 **dict(zip(RUN_KEYS, keys, strict=True)),

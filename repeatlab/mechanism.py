@@ -28,7 +28,7 @@ def by_run(
 ) -> dict[str, pd.DataFrame]:
     """Return each statistic of every run that is done, its rows behind task, method and seed.
 
-    One run is in memory at a time.
+    One run is in memory at a time. How many updates were planned stands in its `attrs`.
 
     Args:
         records: The runs.
@@ -40,6 +40,7 @@ def by_run(
         if methods is not None and row.method not in methods:
             continue
         updates = Run(Path(row.path)).updates
+        updates.attrs["planned"] = row.max_updates
         for name, statistic in statistics.items():
             frame = statistic(updates)
             for place, key in enumerate(RUN_KEYS):
@@ -131,18 +132,28 @@ def repeat_shares(updates: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"repeats": values} | shares)
 
 
+def mean_shares(shares: pd.DataFrame, task: str) -> pd.DataFrame:
+    """Return `of_task` of many runs' `repeat_shares`: an N that a run has not made is 0 of it."""
+    whole = []
+    for _, rows in shares[shares["task"] == task].groupby("method", sort=False):
+        table = rows.pivot_table(index=RUN_KEYS, columns="repeats", values="share", fill_value=0.0)
+        whole.append(table.reset_index().melt(RUN_KEYS, value_name="share"))
+    return of_task(pd.concat(whole) if whole else shares, task, ["repeats"], "share")
+
+
 def repeats_over_updates(updates: pd.DataFrame, *, bins: int = 20) -> pd.DataFrame:
-    """Return mean N of the fresh batches that begin in each of `bins` equal stretches of the run.
+    """Return mean N of the fresh batches that begin in each of `bins` equal stretches of T.
+
+    The stretches are those of the planned updates, where `updates.attrs` tells them, so that they
+    are the same for a run that ended early.
 
     Returns:
         Columns update (the middle of the stretch) and repeats; a stretch without any is left out.
     """
     batches = fresh_batches(updates)
-    edges = np.linspace(0, len(updates), bins + 1)
-    place = np.searchsorted(edges, batches["update"].to_numpy(), side="right") - 1
-    means = batches.groupby(place)["repeats"].mean()
-    middles = (edges[:-1] + edges[1:])[means.index.to_numpy(dtype=int)] / 2
-    return pd.DataFrame({"update": middles, "repeats": means.to_numpy()})
+    stretch = updates.attrs.get("planned", len(updates)) / bins
+    means = batches.groupby(batches["update"] // max(stretch, 1e-9))["repeats"].mean()
+    return pd.DataFrame({"update": (means.index + 0.5) * stretch, "repeats": means.to_numpy()})
 
 
 def loss_after_repeats(updates: pd.DataFrame) -> pd.DataFrame:

@@ -82,6 +82,20 @@ def test_a_miss_is_censored_not_imputed():
     assert times["update"].tolist() == [10, 20]
 
 
+def test_what_diverged_stays_a_miss_to_the_end():
+    values = {("a", 0): [0.1, 0.2], ("a", 1): [0.9, 0.3], ("b", 0): [0.1, 0.2, 0.3, 0.4]}
+    evals = _evals(values)
+    evals["status"] = np.where(evals["method"] == "a", "diverged", "complete")
+    times = to_target(evals, "accuracy", 0.9).set_index(["method", "seed"])
+    # The one had reached it before it diverged; of the other it is known that it never will.
+    assert times["reached"].to_dict() == {("a", 0): False, ("a", 1): True, ("b", 0): False}
+    assert times["update"].to_dict() == {("a", 0): 30, ("a", 1): 0, ("b", 0): 30}
+    assert curves(evals, "accuracy").groupby("method")["diverged"].first().to_dict() == {
+        "a": 2,
+        "b": 0,
+    }
+
+
 def test_lower_is_better_for_losses():
     evals = _evals({("a", 0): [2.0, 1.0, 0.5]}).assign(metric="loss")
     assert to_target(evals, "loss", 1.0)["update"].tolist() == [10]

@@ -58,7 +58,8 @@ RECORDS = Records(
 def _curves(*methods: str) -> pd.DataFrame:
     update = np.arange(5)
     columns = {"update": update, "mean": 2.0**-update, "low": 0.0, "high": 2.0**-update + 0.1}
-    pieces = [pd.DataFrame({"task": "t", "method": m, **columns, "n": 5}) for m in methods]
+    columns |= {"n": 5, "diverged": 0}
+    pieces = [pd.DataFrame({"task": "t", "method": m, **columns}) for m in methods]
     return pd.concat(pieces, ignore_index=True)
 
 
@@ -74,6 +75,16 @@ def test_every_method_has_a_panel_with_the_standard_arm_behind_it(count):
     assert [axes.get_title(loc="left") for axes in panels] == methods
     for axes, method in zip(panels, methods, strict=True):
         assert [line.get_color() for line in axes.lines] == [COLOURS["standard"], colour(method)]
+    plt.close(figure)
+
+
+def test_a_panel_says_where_a_run_diverged():
+    frame = _curves("standard", "linear")
+    frame.loc[frame["method"] == "linear", "diverged"] = 1
+    figure = curves_against_standard(frame, x="update", ylabel="loss")
+    (cross,) = [line for line in _visible(figure)[0].lines if line.get_marker() == "x"]
+    assert cross.get_xdata().tolist() == [4]
+    assert figure.get_suptitle().endswith("x: a run diverged")
     plt.close(figure)
 
 
@@ -320,16 +331,12 @@ def test_a_single_estimate_of_any_kind_can_be_drawn(estimate):
 
 # --- several tasks ----------------------------------------------------------------------------
 
-RUNS = pd.DataFrame(
-    {"task": "t", "method": ["standard", "linear"], "seed": 0, "status": ["complete", "diverged"]}
-)
-
 
 def test_a_panel_for_each_task_and_a_cross_where_runs_diverged():
     frame = _curves("standard", "linear", "random")
+    frame.loc[frame["method"] == "linear", "diverged"] = 1
     figure = curves_over_tasks(
         frame,
-        RUNS,
         x="update",
         methods=["standard", "linear"],
         ylabels={"t": "loss", "u": "loss"},
@@ -349,7 +356,7 @@ def test_a_panel_for_each_task_and_a_cross_where_runs_diverged():
 def test_the_axis_follows_the_means_whatever_the_bands():
     frame = _curves("standard", "linear").assign(low=-1e6, high=1e6)
     figure = curves_over_tasks(
-        frame, RUNS, x="update", methods=["standard", "linear"], ylabels={"t": "loss"}
+        frame, x="update", methods=["standard", "linear"], ylabels={"t": "loss"}
     )
     low, high = _visible(figure)[0].get_ylim()
     assert -0.2 < low < 2.0**-4 < 1 < high < 1.2
@@ -655,3 +662,11 @@ def test_a_final_point_is_the_last_evaluation_of_every_run():
     )
     (point,) = efficiency.final_points(evals, "loss", x="cost").to_dict("records")
     assert (point["cost"], point["mean"], point["n"]) == (15.0, 2.0, 2)
+    # A run that diverged, and one whose last value is none, have no end: not the last that was.
+    for lost in (
+        evals.assign(status=["complete"] * 2 + ["diverged"] * 2),
+        evals.assign(value=[9.0, 1.0, 9.0, np.nan]),
+    ):
+        (point,) = efficiency.final_points(lost, "loss", x="cost").to_dict("records")
+        assert np.isnan(point["mean"])
+        assert point["n"] == 2

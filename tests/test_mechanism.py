@@ -230,7 +230,7 @@ def _stored(tmp_path, finals: dict[str, list[float | None]], noise=None) -> Reco
                     writer.evals(update, {"validation": {"loss": loss}}, ledger)
                 writer.finish(status, {"label_noise": noise})
             keys = {"task": "t", "method": method, "seed": seed, "id": run.path.name}
-            rows.append(keys | {"path": str(run.path), "status": status})
+            rows.append(keys | {"path": str(run.path), "status": status, "max_updates": 6})
     return Records(pd.DataFrame(rows))
 
 
@@ -243,7 +243,29 @@ def test_statistics_are_made_run_by_run_and_only_of_those_that_are_done(tmp_path
     alone = mechanism.by_run(records, statistics, methods=["linear"])
     assert alone["shares"]["method"].tolist() == ["linear", "linear"]
     nothing = mechanism.by_run(records, statistics, methods=["absent"])
-    assert mechanism.of_task(nothing["shares"], "t", ["repeats"], "share").empty
+    assert mechanism.mean_shares(nothing["shares"], "t").empty
+
+
+def test_the_stretches_of_a_run_that_ended_early_are_those_of_the_plan(tmp_path):
+    records = _stored(tmp_path, {"linear": [1.0]})
+    timeline = partial(mechanism.repeats_over_updates, bins=2)
+    found = mechanism.by_run(records, {"timeline": timeline})["timeline"]
+    assert found["update"].tolist() == [1.5]  # the run made 3 updates of 6
+    assert found["repeats"].tolist() == [1.5]
+
+
+def test_an_n_that_a_seed_has_not_made_counts_as_none_of_it():
+    runs = {0: [1] * 4, 1: [1, 1, 5, 5]}
+    frames = [
+        mechanism.repeat_shares(_updates([[1.0] * n for n in counts])).assign(
+            task="t", method="linear", seed=seed
+        )
+        for seed, counts in runs.items()
+    ]
+    found = mechanism.mean_shares(pd.concat(frames), "t")
+    assert dict(zip(found["repeats"], found["mean"], strict=True)) == {1: 0.75, 5: 0.25}
+    assert found["n"].tolist() == [2, 2]
+    assert (found["repeats"] * found["mean"]).sum() == np.mean([1.0, 3.0])
 
 
 def test_seeds_without_the_statistic_do_not_count():

@@ -34,6 +34,8 @@ def curves_against_standard(
 ) -> Figure:
     """Draw one small panel per method, each over the standard arm in grey.
 
+    A curve over runs of which some diverged, which ends with the first of them, ends in a cross.
+
     Args:
         frame: What `analysis.curves` returns, of one task.
         x: Its x column, a key of `analysis.AXES`.
@@ -75,6 +77,14 @@ def _curve(axes: Axes, curve: pd.DataFrame, x: str, method: str, log: bool) -> N
         # A t-interval can reach below zero, where this axis has nothing: cut at a tenth.
         low = np.maximum(low, curve["mean"] * 0.1)
     axes.fill_between(curve[x], low, curve["high"], color=colour(method), alpha=0.2, lw=0)
+    _cross(axes, curve, x, method)
+
+
+def _cross(axes: Axes, curve: pd.DataFrame, x: str, method: str) -> None:
+    """Mark the end of a curve that ends because a run diverged."""
+    if curve["diverged"].any():
+        end = curve.iloc[-1]
+        axes.plot(end[x], end["mean"], "x", ms=5, mew=1.4, color=colour(method), zorder=4)
 
 
 def _caption(frame: pd.DataFrame) -> str:
@@ -82,14 +92,16 @@ def _caption(frame: pd.DataFrame) -> str:
     counts = sorted(frame["n"].unique())
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     tasks = ", ".join(frame["task"].unique())
-    return f"{tasks}: mean and 95 % t-interval over {n} seeds; grey: standard"
+    crosses = "; x: a run diverged" if frame["diverged"].any() else ""
+    return f"{tasks}: mean and 95 % t-interval over {n} seeds; grey: standard{crosses}"
 
 
 def time_to_target(frame: pd.DataFrame, *, x: str | Sequence[str], target: str) -> Figure:
     """Draw when each run first reached the target: a dot per seed, its median as a bar.
 
-    Runs that missed it are open triangles at their last evaluation; a median is drawn only where
-    more than half of the runs reached the target before it.
+    Runs that missed it are open triangles at their last evaluation, or at the largest x of all
+    where they diverged; a median is drawn only where more than half of the runs reached the target
+    before it.
 
     Args:
         frame: What `analysis.to_target` returns, of one task.
@@ -143,7 +155,6 @@ def _dots(axes: Axes, runs: pd.DataFrame, x: str, row: int) -> None:
 
 def curves_over_tasks(
     frame: pd.DataFrame,
-    runs: pd.DataFrame,
     *,
     x: str,
     methods: Sequence[str],
@@ -157,7 +168,6 @@ def curves_over_tasks(
 
     Args:
         frame: What `analysis.curves` returns, of several tasks.
-        runs: What `Records.runs` holds of them.
         x: Its x column, a key of `analysis.AXES`.
         methods: Which, the last in front.
         ylabels: Task to the label of its metric, in the order of the panels.
@@ -165,7 +175,6 @@ def curves_over_tasks(
     """
     columns = min(3, len(ylabels))
     rows = -(-len(ylabels) // columns)
-    broken = runs[runs["status"] == "diverged"]
     with style():
         figure, grid = plt.subplots(
             rows, columns, figsize=(FULL_WIDTH, 0.75 + 1.75 * rows), squeeze=False
@@ -183,8 +192,7 @@ def curves_over_tasks(
             for method in methods:
                 curve = of_task[of_task["method"] == method]
                 if len(curve):
-                    stopped = ((broken["task"] == task) & (broken["method"] == method)).any()
-                    _strong_curve(axes, curve, x, method, stopped=stopped, log=task in log)
+                    _strong_curve(axes, curve, x, method, log=task in log)
             _follow_means(axes, of_task["mean"].to_numpy(float), task in log)
             axes.set_ylabel(ylabel)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -193,15 +201,11 @@ def curves_over_tasks(
     return figure
 
 
-def _strong_curve(
-    axes: Axes, curve: pd.DataFrame, x: str, method: str, *, stopped: bool, log: bool
-) -> None:
+def _strong_curve(axes: Axes, curve: pd.DataFrame, x: str, method: str, *, log: bool) -> None:
     axes.plot(curve[x], curve["mean"], zorder=3, **line(method))
     low = np.maximum(curve["low"], curve["mean"] * 0.01) if log else curve["low"]
     axes.fill_between(curve[x], low, curve["high"], color=colour(method), alpha=0.1, lw=0)
-    if stopped:
-        end = curve.iloc[-1]
-        axes.plot(end[x], end["mean"], "x", ms=5, mew=1.4, color=colour(method), zorder=4)
+    _cross(axes, curve, x, method)
 
 
 def _follow_means(axes: Axes, means: np.ndarray, log: bool) -> None:

@@ -171,7 +171,9 @@ def final_points(evals: pd.DataFrame, metric: str, *, x: str) -> pd.DataFrame:
         split, with the interval of `mean_interval`; not finite where a run diverged.
     """
     chosen = evals[(evals["metric"] == metric) & (evals["split"] == "validation")]
-    last = chosen.sort_values("update").groupby(RUN_KEYS, sort=False).last().reset_index()
+    last = chosen.sort_values("update").groupby(RUN_KEYS, sort=False).tail(1)
+    if "status" in last:
+        last = last.assign(value=last["value"].where(last["status"] != "diverged"))
     rows = []
     for (task, method), runs in last.groupby(["task", "method"], sort=False):
         mean, low, high = map(float, mean_interval(runs["value"].to_numpy(float)))
