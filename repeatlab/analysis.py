@@ -15,13 +15,18 @@ from scipy.special import stdtrit  # not scipy.stats, which takes a second to im
 from repeatlab.records import Run, Store
 
 RUN_KEYS = ["task", "method", "seed"]
-# x axis of learning curves -> label; `cost` and `seconds` hold what came before the first update.
+# x axis of learning curves -> label; but for updates they hold what came before the first one.
 AXES = {
     "update": "gradient updates",
     "fresh_batches": "fresh batches",
     "environment_steps": "environment steps",
     "cost": "cost (samples forward)",
     "seconds": "training time (s)",
+}
+# x axis -> counts of the ledger that are charged on it, besides its own.
+CHARGED = {
+    "fresh_batches": ("passed_batches", "calibration_fresh_batches", "holdout_fresh_batches"),
+    "environment_steps": ("calibration_environment_steps",),
 }
 # Metrics of which less is better; of all others more is.
 LOWER_IS_BETTER = {
@@ -69,8 +74,12 @@ class Records:
         """Rows (task, method, seed, status, update, split, metric, value, ledger) of done runs."""
         frame = self._stack("evals", [*RUN_KEYS, "status"])
         if len(frame):
-            # What an arm spent before its first update is part of its time from the start.
+            # What an arm spent before its first update is part of it from the start, and data that
+            # it looked at to choose from is data.
             frame["seconds"] += _prepared_seconds(frame)
+            for axis, more in CHARGED.items():
+                for name in set(more) & set(frame):
+                    frame[axis] += frame[name].fillna(0)
         return frame
 
     @cached_property

@@ -7,7 +7,7 @@ the optimizer's step, d the time to make a fresh batch, p the presample in batch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import inf
 
 
@@ -17,7 +17,8 @@ class Ledger:
 
     Attributes:
         updates: Gradient updates.
-        fresh_batches: Minibatches drawn.
+        fresh_batches: Minibatches that were trained on.
+        passed_batches: Minibatches that a sampler drew beyond these, to choose from.
         distinct_samples: Different training samples seen so far.
         forward_samples: Samples that went forward in training.
         backward_samples: Samples that went backward.
@@ -30,10 +31,13 @@ class Ledger:
         calibration_updates: Updates of the short run that `t: auto` needed, on top of the above.
         calibration_forward_samples: Samples that went forward in that run.
         calibration_backward_samples: Samples that went backward in it.
+        calibration_fresh_batches: Its minibatches.
+        calibration_environment_steps: Steps made in its simulator.
         calibration_seconds: Its training time.
         holdout_updates: Updates of the models that a sampler trained beforehand (RHO-LOSS).
         holdout_forward_samples: Samples that went forward in training these.
         holdout_backward_samples: Samples that went backward.
+        holdout_fresh_batches: Minibatches that they were trained on.
         holdout_seconds: Their training time, with that of their scoring.
         pretraining_updates: Updates that the task itself had behind it at its start (transfer, what
             a continual learner knows already). Every arm has the same, so that no budget counts it;
@@ -45,6 +49,7 @@ class Ledger:
 
     updates: int = 0
     fresh_batches: int = 0
+    passed_batches: int = 0
     distinct_samples: int = 0
     forward_samples: int = 0
     backward_samples: int = 0
@@ -56,10 +61,13 @@ class Ledger:
     calibration_updates: int = 0
     calibration_forward_samples: int = 0
     calibration_backward_samples: int = 0
+    calibration_fresh_batches: int = 0
+    calibration_environment_steps: int = 0
     calibration_seconds: float = 0.0
     holdout_updates: int = 0
     holdout_forward_samples: int = 0
     holdout_backward_samples: int = 0
+    holdout_fresh_batches: int = 0
     holdout_seconds: float = 0.0
     pretraining_updates: int = 0
     pretraining_forward_samples: int = 0
@@ -88,6 +96,20 @@ class Ledger:
         trained = self.forward_samples + k * self.backward_samples
         pretrained = self.pretraining_forward_samples + k * self.pretraining_backward_samples
         return trained + self.scoring_samples + self.prepared_units(k) + pretrained
+
+
+def spent_on(part: str, ledger: Mapping[str, float]) -> dict[str, float]:
+    """Return what a run has spent by the names of that part of the ledger of one that rests on it.
+
+    >>> spent_on("holdout", {"updates": 3, "fresh_batches": 2})["holdout_updates"]
+    3
+
+    Args:
+        part: "calibration" or "holdout".
+        ledger: The counts of `Ledger` by name; those that are missing are 0.
+    """
+    names = [field.name for field in fields(Ledger) if field.name.startswith(f"{part}_")]
+    return {name: ledger.get(name.removeprefix(f"{part}_"), 0) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +169,9 @@ class CostModel:
     def run(self, updates: int, fresh_batches: int, *, prefetch: bool = False) -> float:
         """Return the time of a run of so many updates on so many fresh batches.
 
-        An epoch is n / b fresh batches.
+        An epoch is n / b fresh batches. With `prefetch` every batch is taken to have the mean
+        number of updates: where N varies that is too little, since a batch with few of them waits
+        for the loader while one with many cannot make up for it (sum `fresh_batch` over them).
         """
         return fresh_batches * self.fresh_batch(updates / fresh_batches, prefetch=prefetch)
 

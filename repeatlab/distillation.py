@@ -7,10 +7,12 @@ split. All that they cost is charged to the run that learns from them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from time import perf_counter
 
 from repeatlab.config import EvaluationConfig, MethodConfig, RunConfig
+from repeatlab.cost import spent_on
 from repeatlab.ensembles import member_log_probabilities, of_seeds
 from repeatlab.records import Run
 from repeatlab.seeding import derive
@@ -47,11 +49,9 @@ def distilled_task(config: RunConfig, teachers: Sequence[Run], *, device: str) -
     settings = config.method.distillation
     log_probabilities, data = member_log_probabilities(of_seeds(teachers), "train", device=device)
     targets = (log_probabilities / settings.temperature).softmax(2).mean(0)
-    ledgers = [run.summary["ledger"] for run in teachers]
-    spent = {
-        f"holdout_{what}": sum(ledger[what] for ledger in ledgers)
-        for what in ("updates", "forward_samples", "backward_samples", "seconds")
-    }
+    spent = Counter()
+    for run in teachers:
+        spent.update(spent_on("holdout", run.summary["ledger"]))
     spent["holdout_forward_samples"] += len(teachers) * len(data)
     spent["holdout_seconds"] += perf_counter() - start
     task = Distilled(config.task, seed=config.seed, device=device)

@@ -11,6 +11,8 @@ default because it is how runs without this rule are read: after what they have 
 many looks at the validation split is a choice by that split: it flatters what is read there, and
 most of all the arm with the roughest curve, which may be a repeating one. Restoring is fair to the
 test split, which has no part in the choice, where all arms are evaluated at the same updates.
+Restored weights decide the final metrics and the test split alone: curves, and comparisons at equal
+updates or cost (`repeatlab.pairs`) with the verdicts, read what a run was on its way.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ import pandas as pd
 from repeatlab.analysis import Records
 from repeatlab.pairs import MISSING, PAIR_COLUMNS, PAIRED, Endpoint, pairs
 
-DEFAULT_CONTROLS = ("windowed", "time_only", "anti_hard", "spaced", "step_size")
+# The control of one larger step, which at equal updates goes further and sees more fresh data.
+LARGER_STEP = "step_size"
+DEFAULT_CONTROLS = ("windowed", "time_only", "anti_hard", "spaced", LARGER_STEP)
 
 
 @dataclass(frozen=True, kw_only=True)

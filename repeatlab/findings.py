@@ -169,18 +169,23 @@ def alone(findings: Iterable[Finding]) -> list[Judged]:
     return [Judged(one, one.p, one.effect.smallest_p, 1) for one in findings]
 
 
-def joint(parts: Iterable[Finding]) -> tuple[float, int]:
+def joint(parts: Iterable[Finding], needed: Iterable[Finding] = ()) -> tuple[float, int]:
     """Return p and direction of a claim with parts: 1 if all of them hold, -1 if one is reversed.
 
     To hold, each part must be significant by itself, so the largest p decides; that one of them is
     reversed is the smallest p among those, times the number of parts (Bonferroni). Under the null
     either happens with half its p, hence p is valid for both.
+
+    Args:
+        parts: What the claim consists of.
+        needed: What has to hold besides, and says nothing where it is reversed.
     """
     parts = list(parts)
-    if not parts or any(np.isnan(part.p) for part in parts):
+    every = [*parts, *needed]
+    if not parts or any(np.isnan(part.p) for part in every):
         return np.nan, 0
-    if all(part.effect.estimate > 0 for part in parts):
-        return max(p.p for p in parts), int(all(p.effect.interval.low > 0 for p in parts))
+    if all(part.effect.estimate > 0 for part in every):
+        return max(p.p for p in every), int(all(p.effect.interval.low > 0 for p in every))
     worst = min((p for p in parts if p.effect.estimate < 0), key=lambda p: p.p, default=None)
     if worst is None:
         return 1.0, 0

@@ -25,7 +25,7 @@ from typing import Any
 
 import pandas as pd
 
-from repeatlab.evidence import Evidence, Plan
+from repeatlab.evidence import LARGER_STEP, Evidence, Plan
 from repeatlab.findings import Finding, Judged, adjusted, alone, finding, joint
 from repeatlab.inference import ALPHA, holm
 
@@ -89,7 +89,7 @@ def _case(evidence: Evidence, plan: Plan, seed: int) -> Case:
         "extra updates go to high losses": finding(evidence.hardness, seed=seed),
         **found(evidence.controls, "against", plan.controls),
     }
-    together, _ = joint(mechanism.values())
+    together, _ = _jointly(mechanism)
     entries = [*speed.values(), *cost.values()]
     judged = adjusted(entries, [together])
     least = max(part.effect.smallest_p for part in mechanism.values())
@@ -102,6 +102,12 @@ def _case(evidence: Evidence, plan: Plan, seed: int) -> Case:
         mechanism,
         *(float(holm([*(f.p for f in entries), p])[-1]) for p in (together, least)),
     )
+
+
+def _jointly(mechanism: dict[str, Finding]) -> tuple[float, int]:
+    """Return `joint` of H3's parts: an arm that has seen more data may well be the better one."""
+    larger_step = [part for name, part in mechanism.items() if name == LARGER_STEP]
+    return joint((p for name, p in mechanism.items() if name != LARGER_STEP), larger_step)
 
 
 # --- hypotheses -------------------------------------------------------------------------------
@@ -135,7 +141,7 @@ def _h3(case: Case) -> Ruling:
     parts = dict(zip(case.mechanism, alone(case.mechanism.values()), strict=True))
     if any(part.missing for part in parts.values()):
         return INCONCLUSIVE, "Runs are missing", parts
-    direction = joint(case.mechanism.values())[1] if case.mechanism_p < ALPHA else 0
+    direction = _jointly(case.mechanism)[1] if case.mechanism_p < ALPHA else 0
     told = f"jointly p = {case.mechanism_p:.3g}"
     if case.mechanism_least_p >= ALPHA:
         told += f" (too few: it cannot fall below {case.mechanism_least_p:.3g})"
@@ -227,7 +233,8 @@ HYPOTHESES = (
         "Supported if within windows of training N goes with the first loss, and at equal updates "
         "the arm is better than each of its controls, which keep N but break its tie to the batch, "
         "to time, to dispersion, to consecutive visits, or take one larger step; each part by "
-        "itself significant. Refuted if a part is reversed (Bonferroni over the parts).",
+        "itself significant. Refuted if a part is reversed (Bonferroni over the parts), other than "
+        "the larger step, which at equal updates has seen more fresh data.",
         _h3,
     ),
     Hypothesis(

@@ -15,6 +15,7 @@ import torch
 from repeatlab import checkpoint
 from repeatlab.calibration import calibrate, calibration_run
 from repeatlab.config import RunConfig
+from repeatlab.cost import spent_on
 from repeatlab.data_parallel import SilentWriter, Team, TeamBroken, current_team
 from repeatlab.distillation import distilled_task, teacher_runs
 from repeatlab.environment import describe, pick_device
@@ -262,14 +263,10 @@ def _calibrate(config: RunConfig, store: Store) -> dict[str, Any]:
     if not config.method.calibrated:
         return {}
     source = _completed(calibration_run(config), store, "`t: auto` needs a standard run")
-    ledger = source.summary["ledger"]
     return {
         "t": calibrate(config, source.updates["loss"].to_numpy()),
         "run": source.path.name,
-        "calibration_updates": ledger["updates"],
-        "calibration_forward_samples": ledger["forward_samples"],
-        "calibration_backward_samples": ledger["backward_samples"],
-        "calibration_seconds": ledger["seconds"],
+        **spent_on("calibration", source.summary["ledger"]),
     }
 
 

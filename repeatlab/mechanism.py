@@ -15,10 +15,12 @@ import pandas as pd
 
 from repeatlab.analysis import RUN_KEYS, Records, mean_interval
 from repeatlab.comparison import comparison_table
+from repeatlab.evidence import LARGER_STEP
 from repeatlab.pairs import Endpoint, pairs
 from repeatlab.records import Run
 
 WINDOW = 50
+SAME_DATA = f"{LARGER_STEP}_same_data"
 NOISE = ["corrupted", "corrupted_visits", "corrupted_extra_visits", "extra_visits"]
 Statistic = Callable[[pd.DataFrame], pd.DataFrame]
 
@@ -273,9 +275,16 @@ def against_controls(
     """Return `comparison_table` of the real arm against each control, one family for Holm.
 
     Positive where the real arm is better, at equal updates. A control that is missing keeps its
-    row.
+    row. The larger step has a second one, `SAME_DATA`: at equal fresh batches, up to which both
+    have gone the same way to first order; under a schedule its rate has not come down by then.
     """
-    frames = [pairs(records, endpoints, against=control, methods=[real]) for control in controls]
+
+    def against(control: str, axis: str = "update") -> pd.DataFrame:
+        return pairs(records, endpoints, axis=axis, against=control, methods=[real])
+
+    frames = [against(control) for control in controls]
+    if LARGER_STEP in controls:
+        frames.append(against(LARGER_STEP, "fresh_batches").assign(against=SAME_DATA))
     filled = [frame for frame in frames if len(frame)]
     return comparison_table(pd.concat(filled, ignore_index=True), seed=seed, resamples=0)
 

@@ -15,6 +15,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from repeatlab.cost import CostModel
@@ -247,6 +248,7 @@ def predict(
     ledger: Mapping[str, float],
     *,
     config: Mapping[str, Any] | None = None,
+    repeats: np.ndarray | None = None,
 ) -> float:
     """Return the training time of a run, in seconds, from what its ledger has counted.
 
@@ -261,6 +263,8 @@ def predict(
         ledger: The counts of `repeatlab.cost.Ledger` by name.
         config: The run's configuration as its record has it; by default standard training from a
             loader without delay.
+        repeats: (fresh batches,), how many updates each had: what a loader that prefetches takes
+            depends on it. By default all had the mean number.
     """
     config = config or {}
     method, loader = config.get("method") or {}, config.get("loader") or {}
@@ -268,7 +272,11 @@ def predict(
     if not fresh_batches:
         return 0.0
     slow = measurement.delayed(loader.get("delay_ms", 0.0) / 1000)
-    seconds = slow.run(updates, fresh_batches, prefetch=loader.get("prefetch", False))
+    prefetch = loader.get("prefetch", False)
+    seconds = slow.run(updates, fresh_batches, prefetch=prefetch)
+    if prefetch and repeats is not None:
+        made = zip(*np.unique(repeats, return_counts=True), strict=True)
+        seconds = sum(count * slow.fresh_batch(n, prefetch=True) for n, count in made)
     if method.get("fresh_views"):
         seconds += (updates - fresh_batches) * measurement.parts["refresh"]
     if method.get("apply") == "fresh_samples":
@@ -290,6 +298,8 @@ def _choosing(
     by_bounds = sampler.get("score") == "gradient_norm"
     per_batch = measurement.bound_samples if by_bounds else measurement.scoring_samples
     scored = ledger.get("scoring_samples", 0) / per_batch  # in batches
+    if sampler["name"] == "rho_loss":
+        scored = sampler["presample"] * fresh_batches  # the rest, beforehand, has its own seconds
     if sampler["name"] == "importance":
         # Chosen from a presample while it is on; uniform batches are not scored.
         chosen = scored / sampler["presample"]
@@ -334,4 +344,7 @@ def _predicted(run: Run, measurements: Mapping[str, Measurement]) -> float:
         return nan
     if measurement.environment["processor"] != environment["processor"]:
         return nan
-    return predict(measurement, run.summary["ledger"], config=config)
+    repeats = None
+    if config.get("loader", {}).get("prefetch"):
+        repeats = run.updates.groupby("fresh_batch").size().to_numpy()
+    return predict(measurement, run.summary["ledger"], config=config, repeats=repeats)

@@ -73,7 +73,8 @@ class Step:
             _check_fraction("milestones", milestone)
 
     def __call__(self, update: int, total: int) -> float:
-        return self.gamma ** sum(update >= milestone * total for milestone in self.milestones)
+        # Not against a product: 0.55 * 100 is a little more than 55.
+        return self.gamma ** sum(update / total >= milestone for milestone in self.milestones)
 
 
 @dataclass(frozen=True)

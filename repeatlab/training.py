@@ -306,6 +306,8 @@ class Training:
         ledger.skipped_steps = getattr(task, "skipped_steps", 0)
         if self.sampler is not None:
             ledger.scoring_samples = self.sampler.scored
+            drawn = self.sampler.drawn(ledger.fresh_batches)
+            ledger.passed_batches = drawn - ledger.fresh_batches
             ledger.host_reads += self.sampler.host_reads
 
     def state_dict(self) -> dict[str, Any]:

@@ -162,6 +162,42 @@ def test_calibration_is_part_of_the_time(small_study, tmp_path):
     assert start["linear"] > 0
 
 
+def test_data_that_was_looked_at_and_calibration_are_part_of_fresh_batches(small_study, tmp_path):
+    methods = {
+        "standard": {},
+        "linear": {"mapping": {"name": "linear", "t": "auto"}},
+        "rho": {"sampler": {"name": "rho_loss", "presample": 3, "holdout_updates": 4}},
+    }
+    study = small_study(methods=methods, seeds=1)
+    study.run(tmp_path, workers=0)
+    records = load(tmp_path, "small")
+    evals = records.evals[records.evals["metric"] == "loss"].groupby("method")["fresh_batches"]
+    counted = records.runs.set_index("method")["fresh_batches"]
+    # Of calibration there are 8 batches; of the two models that rho-loss trains, 4 each.
+    assert evals.first().to_dict() == {"standard": 0, "linear": 8, "rho": 8}
+    assert evals.last().to_dict() == {
+        "standard": 25,
+        "linear": 8 + counted["linear"],
+        "rho": 8 + 3 * 25,
+    }
+
+
+def test_calibration_in_a_simulator_is_part_of_its_steps(small_study, tmp_path):
+    task = {"name": "reinforcement", "hidden": [8], "evaluation_episodes": 2}
+    study = small_study(
+        tasks={"cartpole": task},
+        methods={"linear": {"mapping": {"name": "linear", "t": "auto"}}},
+        seeds=1,
+    )
+    study.run(tmp_path, workers=0)
+    records = load(tmp_path, "small")
+    steps = records.evals.groupby("update")["environment_steps"].first()
+    ledger = records.runs.iloc[0]
+    assert ledger["calibration_environment_steps"] > 0
+    assert steps.loc[0] >= ledger["calibration_environment_steps"]
+    assert steps.max() == ledger["environment_steps"] + ledger["calibration_environment_steps"]
+
+
 def test_an_unknown_study_tells_how_to_make_it(tmp_path):
     with pytest.raises(
         StoreError, match=r"no study 'x' \(it holds: none\); run the task's notebook"

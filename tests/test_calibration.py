@@ -189,6 +189,7 @@ def test_arms_share_one_short_run_are_charged_for_it_and_it_never_evaluates(tmp_
         assert ledger["calibration_updates"] == CALIBRATION
         for direction in ("forward", "backward"):
             assert ledger[f"calibration_{direction}_samples"] == CALIBRATION * BATCH
+        assert ledger["calibration_fresh_batches"] == CALIBRATION
         assert ledger["calibration_seconds"] == source.summary["ledger"]["seconds"] > 0
         assert set(run.evals["calibration_updates"]) == {CALIBRATION}
         assert ledger["updates"] == 20

@@ -468,6 +468,10 @@ def test_all_parts_must_hold_and_the_weakest_decides():
 
 def test_a_part_reversed_is_counted_among_the_parts():
     assert joint([UP, DOWN, UP]) == (3 * DOWN.p, -1)
+    # What is needed besides has to hold, and reverses nothing.
+    assert joint([UP], [UP]) == (UP.p, 1)
+    assert joint([UP, UP], [DOWN]) == (1.0, 0)
+    assert joint([UP, DOWN], [DOWN]) == (2 * DOWN.p, -1)
     assert joint([UP, FLAT]) == (pytest.approx(min(1, 2 * FLAT.p)), 0)
 
 

@@ -107,6 +107,13 @@ def test_a_part_that_is_not_shown_keeps_h3_open():
     assert verdicts(evidence(np.random.default_rng(2), gain=gain))["H3"] == "inconclusive"
 
 
+def test_a_larger_step_that_has_seen_more_data_does_not_refute_h3():
+    gain = EVERY | {"step_size": 6.0}
+    assert verdicts(evidence(np.random.default_rng(2), gain=gain))["H3"] == "inconclusive"
+    gain = EVERY | {"spaced": 6.0}
+    assert verdicts(evidence(np.random.default_rng(2), gain=gain))["H3"] == "refuted"
+
+
 def test_one_task_has_nothing_to_hold_across():
     found = judge(evidence(np.random.default_rng(3), tasks=1, gain=EVERY), PLAN)
     assert found[1].verdict == "supported"

@@ -64,7 +64,7 @@ BELOW: dict[str, set[str]] = {
     "figures": {"echo", "environment"},
     "echo": {"analysis", "cost"},
     "hypotheses": {"evidence", "findings"},
-    "mechanism": {"comparison"},
+    "mechanism": {"comparison", "evidence"},
     "sensitivity": {"analysis"},
     "comparison": {"findings"},
     "findings": {"inference", "pairs"},

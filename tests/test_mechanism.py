@@ -295,6 +295,21 @@ def test_the_real_run_is_better_than_a_control_where_its_loss_is_lower(tmp_path)
     plt.close(figure)
 
 
+def test_the_larger_step_is_compared_at_equal_data_too(tmp_path):
+    finals = {"linear": [1.0, 1.2], "step_size": [0.5, 0.6]}
+    controls, endpoints = ["step_size"], {"t": Endpoint(metric="loss")}
+    records = _stored(tmp_path, finals)
+    # The loss falls from 3 over 4 fresh batches; the real run has had 2 of them.
+    evals = records.evals
+    mine = evals["method"] == "linear"
+    evals["fresh_batches"] = np.where(evals["update"] == 0, 0, np.where(mine, 2, 4))
+    table = mechanism.against_controls(records, endpoints, real="linear", controls=controls)
+    by_name = table.set_index("against")["difference"]
+    assert by_name["step_size"] == pytest.approx(-0.55)
+    halfway = np.mean([(3 + 0.5) / 2 - 1.0, (3 + 0.6) / 2 - 1.2])
+    assert by_name[mechanism.SAME_DATA] == pytest.approx(halfway)
+
+
 def test_noise_shares_are_those_of_the_summaries(tmp_path):
     noise = {"corrupted": 0.4, "corrupted_visits": 0.41, "corrupted_extra_visits": None,
              "extra_visits": 0}  # fmt: skip

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from math import exp
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -220,6 +221,26 @@ def test_other_samplers_pay_for_what_they_score():
     ledger = counts(30, 30, scored=60 * 10)  # two batches scored for one that is kept
     kept = predict(found, ledger, config=chosen_by({"name": "selective", "beta": 1.0}))
     assert kept == pytest.approx(standard + 30 * 0.020 + 60 * 0.025 + 30 * found.selection)
+
+
+def test_what_rho_loss_scores_beforehand_is_no_training_time():
+    found = measurement()
+    ledger = counts(30, 30, scored=500 + 30 * 3 * 10)
+    config = chosen_by({"name": "rho_loss", "presample": 3})
+    expected = 30 * (0.120 + 0.011) + 30 * 2 * 0.020 + 90 * 0.025 + 30 * found.selection
+    assert predict(found, ledger, config=config) == pytest.approx(expected)
+
+
+def test_a_loader_that_prefetches_waits_at_every_batch_with_few_updates():
+    """An update of 0.1 s, a batch that comes every second: at N = 5 half a second is waited for."""
+    found = measurement()
+    config = {"loader": {"delay_ms": 980, "prefetch": True}}
+    times = [predict(found, counts(n, 1), config=config) for n in (5, 20)]
+    assert times[1] == pytest.approx(20 * 0.1)
+    repeats = np.array([5, 20, 5])
+    together = predict(found, counts(30, 3), config=config, repeats=repeats)
+    assert together == pytest.approx(2 * times[0] + times[1])
+    assert together > predict(found, counts(30, 3), config=config)
 
 
 def test_a_task_that_refuses_importance_sampling_still_has_a_prediction():

@@ -543,6 +543,12 @@ def counted(kind: type, networks_of: Callable[[Any], list[nn.Module]], total: li
     """Return the task with a count, in `total`, of samples that pass a network for a score."""
 
     class Counted(kind):
+        asked = 0  # batches of candidates
+
+        def candidates(self, index: int, block: int) -> Any:
+            Counted.asked += 1
+            return super().candidates(index, block)
+
         def __init__(self, *args: Any, **options: Any) -> None:
             self.scoring = False
             super().__init__(*args, **options)
@@ -603,8 +609,12 @@ def test_the_ledger_counts_every_sample_that_was_scored(task, name, tmp_path, mo
         assert ledger["holdout_forward_samples"] == 2 * 3 * 16
         assert ledger["holdout_backward_samples"] == 2 * 3 * 16
         assert ledger["holdout_seconds"] > 0
+        assert ledger["holdout_fresh_batches"] == 2 * 3
     else:
         assert ledger["holdout_updates"] == ledger["holdout_forward_samples"] == 0
+    # What asks for candidates has seen all their batches.
+    assert ledger["passed_batches"] == max(9, kind.asked) - 9
+    assert (kind.asked > 9) == (name not in ("hard_mining", "prioritized", "online"))
 
 
 def test_a_repeat_is_not_scored_again(tmp_path):
@@ -933,6 +943,7 @@ def test_a_sample_s_irreducible_loss_is_that_of_a_model_that_never_saw_it():
         "holdout_updates",
         "holdout_forward_samples",
         "holdout_backward_samples",
+        "holdout_fresh_batches",
         "holdout_seconds",
     }
     everything = set(task.population(0))

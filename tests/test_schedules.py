@@ -99,6 +99,10 @@ def test_torch_s_multistep_gives_the_same_rates():
 
 
 def test_a_milestone_between_two_updates_is_reached_at_the_later_one():
+    # 0.55 * 100 is a little more than 55, and 0.07 * 100 than 7.
+    for milestone, update in ((0.55, 55), (0.07, 7), (0.29, 29)):
+        step = Step(milestones=(milestone,))
+        assert [step(update - 1, 100), step(update, 100)] == [1.0, 0.1]
     schedule = Step(gamma=0.1, milestones=(0.5,))
     assert [schedule(update, 7) for update in range(7)] == [1, 1, 1, 1, 0.1, 0.1, 0.1]
 

@@ -538,6 +538,24 @@ def test_the_cost_of_every_ledger_is_what_it_has_spent_besides_calibration():
     assert cost["environment_steps"] == ledger["environment_steps"]
 
 
+def test_teachers_that_trials_share_count_once(tmp_path):
+    method = {
+        "distillation": {"teachers": 2, "updates": 7},
+        "mapping": {"name": "threshold", "t": 1.0},
+    }
+    search = search_of(
+        task={"name": "supervised", "model": "mlp", "width": 8, "augment": False},
+        method=method,
+        space={"method.mapping.t": {"choices": [0.5, 1.0, 2.0]}},
+        sampler="grid",
+        trials=None,
+        seeds=1,
+        max_updates=5,
+    )
+    cost = run_search(search, tmp_path, workers=0).cost
+    assert (cost["runs"], cost["updates"]) == (5, 3 * 5 + 2 * 7)
+
+
 @pytest.mark.parametrize("value", [nan, inf])
 def test_a_metric_that_is_not_finite_is_no_value(tmp_path, objective, value):
     objective(lambda config: value if config.seed else 0.5)

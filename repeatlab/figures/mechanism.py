@@ -26,7 +26,8 @@ WITHOUT = {
     "falling_cosine": "by the clock alone",
     "anti_hard": "easiest instead of hardest",
     "spaced": "repeats come later",
-    "step_size": "one larger step instead",
+    "step_size": "one larger step, more data",
+    "step_size_same_data": "one larger step, equal data",
 }
 
 
@@ -360,7 +361,7 @@ def control_rows(
             axes.set_xlabel(f"advantage in {units[task]}")
         _caption(
             figure,
-            f"{label(real)} minus control at equal updates, paired by seed, 95 % t-interval; right "
+            f"{label(real)} minus control at equal updates, paired by seed, 95 % interval; right "
             f"of 0: {label(real)} is better; filled: decided after Holm",
         )
     return figure

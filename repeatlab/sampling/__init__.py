@@ -73,8 +73,9 @@ class HardMining(Sampler):
     s_i is the sample's last seen score; one never seen counts as the largest so far, so that all
     are seen soon, and the floor lets none starve. Without correction (beta = 0) a batch holds
     different samples and its gradient is biased towards the hard ones: that is the method. With
-    beta > 0 each is drawn with replacement and weighted by w_i = (n p_i)^-beta / max w, which at
-    beta = 1 is unbiased up to the common factor.
+    beta > 0 each is drawn with replacement and weighted by w_i = (n p_i)^-beta / max w, the largest
+    of the batch. At beta = 1 the weights before this division are unbiased; it brings a factor that
+    differs from batch to batch.
 
     Prioritized experience replay (Schaul et al. 2015, arXiv 1511.05952, section 3) is
     alpha = 0.6, beta from 0.4 to 1 and the score |delta|, `gradient_norm` of the Huber loss.

@@ -68,6 +68,9 @@ class RunningImportance(RunningSampler):
         columns = zip(*rows, strict=True) if rows else ((),) * len(names)
         return {name: np.array(column) for name, column in zip(names, columns, strict=True)}
 
+    def drawn(self, fresh_batches: int) -> int:
+        return self.block
+
     def state_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("tau", "count", "block", "uniform")}
         return super().state_dict() | own

@@ -37,6 +37,7 @@ class RunningRhoLoss(RunningSampler):
         updates = 2 * self.settings.holdout_updates
         return {
             "holdout_updates": updates,
+            "holdout_fresh_batches": updates,
             "holdout_forward_samples": updates * self.task.forward_samples,
             "holdout_backward_samples": updates * self.task.backward_samples,
             "holdout_seconds": perf_counter() - start,
@@ -50,6 +51,9 @@ class RunningRhoLoss(RunningSampler):
         picks = reducible.topk(count).indices
         batch = self.task.pick(blocks, picks, index)
         return Selection(batch, torch.ones(count, device=self.task.device))
+
+    def drawn(self, fresh_batches: int) -> int:
+        return self.settings.presample * fresh_batches
 
     def _train_two_models(self) -> Tensor:
         """Return every sample's loss under a model trained on the half that it is not in."""

@@ -48,6 +48,10 @@ class RunningSampler(ABC):
         """Do what comes before the first update; return its cost by the names of the ledger."""
         return {}
 
+    def drawn(self, fresh_batches: int) -> int:
+        """Return how many minibatches were drawn to make so many fresh batches of."""
+        return fresh_batches
+
     @abstractmethod
     def fresh_batch(self, index: int) -> Selection:
         """Return the fresh batch number `index`."""

@@ -64,6 +64,9 @@ class RunningSelective(RunningSampler):
             self._blocks[block] = self.task.candidates(index, block)
         return self._blocks[block]
 
+    def drawn(self, fresh_batches: int) -> int:
+        return self.block
+
     def state_dict(self) -> dict[str, Any]:
         own = {"block": self.block, "losses": list(self.losses)}
         return super().state_dict() | own | {"waiting": [list(item) for item in self.waiting]}

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from repeatlab.config import RECORD_VERSION, RunConfig
+from repeatlab.distillation import teacher_runs
 from repeatlab.environment import commit, pick_device
 from repeatlab.execution import spread
 from repeatlab.jobs import train_job
@@ -228,7 +229,7 @@ def _handle(store: Store, config: RunConfig) -> Run:
 
 def _needs(config: RunConfig) -> list[RunConfig]:
     """Return all runs that must be done before `config`, those first that need none."""
-    direct = prerequisites(config)
+    direct = [*prerequisites(config), *teacher_runs(config)]
     return [run for needed in direct for run in _needs(needed)] + direct
 
 
@@ -263,7 +264,11 @@ def _outcome(
     values, diverged, failed = [], [], []
     for config in configs:
         runs = [_handle(store, run) for run in (*_needs(config), config)]
-        costs |= {run.path.name: cost_of(run.summary["ledger"]) for run in runs if run.done}
+        ledgers = {run.path.name: run.summary["ledger"] for run in runs if run.done}
+        teachers = [ledgers[c.run_id] for c in teacher_runs(config) if c.run_id in ledgers]
+        costs |= {name: cost_of(ledger) for name, ledger in ledgers.items()}
+        if config.run_id in ledgers:
+            costs[config.run_id] = cost_of(ledgers[config.run_id], teachers)
         ended = next((r.summary for r in runs if r.summary.get("status") == "diverged"), None)
         seed = f"(seed {config.seed})"
         if ended is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,9 +22,18 @@ _ADDED = {
 }
 
 
-def cost_of(ledger: Mapping[str, float]) -> dict[str, float]:
-    """Return what one run has spent, without its calibration, which is a run of its own."""
-    return {name: ledger.get(name, 0) + ledger.get(more, 0) for name, more in _ADDED.items()}
+def cost_of(
+    ledger: Mapping[str, float], teachers: Sequence[Mapping[str, float]] = ()
+) -> dict[str, float]:
+    """Return what one run has spent, without what are runs of their own: calibration and teachers.
+
+    Args:
+        ledger: The run's.
+        teachers: Those of the runs that it was distilled from.
+    """
+    spent = {name: ledger.get(name, 0) + ledger.get(more, 0) for name, more in _ADDED.items()}
+    charged = [name for name, more in _ADDED.items() if more]
+    return spent | {name: spent[name] - sum(t.get(name, 0) for t in teachers) for name in charged}
 
 
 @dataclass(frozen=True)
