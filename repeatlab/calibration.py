@@ -45,8 +45,18 @@ def calibrate(config: RunConfig, losses: np.ndarray) -> float:
 
 
 def mean_plus_std(losses: np.ndarray) -> float:
-    """Return mean + one population standard deviation, the plan's t for the threshold mapping."""
-    return float(np.mean(losses) + np.std(losses))
+    """Return mean + one population standard deviation, the plan's t for the threshold mapping.
+
+    Raises:
+        ValueError: they are not positive together, as where the driver loss is 0 on every batch.
+    """
+    t = float(np.mean(losses) + np.std(losses))
+    if t <= 0:
+        raise ValueError(
+            f"the driver loss's mean plus standard deviation must be positive to serve as t; it is "
+            f"{t:.4g} over {len(losses)} batches (give t, or use a quantile or zscore mapping)"
+        )
+    return t
 
 
 def linear_t(losses: np.ndarray, target: float, *, max_repeats: int) -> float:

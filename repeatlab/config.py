@@ -16,7 +16,7 @@ from repeatlab.schema import Model, choice, choices, named, parse
 from repeatlab.tasks import TASKS, load_task
 
 # Part of every run's identity: raise it when the same configuration would give other records.
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 
 PositiveInt = Annotated[int, Field(ge=1)]
 # More threads than any machine has end the process rather than raise.

@@ -287,8 +287,9 @@ class InceptionFeatures(nn.Module):
         large = functional.interpolate(
             colours.float(), (299, 299), mode="bilinear", antialias=True, align_corners=False
         )
-        # ImageNet's channel means and deviations, which the weights were trained with.
-        return self.network(normalize(large / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        # These weights take pixels in [-1, 1]: torchvision's `transform_input`, which is on with
+        # them and off here, brings images of ImageNet's mean and deviation back to that.
+        return self.network(large / 127.5 - 1)
 
 
 def _inception() -> InceptionFeatures:

@@ -106,6 +106,21 @@ def test_negative_losses_count_as_one_update():
     assert t == pytest.approx(2 / 5, rel=1e-12)
 
 
+@pytest.mark.parametrize("losses", [[0.0, 0.0, 0.0], [-2.0, -3.0], [-1.0, -3.0]])
+def test_losses_whose_mean_and_deviation_give_no_t_are_refused(losses):
+    with pytest.raises(ValueError, match=r"mean plus standard deviation must be positive.*give t"):
+        mean_plus_std(np.array(losses))
+
+
+@pytest.mark.parametrize("name", ["threshold", "until"])
+def test_a_driver_that_is_zero_at_first_asks_for_a_t(name, tmp_path):
+    """FixMatch's unsupervised loss, while no pseudo-label passes."""
+    task = {"name": "semisupervised", "driver": "unsupervised", "batch_size": 16, "mu": 1}
+    config = run_config({"name": name, "t": "auto"}, task=task | {"width": 4})
+    with pytest.raises(ValueError, match=f"it is 0 over {CALIBRATION} batches .give t, or use"):
+        train(config, tmp_path)
+
+
 def test_each_mapping_has_its_rule_and_its_settings():
     losses = np.random.default_rng(3).gamma(3.0, size=400)
     assert calibrate(run_config(THRESHOLD), losses) == mean_plus_std(losses)

@@ -401,7 +401,21 @@ def test_the_size_of_updates_follows_the_learning_rate(lr, verdict, advice):
 
 def test_twenty_samples_that_need_a_larger_rate_are_worth_a_look(monkeypatch):
     monkeypatch.setattr("repeatlab.checks.learning.MEMORY_UPDATES", 150)
-    assert overfitting(subject(Supervised, lr=2e-3)).verdict == "warn"
+    found = overfitting(subject(Supervised, lr=2e-3))
+    assert found.verdict == "warn"
+    assert found.advice.startswith("the learning rate, low for one batch")
+
+
+def test_twenty_samples_that_need_a_smaller_rate_are_worth_a_look(monkeypatch):
+    """At 0.1 momentum throws them into one class for all, from where nothing moves."""
+    monkeypatch.setattr("repeatlab.checks.learning.MEMORY_UPDATES", 300)
+    fields = {"labels": 100, "batch_size": 32, "mu": 1, "ema_decay": 0.98}
+    found = overfitting(subject(SemiSupervised, lr=0.1, **fields))
+    assert found.verdict == "warn"
+    assert found.advice.startswith("the learning rate, high for one batch")
+    assert "a tenth of this rate" in found.advice
+    assert found.numbers["last"] <= found.numbers["goal"]
+    assert overfitting(subject(SemiSupervised, lr=0.01, **fields)).verdict == "pass"
 
 
 def test_the_decay_that_updates_show_is_the_one_configured():
@@ -637,6 +651,14 @@ def test_the_pictures_are_what_the_network_sees_in_the_order_of_labels():
     assert (pictures.min(), pictures.max()) == (0, 255)
     stretched = 255 * (pixels - pixels.min()) / (pixels.max() - pixels.min())
     np.testing.assert_allclose(pictures, stretched, atol=1)
+
+
+def test_without_unlabelled_images_there_are_no_views_of_them_to_look_at(monkeypatch):
+    monkeypatch.setattr(checks, "CHECKS", (inputs, labels, overfitting))
+    found = check({"name": "semisupervised", "mu": 0, "lr": 0.01})
+    assert {result.verdict for result in found} == {"pass"}
+    assert set(found["inputs"].numbers) == {"labelled mean", "labelled deviation"}
+    assert set(found.seen) == {"labelled in the order of their labels"}
 
 
 def test_both_views_of_an_image_lie_at_the_same_place():

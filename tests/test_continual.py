@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 
 import numpy as np
@@ -13,7 +14,7 @@ from repeatlab.checkpoint import digest
 from repeatlab.config import RunConfig
 from repeatlab.data import load_splits
 from repeatlab.loop import train
-from repeatlab.schema import parse
+from repeatlab.schema import ConfigError, parse
 from repeatlab.tasks.continual import Continual, ContinualConfig, herding
 
 SHORT = {"updates": 60, "lr": 0.1, "batch_size": 32}
@@ -225,8 +226,65 @@ def test_the_ledger_has_both_halves_and_the_choice_of_exemplars(tmp_path):
     assert [s["backward_samples"] for s in spent.values()] == [3 * 64] * 3
 
 
-def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="first_classes must leave one of the 10"):
-        build(first_classes=10)
-    with pytest.raises(ValueError, match="memory must be from 5, one exemplar of every"):
-        build(strategy="replay", memory=4)
+def counts() -> np.ndarray:
+    """Return how many training images of digits each class has."""
+    return np.bincount(load_splits("digits").train.labels)
+
+
+FIRST, SECOND = (int(half.sum()) for half in np.split(counts(), 2))
+LEAST = int(counts()[:5].min())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"first_classes": 10},
+            "task.first_classes: must leave one of the 10 classes of digits to the second half; "
+            "not 10",
+        ),
+        (
+            {"strategy": "replay", "memory": 4},
+            f"task.memory: must be from 5, one exemplar of every first class, to {5 * LEAST}; "
+            "not 4",
+        ),
+        ({"strategy": "replay", "memory": 5 * LEAST + 5}, f"to {5 * LEAST}; not {5 * LEAST + 5}"),
+        (
+            {"batch_size": SECOND + 1},
+            f"task.batch_size: {SECOND + 1} exceeds the {SECOND} samples that the run trains on",
+        ),
+        (
+            {"strategy": "replay", "memory": 12, "batch_size": SECOND + 11},
+            f"task.batch_size: {SECOND + 11} exceeds the {SECOND + 10} samples that the run",
+        ),
+        (
+            {"pretraining": {"batch_size": FIRST + 1}},
+            f"task.pretraining.batch_size: {FIRST + 1} exceeds the {FIRST} samples that the pre",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_trained(fields, message, monkeypatch):
+    trained = "repeatlab.tasks.continual.pretrained"
+    monkeypatch.setattr(trained, lambda *_, **__: pytest.fail("a network was trained"))
+    config = parse(ContinualConfig, {"name": "continual"} | fields)
+    for check in (config.prepare, lambda: Continual(config, seed=0, device="cpu")):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"first_classes": 9},
+        {"strategy": "replay", "memory": 5},
+        {"strategy": "replay", "memory": 5 * LEAST},
+        {"memory": 4},  # of which only `replay` makes anything
+        {"batch_size": SECOND},
+        {"strategy": "replay", "memory": 12, "batch_size": SECOND + 10},
+        {"pretraining": {"updates": 1, "batch_size": FIRST}},
+    ],
+)
+def test_the_largest_and_the_smallest_that_fit_are_trained(fields):
+    config = parse(ContinualConfig, {"name": "continual", "pretraining": SHORT} | fields)
+    config.prepare()
+    advance(Continual(config, seed=0, device="cpu"), 1)

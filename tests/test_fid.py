@@ -224,26 +224,53 @@ def test_inception_without_its_weights_says_what_to_do(digits, own_cache, monkey
         fid.prepare("inception", "digits")
 
 
-def test_inception_gives_its_pooled_features(digits, own_cache, monkeypatch):
-    """With weights drawn here: the wiring, not the values that ImageNet's weights would give."""
+@pytest.fixture
+def torchvision_s(monkeypatch):
+    """torchvision's own network for its weights, in whose place weights are drawn here."""
     from torchvision.models import Inception_V3_Weights, inception_v3
 
     torch.manual_seed(0)
-    model = inception_v3(weights=None, init_weights=False, transform_input=False).eval()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state = inception_v3(weights=None, init_weights=False).state_dict()
     monkeypatch.setattr(Inception_V3_Weights, "get_state_dict", lambda *_, **__: state)
-    pooled = []
-    model.avgpool.register_forward_hook(lambda module, given, result: pooled.append(result))
+    return inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1).eval()
+
+
+def first_inputs(network: nn.Module) -> list[torch.Tensor]:
+    """Return a list of what the first convolution will have been given."""
+    seen: list[torch.Tensor] = []
+    network.Conv2d_1a_3x3.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    return seen
+
+
+def test_inception_gives_the_pooled_features_of_torchvision_s_network(
+    digits, own_cache, torchvision_s
+):
+    from torchvision.models import Inception_V3_Weights
+
+    pooled, theirs = [], first_inputs(torchvision_s)
+    torchvision_s.avgpool.register_forward_hook(lambda module, given, out: pooled.append(out))
+    images = digits.test.images[:2]
+    preprocess = Inception_V3_Weights.IMAGENET1K_V1.transforms(resize_size=299, crop_size=299)
+    with torch.no_grad():
+        torchvision_s(preprocess(images.expand(-1, 3, -1, -1)))
 
     metric = Fid(digits, "inception")
     assert metric.name == "fid_inception"
-    images = digits.test.images[:2]
+    network = fid.load_extractor("inception", digits, images.device)
+    ours = first_inputs(network.network)
     features = metric.features(images)
-
-    preprocess = Inception_V3_Weights.IMAGENET1K_V1.transforms(resize_size=299, crop_size=299)
-    with torch.no_grad():
-        model(preprocess(images.expand(-1, 3, -1, -1)))
-    expected = pooled[0].flatten(1).double().numpy()
     assert features.shape == (2, 2048)
-    # The preset rounds the enlarged images to bytes again.
+    # The preset rounds the enlarged images to bytes again: half a level of 1 / 127.5.
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0.5 / 127.5 + 1e-5)
+    expected = pooled[0].flatten(1).double().numpy()
     np.testing.assert_allclose(features, expected, rtol=0.05, atol=0.02 * expected.max())
+
+
+@pytest.mark.parametrize(("pixel", "value"), [(0, -1.0), (51, -0.6), (255, 1.0)])
+def test_inception_sees_pixels_from_minus_one_to_one(
+    digits, own_cache, torchvision_s, pixel, value
+):
+    network = fid.load_extractor("inception", digits, torch.device("cpu"))
+    seen = first_inputs(network.network)
+    network(torch.full((1, 3, 32, 32), pixel, dtype=torch.uint8))
+    torch.testing.assert_close(seen[0], torch.full((1, 3, 299, 299), value), rtol=0, atol=1e-5)

@@ -284,6 +284,28 @@ def test_sample_losses_average_to_the_driver_in_evaluation_mode_and_leave_no_tra
     assert losses == pytest.approx([expected], rel=1e-5)
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_with_weights_an_update_reports_the_driver_of_every_pair_and_d_s_bounds(driver):
+    """Through binary cross-entropy, from D's three passes, which are those without weights."""
+    task, logits, reported = build(driver=driver), [], []
+    run(task, 0)
+    task.d.register_forward_hook(lambda module, given, result: logits.append(result.detach()))
+    sample_weights = torch.rand(16, generator=torch.Generator().manual_seed(0)) * 2
+    task.step(task.fresh_batch(1), lambda *told: reported.append(told), sample_weights)
+    real, fake, later = logits
+    bce = functional.binary_cross_entropy
+    by_d = bce(real.sigmoid(), torch.ones(16), reduction="none")
+    by_d += bce(fake.sigmoid(), torch.zeros(16), reduction="none")
+    by_g = bce(later.sigmoid(), torch.ones(16), reduction="none")
+    expected = {"discriminator": by_d, "generator": by_g, "sum": by_d + by_g}[driver]
+    ((loss, losses, bounds),) = reported
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+    assert losses.std() > 0
+    assert not losses.requires_grad
+    assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(bounds, 1 - real.sigmoid(), rtol=1e-4, atol=1e-6)
+
+
 # --- repetition ---------------------------------------------------------------------------------
 
 

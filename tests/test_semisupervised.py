@@ -224,6 +224,18 @@ def test_the_ema_moves_once_an_update_or_once_a_fresh_batch():
     assert not same(ends["updates"], ends["fresh_batches"])
 
 
+def test_a_batch_that_comes_back_later_is_not_fresh_again():
+    """Spaced visits: the EMA moves at the first visit to batches 0, 1 and 2 alone."""
+    task, moved = build(ema_clock="fresh_batches", ema_decay=0.5, lr=0.05), []
+    batches = [task.fresh_batch(index) for index in range(3)]
+    for place, index in enumerate((0, 1, 0, 1, 2, 0, 2)):
+        before = [p.clone() for p in task.ema.parameters()]
+        task.step(batches[index], ignore)
+        if not same(before, list(task.ema.parameters())):
+            moved.append(place)
+    assert moved == [0, 1, 4]
+
+
 def test_weights_act_on_the_gradient_and_not_on_the_driver_loss():
     """A weight of 2 on half of the samples is the plain update on that half alone."""
     reports, ends = [], []
@@ -491,6 +503,27 @@ def test_pictures_are_views_in_grey_levels():
 def test_settings_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         parse(SemiSupervisedConfig, {"name": "semisupervised", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        # Digits has 1,079 training images of ten classes.
+        ({"labels": 9, "batch_size": 4}, "labels: .* from 10, one of every class, to 1069, or nul"),
+        ({"labels": 1075}, "labels: .* to 1069, or null for all 1079; not 1075"),
+        ({"labels": 2000}, "labels: .* to 1069, or null for all 1079; not 2000"),
+        ({"labels": None, "batch_size": 1080}, "batch_size: 1080 exceeds the 1079 samples that"),
+    ],
+)
+def test_sizes_that_the_data_have_not_are_refused_before_a_run(fields, message):
+    config = parse(SemiSupervisedConfig, {"name": "semisupervised", **fields})
+    with pytest.raises(ConfigError, match=rf"task\.{message}"):
+        config.prepare()
+
+
+@pytest.mark.parametrize("labels", [10, 1069, 1079, None])
+def test_sizes_that_the_data_have_are_fine(labels):
+    build(labels=labels).config.prepare()
 
 
 def test_the_defaults_are_the_plan_s():

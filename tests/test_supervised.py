@@ -19,16 +19,11 @@ from repeatlab.config import RunConfig
 from repeatlab.data import DATASETS, Batch
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.loop import train
+from repeatlab.models import resnet18, small_cnn
 from repeatlab.schema import parse
 from repeatlab.tasks import supervised
 from repeatlab.tasks.optimization import chosen
-from repeatlab.tasks.supervised import (
-    AUGMENTATION,
-    Supervised,
-    SupervisedConfig,
-    resnet18,
-    small_cnn,
-)
+from repeatlab.tasks.supervised import AUGMENTATION, Supervised, SupervisedConfig, build_model
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -84,6 +79,30 @@ def test_resnet18_keeps_small_images_large():
         layer.register_forward_hook(lambda module, images, result: sizes.append(result.shape[-1]))
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert sizes == [32, 32, 16, 8, 4]
+
+
+@pytest.mark.parametrize(("side", "sizes"), [(63, [63, 63]), (64, [32, 16]), (96, [48, 24])])
+def test_from_64_pixels_on_resnet18_has_its_original_stem(side, sizes):
+    """Of stride 2, with a pooling behind it: He et al. 2016, table 1."""
+    model = build_model(SupervisedConfig(model="resnet18"), (3, side, side), 10)
+    found = []
+    for layer in (model.conv1, model.layer1):
+        layer.register_forward_hook(lambda module, images, result: found.append(result.shape[-1]))
+    assert model(torch.zeros(2, 3, side, side)).shape == (2, 10)
+    assert found == sizes
+    assert model.conv1.kernel_size == ((3, 3) if side < 64 else (7, 7))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("model", ["cnn", "resnet18"])
+def test_small_images_get_the_networks_of_one_random_stream(model, shape):
+    torch.manual_seed(11)
+    found = build_model(SupervisedConfig(model=model, width=8), shape, 10)
+    after = torch.get_rng_state()
+    torch.manual_seed(11)
+    plain = resnet18(shape[0], 10) if model == "resnet18" else small_cnn(shape[0], 10, width=8)
+    assert same(found.state_dict(), plain.state_dict())
+    assert torch.equal(after, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(("channels", "width", "size"), [(1, 16, 8), (1, 8, 28), (3, 32, 32)])

@@ -138,6 +138,17 @@ def test_weights_of_one_change_nothing_and_weights_of_zero_stop_the_gradient(nam
     assert max(moved) < max(stayed)
 
 
+@every_task
+def test_with_weights_the_samples_losses_are_told_whose_mean_is_the_driver(name):
+    task, reported = build(name), []
+    weights = torch.linspace(0, 2, 16)
+    task.step(task.fresh_batch(0), lambda *told: reported.append(told), weights)
+    ((driver, losses, *_),) = reported
+    assert losses.shape == (16,)
+    assert not losses.requires_grad
+    assert losses.mean().item() == pytest.approx(driver.item(), rel=1e-5)
+
+
 def _flat(task) -> list[torch.Tensor]:
     return [p.detach() for groups in _weights(task) for group in groups for p in group]
 

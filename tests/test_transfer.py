@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 
 import pytest
@@ -133,6 +134,43 @@ def test_metrics_are_those_of_the_run_s_classes():
     assert {name: found[name] for name in nearby} == pytest.approx(nearby, abs=1e-6)
 
 
+def test_training_metrics_are_those_of_images_that_are_trained_on():
+    """Twenty images that are learnt by heart, and no other of their classes."""
+    task = build(labels=20, batch_size=20, lr=0.05)
+    advance(task, 100)
+    data = task.stream.data
+    pixels = (data.images.float() / 255 - task.data.mean[0]) / task.data.std[0]
+    with torch.no_grad():
+        logits = task.head(task.encoder(pixels)).double()
+    found = task.evaluate("train")
+    assert found["loss"] == pytest.approx(functional.cross_entropy(logits, data.labels).item())
+    assert found["accuracy"] == accuracy_score(data.labels, logits.argmax(1)) == 1
+    assert found["loss"] < 0.5 * task.evaluate("validation")["loss"]
+
+
+@pytest.mark.parametrize("labels", [300, None])
+def test_of_many_images_a_part_is_evaluated_that_no_seed_changes(labels):
+    parts = []
+    for seed in (0, 1):
+        task = build(seed, labels=labels)
+        features = task.learner.features
+
+        def watched(data, splits, features=features):
+            parts.append(data)
+            return features(data, splits)
+
+        task.learner.features = watched
+        task.evaluate("train")
+    first, second = parts
+    assert torch.equal(first.images, second.images)
+    assert len(first) == (load_splits("digits").validation.labels >= 5).sum()
+    trained = [image.tobytes() for image in task.stream.data.images.numpy()]
+    seen = [image.tobytes() for image in first.images.numpy()]
+    assert set(seen) <= set(trained)
+    # Drawn without replacement: no image more often than among those trained on.
+    assert all(seen.count(image) <= trained.count(image) for image in set(seen))
+
+
 @pytest.mark.parametrize("fields", [{"tune": "head"}, {"ema_decay": 0.9}, {"model": "norm_cnn"}])
 def test_a_saved_state_goes_on_bit_for_bit_and_averages_are_evaluated(fields):
     unbroken, resumed = (build(lr=0.05, **fields) for _ in range(2))
@@ -187,11 +225,68 @@ def test_another_dataset_is_learnt_as_a_whole_and_so_is_the_target(shapes):
     advance(task, 1)
 
 
-def test_what_does_not_fit_is_named(shapes):
-    shapes(3)
-    with pytest.raises(ValueError, match="source: shapes has not the channels of digits"):
-        build(source="shapes")
-    with pytest.raises(ValueError, match="source_classes must leave two of the 10"):
-        build(source_classes=9)
+def test_an_unknown_source_is_named():
     with pytest.raises(ConfigError, match="did you mean 'digits'"):
         parse(TransferConfig, {"name": "transfer", "source": "digit"})
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Fail where anything is trained."""
+    trained = "repeatlab.tasks.transfer.pretrained"
+    monkeypatch.setattr(trained, lambda *_, **__: pytest.fail("a network was trained"))
+
+
+def own(first: int = 5) -> int:
+    """Return how many training images of digits have a label from `first` on."""
+    return int((load_splits("digits").train.labels >= first).sum())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "shapes"}, "task.source: shapes has not the channels of digits"),
+        (
+            {"source_classes": 9},
+            "task.source_classes: must leave two of the 10 classes of digits to the run; not 9",
+        ),
+        ({"labels": 20}, "task.batch_size: 64 exceeds the 20 samples that the run trains on"),
+        (
+            {"batch_size": 1 + own()},
+            f"task.batch_size: {1 + own()} exceeds the {own()} samples that the run trains on",
+        ),
+        (
+            {"labels": 4, "batch_size": 2},
+            f"task.labels: `labels` must be from 5, one of every class, to {own() - 5}, or null",
+        ),
+        ({"labels": own() + 1}, f"or null for all {own()}; not {own() + 1}"),
+        (
+            {"pretraining": {"batch_size": own(0) - own() + 1}},
+            f"task.pretraining.batch_size: {own(0) - own() + 1} exceeds the {own(0) - own()} "
+            "samples that the pretraining trains on",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_trained(shapes, untrained, fields, message):
+    shapes(3)
+    config = parse(TransferConfig, {"name": "transfer"} | fields)
+    for check in (config.prepare, lambda: Transfer(config, seed=0, device="cpu")):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"source_classes": 8},
+        {"labels": 5, "batch_size": 5},
+        {"batch_size": own()},
+        {"pretraining": {"updates": 1, "batch_size": own(0) - own()}},
+        {"source": "shapes", "pretraining": {"updates": 1, "batch_size": 60}},
+    ],
+)
+def test_the_largest_and_the_smallest_that_fit_are_trained(shapes, fields):
+    shapes(1)
+    config = parse(TransferConfig, {"name": "transfer", "pretraining": SHORT} | fields)
+    config.prepare()
+    advance(Transfer(config, seed=0, device="cpu"), 1)

@@ -68,7 +68,8 @@ class Expectations:
 
 def _floats(batch: Any) -> dict[str, Tensor]:
     tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor)}
-    return {k: v for k, v in tensors.items() if v.is_floating_point() and v.ndim > 1}
+    # FixMatch without unlabelled images has no views of them.
+    return {k: v for k, v in tensors.items() if v.is_floating_point() and v.ndim > 1 and len(v)}
 
 
 def _equal_classes(task: Any, batch: Any) -> tuple[Expected, ...]:

@@ -18,6 +18,12 @@ SMALL_RATE = 0.01  # of the task's own: only the direction is judged
 MEMORY = 20  # samples
 MEMORY_UPDATES = 3000
 DIVERGED = 100  # times the first loss
+# Of the learning rate, where a batch cannot be learnt at the task's own.
+FACTORS = {
+    10: "low for one batch: it is learnt at ten times this rate, and not at this one",
+    0.1: "high for one batch: it is learnt at a tenth of this rate, and not at this one; there is "
+    "nothing to mend where the rate is chosen by the validation loss",
+}
 WINDOW = 10  # losses averaged: where noise is redrawn, one may be low by chance
 DECAY = 1.0
 RATIO_UPDATES = 10
@@ -142,21 +148,23 @@ def _about_updates(median: float, still: Sequence[str]) -> str:
 def overfitting(subject: Subject) -> Result:
     """Learn twenty samples by heart, with the task's own optimizer, on a batch that never changes.
 
-    A warning where that takes ten times the learning rate.
+    A warning where that takes ten times the learning rate, or a tenth of it.
     """
     goal = subject.expected.goal
     if isinstance(goal, str):
         return Result("overfitting", "not applicable", note=goal)
-    verdict: Verdict = "pass"
-    reached, numbers = _learn_by_heart(subject, goal, factor=1)
-    if not reached:
-        reached, numbers = _learn_by_heart(subject, goal, factor=10)
-        verdict = "warn" if reached else "fail"
     note = (
         "the learning rate; whether loss and labels belong together, whether the output can take "
         "every value needed, whether some part does not learn"
     )
-    return Result("overfitting", verdict, numbers, note)
+    reached, numbers = _learn_by_heart(subject, goal, factor=1)
+    if reached:
+        return Result("overfitting", "pass", numbers, note)
+    for factor, what in FACTORS.items():
+        reached, others = _learn_by_heart(subject, goal, factor=factor)
+        if reached:
+            return Result("overfitting", "warn", others, f"the learning rate, {what}")
+    return Result("overfitting", "fail", numbers, note)
 
 
 def _learn_by_heart(

@@ -51,10 +51,13 @@ class TaskConfig(Model):
     batch_size: Annotated[int, Field(ge=1)]
 
     def prepare(self) -> None:
-        """Fetch and check the files that the task needs; by default none.
+        """Fetch and check the files that the task needs, and the sizes that only they can refuse.
+
+        By default there are none.
 
         Raises:
-            DataError: they are missing or damaged, and what to do about it.
+            DataError: files are missing or damaged, and what to do about it.
+            ConfigError: a size does not fit the data: its field, and what would be right.
         """
 
     def refusals(self) -> dict[str, str]:

@@ -42,8 +42,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from repeatlab.data import Batch, ImageSet
+from repeatlab.data import Batch, ImageSet, Splits
 from repeatlab.retrieval import retrieval
+from repeatlab.schema import ConfigError
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
@@ -52,6 +53,7 @@ from repeatlab.tasks.classification import (
     metrics_of,
     of_classes,
 )
+from repeatlab.tasks.dataset import check_batch_size
 from repeatlab.tasks.learner import Learner, encode
 from repeatlab.tasks.pretraining import PretrainingConfig, pretrained
 
@@ -71,6 +73,31 @@ class ContinualConfig(ClassifierConfig):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """T of `lwf`."""
     pretraining: PretrainingConfig = PretrainingConfig()
+
+    def check_sizes(self, data: Splits) -> None:
+        first = self.first_classes
+        if first >= data.classes:
+            raise ConfigError(
+                f"task.first_classes: must leave one of the {data.classes} classes of"
+                f" {self.dataset} to the second half; not {first}"
+            )
+        counts = data.train.labels.cpu().bincount(minlength=data.classes).tolist()
+        samples = sum(counts[first:])
+        if self.strategy == "replay":
+            share = self.memory // first
+            if not 1 <= share <= min(counts[:first]):
+                raise ConfigError(
+                    f"task.memory: must be from {first}, one exemplar of every first class, to"
+                    f" {first * min(counts[:first])}; not {self.memory}"
+                )
+            samples += first * share
+        check_batch_size("batch_size", self.batch_size, samples, "the run")
+        check_batch_size(
+            "pretraining.batch_size",
+            self.pretraining.batch_size,
+            sum(counts[:first]),
+            "the pretraining",
+        )
 
     def refusals(self) -> dict[str, str]:
         return super().refusals() | {
@@ -92,11 +119,7 @@ class Continual(ClassifierTask):
 
     def __init__(self, config: ContinualConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
-        if config.first_classes >= self.data.classes:
-            raise ValueError(
-                f"first_classes must leave one of the {self.data.classes} classes of"
-                f" {config.dataset}; not {config.first_classes}"
-            )
+        config.check_sizes(self.data)  # before anything is trained
         self.first = range(config.first_classes)
         network, self.pretraining = pretrained(
             config,
@@ -135,11 +158,6 @@ class Continual(ClassifierTask):
         chosen = []
         for label in self.first:
             members = (labels == label).nonzero().flatten()
-            if not 1 <= share <= len(members):
-                raise ValueError(
-                    f"memory must be from {len(self.first)}, one exemplar of every first class,"
-                    f" to {len(self.first) * len(members)}; not {self.config.memory}"
-                )
             features = encode(self.old[0], self.data.train.subset(members.numpy()), self.data)
             chosen.append(members[herding(features, share)])
             self.pretraining["pretraining_forward_samples"] += len(members)

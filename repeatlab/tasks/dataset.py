@@ -9,7 +9,8 @@ from pydantic import field_validator
 from torch import Tensor
 from torch.nn import functional
 
-from repeatlab.data import DATASETS, TrainStream, gather, load_splits
+from repeatlab.data import DATASETS, ImageSet, Splits, TrainStream, gather, load_splits
+from repeatlab.data.unlabelled import labelled_subset
 from repeatlab.schema import ConfigError, did_you_mean
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.optimization import Descent
@@ -21,12 +22,15 @@ class DatasetTaskConfig(TaskConfig):
     dataset: str = "digits"
 
     def prepare(self) -> None:
-        samples = len(load_splits(self.dataset).train)
-        if self.batch_size > samples:
-            raise ConfigError(
-                f"task.batch_size: {self.batch_size} exceeds the {samples} samples that "
-                f"{self.dataset} trains on"
-            )
+        self.check_sizes(load_splits(self.dataset))
+
+    def check_sizes(self, data: Splits) -> None:
+        """See whether the sizes fit the dataset, which is `data`; part of `prepare`.
+
+        Raises:
+            ConfigError: one does not; the field, and what would be right.
+        """
+        check_batch_size("batch_size", self.batch_size, len(data.train), self.dataset)
 
     def refusals(self) -> dict[str, str]:
         return {
@@ -78,6 +82,30 @@ class DatasetTask:
 
     def pick(self, blocks: Sequence[Any], picks: Tensor, index: int) -> Any:
         return gather(blocks, picks, index)
+
+
+def check_batch_size(field: str, batch_size: int, samples: int, what: str) -> None:
+    """See whether `what` has the samples of one batch at least.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if batch_size > samples:
+        raise ConfigError(
+            f"task.{field}: {batch_size} exceeds the {samples} samples that {what} trains on"
+        )
+
+
+def keep_labels(data: ImageSet, labels: int | None, split_seed: int) -> ImageSet:
+    """Return `labelled_subset` of what a task trains on.
+
+    Raises:
+        ConfigError: `labels` is out of range; which numbers are not.
+    """
+    try:
+        return labelled_subset(data, labels, split_seed)
+    except ValueError as error:
+        raise ConfigError(f"task.labels: {error}") from None
 
 
 def cross_entropy_bounds(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:

@@ -19,8 +19,11 @@ pictures.
 Under repetition: a repeat redraws z, so D meets the same real images beside new generated ones;
 `redraw_noise: false` keeps one z for all visits of a fresh batch. BatchNorm's running statistics
 move at every visit, G's once, D's once for the real images and twice for the generated ones, each
-in a pass of its own. There is no augmentation: `fresh_views` is refused. `weights` weigh the
-real images in D's loss; generated images belong to no sample.
+in a pass of its own. There is no augmentation: `fresh_views` is refused.
+
+One *sample* of the sampling methods is a real image and the generated one at its place: its loss is
+the driver for this pair, and the mean over samples is the driver. `weights` weigh the real images
+in D's loss, and nothing else.
 
 An update passes `batch_size` images through G once and through D three times (real, generated,
 generated again after D's step), forward and backward alike: the ledger counts 4 each per image.
@@ -152,26 +155,28 @@ class Generative(DatasetTask):
     def step(
         self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
-        driver = self.config.driver
+        driver, weighted = self.config.driver, weights is not None
         run = self.precision
         fake = run(self.g, self._latents(batch, self.noise))
 
         real_logits = run(self.d, batch.images)
         real_losses, fake_losses = softplus(-real_logits), softplus(run(self.d, fake.detach()))
         d_loss = real_losses.mean() + fake_losses.mean()
-        if weights is None:
-            objective, of_samples = d_loss, ()
-        else:
+        objective = d_loss
+        if weighted:
             objective = (weights * real_losses).mean() + fake_losses.mean()
-            of_samples = real_losses.detach(), (-real_logits.detach()).sigmoid()
+            d_losses = (real_losses + fake_losses).detach()
+            bounds = (-real_logits.detach()).sigmoid()
         if driver == "discriminator":
-            report(d_loss, *of_samples)
+            report(d_loss, *((d_losses, bounds) if weighted else ()))
         self.d_descent(objective)
 
         self.d.requires_grad_(False)  # G's gradient passes through D, and leaves nothing there
-        g_loss = softplus(-run(self.d, fake)).mean()
+        g_losses = softplus(-run(self.d, fake))
+        g_loss = g_losses.mean()
         if driver != "discriminator":
-            report(g_loss if driver == "generator" else g_loss + d_loss.detach(), *of_samples)
+            of_samples = (self._driver(d_losses, g_losses.detach()), bounds) if weighted else ()
+            report(self._driver(d_loss.detach(), g_loss), *of_samples)
         self.g_descent(g_loss)
         self.d.requires_grad_(True)
         move_average(self.g_ema, self.g, self.config.ema_decay)

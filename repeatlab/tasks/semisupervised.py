@@ -41,14 +41,20 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional
 
-from repeatlab.data import ImageSet, TrainStream, iter_batches, load_splits, stl10
+from repeatlab.data import ImageSet, Splits, TrainStream, iter_batches, load_splits, stl10
 from repeatlab.data.augment import normalize, random_crop_flip
 from repeatlab.data.randaugment import strong_augment
-from repeatlab.data.unlabelled import EpochOrder, labelled_subset
+from repeatlab.data.unlabelled import EpochOrder
 from repeatlab.models import build_classifier
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig, cross_entropy_bounds
+from repeatlab.tasks.dataset import (
+    DatasetTask,
+    DatasetTaskConfig,
+    check_batch_size,
+    cross_entropy_bounds,
+    keep_labels,
+)
 from repeatlab.tasks.optimization import (
     Descent,
     OptimizationConfig,
@@ -71,8 +77,8 @@ class SemiSupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     unshared: ClassVar[str | None] = None
     name: Literal["semisupervised"] = "semisupervised"
     labels: Annotated[int, Field(ge=1)] | None = 100
-    """Labelled images, the same number of every class; all others lose their label. Null keeps
-    all labels of the train split, for `stl10`, which has unlabelled images of its own."""
+    """Labelled images, each class in proportion; all others lose their label. Null keeps all labels
+    of the train split, for `stl10`, which has unlabelled images of its own."""
     split_seed: Annotated[int, Field(ge=0)] = 0
     """Which images keep their label; never the run's seed."""
     model: Literal["cnn", "norm_cnn", "strided_cnn", "resnet18"] = "cnn"
@@ -98,6 +104,10 @@ class SemiSupervisedConfig(DatasetTaskConfig, OptimizationConfig):
         super().prepare()
         if self.dataset == "stl10" and self.mu:
             stl10.unlabelled()
+
+    def check_sizes(self, data: Splits) -> None:
+        train = keep_labels(data.train, self.labels, self.split_seed)
+        check_batch_size("batch_size", self.batch_size, len(train), self.dataset)
 
     def refusals(self) -> dict[str, str]:
         return super().refusals() | {
@@ -144,7 +154,7 @@ class SemiSupervised(DatasetTask):
         self.config, self.seed, self.device = config, seed, torch.device(device)
         self.precision = Precision.of(config, device)
         self.data = load_splits(config.dataset, device=device)
-        self.labelled = labelled_subset(self.data.train, config.labels, config.split_seed)
+        self.labelled = keep_labels(self.data.train, config.labels, config.split_seed)
         self.padding, self.flip = WEAK.get(config.dataset, (0, False))
         self.stream = TrainStream(
             self.labelled,
@@ -177,7 +187,7 @@ class SemiSupervised(DatasetTask):
         self.descents, self.optimizer = [self.descent], self.descent.optimizer
         self.optimizers = [self.optimizer]
         self.forward_samples = self.backward_samples = config.batch_size * (1 + 2 * config.mu)
-        self.last_index = -1  # of the last update's fresh batch
+        self.last_index = -1  # of the latest fresh batch that was visited
 
     # --- batches ------------------------------------------------------------------------------
 
@@ -239,9 +249,9 @@ class SemiSupervised(DatasetTask):
             bounds = self._bounds(batch, *(o.detach() for o in outputs))
             report(drivers.mean(), drivers, bounds)
             self.descent((weights * total).mean())
-        if config.ema_clock == "updates" or batch.index != self.last_index:
+        if config.ema_clock == "updates" or batch.index > self.last_index:
             move_average(self.ema, self.model, config.ema_decay)
-        self.last_index = batch.index
+        self.last_index = max(self.last_index, batch.index)  # spaced visits come back to a batch
 
     def _outputs(self, batch: SemiBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits of the labelled images, the weak and the strong views."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.data import Batch, ImageSet, Splits, TrainStream, iter_batches, load_splits
-from repeatlab.models import mlp, resnet18, small_cnn
+from repeatlab.models import build_classifier, mlp
 from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig, cross_entropy_bounds
@@ -204,6 +204,5 @@ def build_model(config: SupervisedConfig, shape: tuple[int, int, int], classes: 
     channels, height, width = shape
     if config.model == "mlp":
         return mlp(channels * height * width, classes, width=config.width)
-    if config.model == "cnn":
-        return small_cnn(channels, classes, width=config.width)
-    return resnet18(channels, classes)
+    model, _ = build_classifier(config.model, channels, classes, side=height, width=config.width)
+    return model

@@ -26,11 +26,10 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.data import DATASETS, Batch, ImageSet, load_splits
-from repeatlab.data.unlabelled import labelled_subset
+from repeatlab.data import DATASETS, Batch, ImageSet, Splits, load_splits
 from repeatlab.retrieval import retrieval
-from repeatlab.schema import did_you_mean
-from repeatlab.seeding import derive
+from repeatlab.schema import ConfigError, did_you_mean
+from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
@@ -39,7 +38,7 @@ from repeatlab.tasks.classification import (
     metrics_of,
     of_classes,
 )
-from repeatlab.tasks.dataset import cross_entropy_bounds
+from repeatlab.tasks.dataset import check_batch_size, cross_entropy_bounds, keep_labels
 from repeatlab.tasks.learner import Learner
 from repeatlab.tasks.pretraining import PretrainingConfig, pretrained
 
@@ -60,9 +59,8 @@ class TransferConfig(ClassifierConfig):
     tune: Literal["head", "all"] = "all"
     pretraining: PretrainingConfig = PretrainingConfig()
 
-    def prepare(self) -> None:
-        super().prepare()
-        load_splits(self.source or self.dataset)
+    def check_sizes(self, data: Splits) -> None:
+        _shared_out(self, data, load_splits(self.source) if self.source else data)
 
     def refusals(self) -> dict[str, str]:
         return super().refusals() | {
@@ -90,10 +88,7 @@ class Transfer(ClassifierTask):
     def __init__(self, config: TransferConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
         source = self.data if config.source is None else load_splits(config.source, device=device)
-        known, self.classes = _shared_out(config, self.data.classes, source.classes)
-        if source.train.images.shape[1] != self.data.train.images.shape[1]:
-            raise ValueError(f"source: {source.name} has not the channels of {config.dataset}")
-        train = labelled_subset(self._own(self.data.train), config.labels, SPLIT_SEED)
+        known, self.classes, train = _shared_out(config, self.data, source)
         self.stream = make_stream(
             train,
             self.data,
@@ -120,11 +115,6 @@ class Transfer(ClassifierTask):
         self.ema = self.learner.average
         self.descents = [self.learner.descent]
         self.optimizers = [self.learner.descent.optimizer]
-
-    def _own(self, data: ImageSet) -> ImageSet:
-        """Return the samples of the run's classes, which are counted from 0."""
-        chosen = of_classes(data, self.classes)
-        return ImageSet(chosen.images, chosen.labels - self.classes[0])
 
     def step(
         self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
@@ -153,11 +143,21 @@ class Transfer(ClassifierTask):
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """Return loss, accuracy and macro-F1 on the run's classes, and retrieval by features."""
-        data = self._own(self.data.evaluated(split))
+        """Return loss, accuracy and macro-F1 on the run's classes, and retrieval by features.
+
+        "train" means images that the run trains on, at most as many as there are to validate.
+        """
+        data = self._evaluated(split)
         features = self.learner.features(data, self.data)
         logits = self.learner.classify(features)
         return metrics_of(logits, data.labels) | retrieval(features, data.labels)
+
+    def _evaluated(self, split: str) -> ImageSet:
+        if split != "train":
+            return _of_run(getattr(self.data, split), self.classes)
+        train, most = self.stream.data, len(self._evaluated("validation"))
+        order = torch.randperm(len(train), generator=generator(0, "train subset"))
+        return train.subset(order[:most].numpy())
 
     def state_dict(self) -> dict[str, Any]:
         return self.learner.state_dict()
@@ -166,13 +166,34 @@ class Transfer(ClassifierTask):
         self.learner.load_state_dict(state)
 
 
-def _shared_out(config: TransferConfig, classes: int, source: int) -> tuple[range, range]:
-    """Return which classes of the source are known beforehand, and which the run learns."""
-    if config.source is not None:
-        return range(source), range(classes)
-    if config.source_classes > classes - 2:
-        raise ValueError(
-            f"source_classes must leave two of the {classes} classes of {config.dataset} to the"
-            f" run; not {config.source_classes}"
-        )
-    return range(config.source_classes), range(config.source_classes, classes)
+def _shared_out(
+    config: TransferConfig, data: Splits, source: Splits
+) -> tuple[range, range, ImageSet]:
+    """Return the source's classes that are known beforehand, the run's, and what it trains on.
+
+    Raises:
+        ConfigError: the settings ask for what the data have not.
+    """
+    if source.train.images.shape[1] != data.train.images.shape[1]:
+        raise ConfigError(f"task.source: {source.name} has not the channels of {config.dataset}")
+    known, own = range(source.classes), range(data.classes)
+    if config.source is None:
+        if config.source_classes > data.classes - 2:
+            raise ConfigError(
+                f"task.source_classes: must leave two of the {data.classes} classes of"
+                f" {config.dataset} to the run; not {config.source_classes}"
+            )
+        known, own = own[: config.source_classes], own[config.source_classes :]
+    train = keep_labels(_of_run(data.train, own), config.labels, SPLIT_SEED)
+    check_batch_size("batch_size", config.batch_size, len(train), "the run")
+    beforehand = int((source.train.labels < known.stop).sum())
+    check_batch_size(
+        "pretraining.batch_size", config.pretraining.batch_size, beforehand, "the pretraining"
+    )
+    return known, own, train
+
+
+def _of_run(data: ImageSet, classes: range) -> ImageSet:
+    """Return the samples of the run's classes, which are counted from 0."""
+    chosen = of_classes(data, classes)
+    return ImageSet(chosen.images, chosen.labels - classes[0])
