@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import Any
+from uuid import uuid4
 
 from repeatlab.config import RunConfig
 from repeatlab.jobs import group_job, run_job, stop_training, train_job
@@ -49,39 +50,49 @@ def execute(
         return ((i, why) for i, why in outcomes.items() if left.pop(i, None) is not None)
 
     if places.workers == 0 and places.scheduler is None:
-        for outcomes in _in_step(groupable, store, places):
+        for outcomes in _in_step(groupable, store, places, apart=apart):
             yield from ended(outcomes)
         for run_id, config in left.items():
             yield run_id, train_job(config.to_json(), root)
         return
     with open_client(places, with_needs(configs.values())) as client:
-        for outcomes in _in_step(groupable, store, places, client):
+        for outcomes in _in_step(groupable, store, places, client, apart=apart):
             yield from ended(outcomes)
         yield from spread(left, client, root, time_limit=places.time_limit)
 
 
 def _in_step(
-    configs: Mapping[str, RunConfig], store: Store, places: Places, client: Any = None
+    configs: Mapping[str, RunConfig],
+    store: Store,
+    places: Places,
+    client: Any = None,
+    *,
+    apart: Container[str] = (),
 ) -> Iterator[dict[str, str | None]]:
     """Make the runs that are faster in lock-step, and yield the outcomes of each group of them.
 
-    What a group leaves undone, such as one whose worker has died, is in no outcome.
+    What a group leaves undone, such as one whose worker has died, is in no outcome. Neither these
+    runs nor those that they need are in one where they are to be `apart`.
     """
     from repeatlab.lockstep.plan import groups
 
     if not places.lockstep:
         return
     root, limit = str(store.root.resolve()), places.time_limit
-    all_runs = with_needs(configs.values()).values()
-    missing = [c for c in all_runs if not store.run(c.task.name, c.run_id).done]
-    for round_ in groups(missing, workers=_threads(client) if client else 1):
+    missing = [
+        config
+        for run_id, config in with_needs(configs.values()).items()
+        if run_id not in apart and not store.run(config.task.name, run_id).done
+    ]
+    token = uuid4().hex
+    for round_ in groups(missing, workers=_workers(client) if client else 1):
         jobs = [[config.to_json() for config in group] for group in round_]
         if client is None:
             for job in jobs:
                 yield group_job(job, root)
             continue
         running = {
-            number: client.submit(group_job, job, root, limit=limit, pure=False)
+            number: client.submit(group_job, job, root, limit=limit, study=token, pure=False)
             for number, job in enumerate(jobs)
         }
         try:
@@ -89,7 +100,7 @@ def _in_step(
                 for future in _ended(running).values():
                     yield future.result() if future.exception() is None else {}
         except (KeyboardInterrupt, GeneratorExit):
-            _leave(client, list(running.values()))
+            _leave(client, token, list(running.values()))
             raise
 
 
@@ -115,18 +126,18 @@ def spread(
     waiting, running = with_needs(configs.values()), {}
     outcomes: dict[str, str | None] = {}
     futures: dict[str, Any] = {}
-    threads = _threads(client)
+    workers, token = _workers(client), uuid4().hex
+    how = {"limit": time_limit, "study": token}
     try:
         while waiting or running:
-            for run_id in _next(waiting, outcomes, room=threads - len(running)):
+            for run_id in _next(waiting, outcomes, room=workers - len(running)):
                 config = waiting.pop(run_id).to_json()
-                # The key makes a run that is submitted twice one job.
-                running[run_id] = client.submit(
-                    run_job, config, root, limit=time_limit, key=f"run-{run_id}"
-                )
+                # A key of this call's own: another study's job may have another store.
+                key = f"run-{run_id}-{token}"
+                running[run_id] = client.submit(run_job, config, root, key=key, **how)
             # What no worker waits for comes now, while all are at work: to ask for their number and
             # to forget the ended, whose message would hold back a submission for 10 ms.
-            threads = _threads(client)
+            workers = _workers(client)
             futures.clear()
             futures = _ended(running)
             ended = {run_id: _reason(future) for run_id, future in futures.items()}
@@ -135,13 +146,13 @@ def spread(
             outcomes |= ended
             yield from ((run_id, why) for run_id, why in ended.items() if run_id in configs)
     except (KeyboardInterrupt, GeneratorExit):  # the latter: it was pressed where this is read
-        _leave(client, list(running.values()))
+        _leave(client, token, list(running.values()))
         raise
 
 
-def _threads(client: Any) -> int:
+def _workers(client: Any) -> int:
     """Return how many runs can be under way: one at least, which waits for the first worker."""
-    return max(1, sum(client.nthreads().values()))
+    return max(1, len(client.nthreads()))
 
 
 def _next(
@@ -157,11 +168,23 @@ def _next(
 
 
 def _ended(running: dict[Any, Any]) -> dict[Any, Any]:
-    """Wait a moment for jobs to end; take their futures out and return them."""
-    from distributed import wait
+    """Wait a moment for jobs to end; take their futures out and return them.
 
-    with suppress(TimeoutError):
+    Raises:
+        ConnectionError: the scheduler is gone.
+    """
+    from distributed import wait
+    from distributed.client import FuturesCancelledError
+
+    try:
         wait(list(running.values()), timeout=COUNT_SECONDS, return_when="FIRST_COMPLETED")
+    except TimeoutError:
+        pass
+    except FuturesCancelledError as error:
+        raise ConnectionError(
+            "scheduler: it has ended, or given up the study's runs. What was under way goes on "
+            "from its checkpoints when the same command is given again"
+        ) from error
     return {job: running.pop(job) for job, future in list(running.items()) if future.done()}
 
 
@@ -189,13 +212,10 @@ def _reason(future: Any) -> str | None:
     return str(error)
 
 
-def _leave(client: Any, running: list[Any]) -> None:
-    """Make every worker's run leave a checkpoint, and wait until they have."""
+def _leave(client: Any, study: str, running: list[Any]) -> None:
+    """Make the study's runs leave a checkpoint, and wait until they have."""
     from distributed import wait
 
     with suppress(Exception):  # a scheduler that is gone: leave at once
-        client.run(stop_training, True)
+        client.run(stop_training, study)
         wait(running, timeout=LEAVE_SECONDS)
-        for future in running:
-            future.release()  # it would answer for its run when that is asked for again
-        client.run(stop_training, False)  # a cluster may outlive this study

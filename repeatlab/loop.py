@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +20,22 @@ from repeatlab.data_parallel import SilentWriter, Team, TeamBroken, current_team
 from repeatlab.distillation import distilled_task, teacher_runs
 from repeatlab.environment import describe, pick_device
 from repeatlab.method import Source
-from repeatlab.prerequisites import source_run
+from repeatlab.prerequisites import prerequisites, source_run
 from repeatlab.records import Run, RunWriter, Store
 from repeatlab.seeding import derive
 from repeatlab.tasks import TASKS, Task, load_task, precision
 from repeatlab.training import STOP, CheckpointPlan, Interrupted, Training
 
+# Of the runs that are about to be made: what is open while they are.
+Watch = Callable[[Sequence[RunConfig]], AbstractContextManager]
+
 
 def train(
-    config: RunConfig, runs: str | Path | Store = "runs", *, plan: CheckpointPlan | None = None
+    config: RunConfig,
+    runs: str | Path | Store = "runs",
+    *,
+    plan: CheckpointPlan | None = None,
+    watch: Watch = nullcontext,
 ) -> Run:
     """Make the run that `config` describes, unless the store has it, and return its record.
 
@@ -42,6 +49,7 @@ def train(
         config: The run.
         runs: The run store, or its directory.
         plan: When checkpoints are written.
+        watch: Makes what is entered when the run is this process's, and left at its end.
 
     Raises:
         StoreError: the store cannot be written.
@@ -57,10 +65,20 @@ def train(
     store.check_writable()
     device = pick_device(config.device)
     precision.check_device(config.task, device)
-    with interrupted_at_an_update(), store.locked(run):
+    make_needs(config, store, watch=watch)
+    with store.locked(run), watch([config]), interrupted_at_an_update():
         if not run.done:
             _train(config, store, run, device=device, plan=plan)
     return run
+
+
+def make_needs(config: RunConfig, store: Store, *, watch: Watch = nullcontext) -> None:
+    """Make the runs that this one needs, while its own lock is free.
+
+    Who holds a run never waits for what it needs, so that no two processes wait for each other.
+    """
+    for needed in (*prerequisites(config), *teacher_runs(config)):
+        train(needed, store, watch=watch)
 
 
 def together(lead: Callable[[], Any]) -> Any:
@@ -236,13 +254,16 @@ def interrupted_at_an_update() -> Iterator[None]:
     signal.signal(signal.SIGINT, stop)
     try:
         yield
-    except Interrupted as error:
+    except Exception as error:
         if pressed:
-            STOP.clear()
             raise KeyboardInterrupt(str(error)) from error
         raise
     finally:
         signal.signal(signal.SIGINT, before)
+        if pressed:
+            STOP.clear()  # nobody asks the next run to stop
+    if pressed:  # too late for this run, which has come to its end
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -6,9 +6,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from typing import Any
@@ -44,7 +45,7 @@ class Places:
         workers: Processes on this machine, each of one thread; None takes one for each core, or
             `runs_per_gpu` for each GPU, 0 trains in this process.
         scheduler: Address of a Dask scheduler whose workers train instead; they need this package,
-            and the store under the same path. Ctrl-C stops all runs on them.
+            and the store under the same path. A worker makes one run at a time.
         time_limit: Seconds that one attempt at a run may take before its process is ended; None
             waits for ever. Without effect in this process.
         runs_per_gpu: How many workers share a GPU; they take the machine's GPUs in turn.
@@ -128,29 +129,52 @@ def local_client(workers: int) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
-    with (
-        dask.config.set(
-            {
-                "distributed.deploy.lost-worker-timeout": NEVER,
-                "distributed.worker.preload": [__name__],
-                "distributed.nanny.pre-spawn-environ": dict.fromkeys(ONE_THREAD, 1),
-                "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
-            }
-        ),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            # Not its fixed port, which another study may have.
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.ERROR,
-            # The server's environment is that of its start.
-            env=dict(os.environ) if forked else None,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    settings = {
+        "distributed.deploy.lost-worker-timeout": NEVER,
+        "distributed.worker.preload": [__name__],
+        "distributed.nanny.pre-spawn-environ": dict.fromkeys(ONE_THREAD, 1),
+        "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
+    }
+    with dask.config.set(settings), ExitStack() as opened:
+        with _interrupted_afterwards():
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                # Not its fixed port, which another study may have.
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.ERROR,
+                # The server's environment is that of its start.
+                env=dict(os.environ) if forked else None,
+            )
+            client = opened.enter_context(Client(opened.enter_context(cluster)))
         yield client
+
+
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Hold back a first Ctrl-C: a cluster whose start is broken off cannot be closed any more.
+
+    In a notebook its processes would stay. The second is not held back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    before, pressed = signal.getsignal(signal.SIGINT), False
+
+    def wait(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def dask_setup(worker: Any) -> None:

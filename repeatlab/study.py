@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
@@ -30,6 +31,9 @@ from repeatlab.places import Places
 from repeatlab.records import Run, Store, StoreError, safe_name
 from repeatlab.schema import Model, did_you_mean, parse
 from repeatlab.tasks import TaskConfig
+
+# Of a run that was reported as made.
+ABSENT = "it is not in the store: do the workers see the same directory under this path?"
 
 
 class StudyError(RuntimeError):
@@ -286,9 +290,12 @@ def run_studies(
         apart = {
             p.config.run_id for study in studies if not study.lockstep for p in study.planned()
         }
-        outcomes = execute(missing, store, places, apart=apart)
-        progress = tqdm(outcomes, total=len(missing), desc="runs", unit="run")
-        failed = {run_id: why for run_id, why in progress if why is not None}
+        # Closed at once, also where a traceback keeps hold of it: it makes the runs leave.
+        with closing(execute(missing, store, places, apart=apart)) as outcomes:
+            progress = tqdm(outcomes, total=len(missing), desc="runs", unit="run")
+            failed = {run_id: why for run_id, why in progress if why is not None}
+        lost = {i: ABSENT for i, c in missing.items() if not _handle(store, c).done}
+        failed = lost | failed
     status = {i: _handle(store, config).status["status"] for i, config in configs.items()}
     retried = {
         i: attempts

@@ -27,9 +27,13 @@ from repeatlab import checkpoint, execution, jobs, libraries, places
 from repeatlab.execution import execute, spread, with_needs
 from repeatlab.jobs import RunFailed
 from repeatlab.libraries import LIBRARIES
+from repeatlab.lockstep import train_group
+from repeatlab.loop import train
 from repeatlab.places import Places, gpu_of, local_client
 from repeatlab.records import Store, StoreError
 from repeatlab.study import Study, StudyError, run_studies
+from repeatlab.tasks.supervised import Supervised
+from repeatlab.training import STOP
 
 SLOW = {"delay_ms": 40}
 
@@ -205,6 +209,96 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_goes_on(tmp_path, to_all):
     assert run.summary["state_sha256"] == other.summary["state_sha256"]
 
 
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_when_a_run_is_all_but_over_stops_no_later_one(tmp_path, monkeypatch, presses):
+    """It comes too late for the run's updates: the study ends, and the process can train on."""
+    evaluate = Supervised.evaluate
+
+    def pressed(task, split):
+        if split == "test":
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(task, split)
+
+    two = study(updates=3, seeds=2, evaluation={"every": 3, "splits": ["train"], "test": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervised, "evaluate", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            run_studies([two], tmp_path, workers=0)
+    assert not STOP.is_set()
+    assert only_run(two, tmp_path).done == (presses == 1)
+    assert set(run_studies([two], tmp_path, workers=0).status.values()) == {"complete"}
+
+
+def test_who_holds_a_run_never_waits_for_what_it_needs(tmp_path, monkeypatch):
+    """Else two processes wait for each other: each holds what the other one needs."""
+    locked, held, waited = Store.locked, [], []
+
+    @contextmanager
+    def noted(store, run, **how):
+        waited.append((list(held), run.path.name))
+        with locked(store, run, **how):
+            held.append(run.path.name)
+            yield
+            held.remove(run.path.name)
+
+    monkeypatch.setattr(Store, "locked", noted)
+    mlp = {"name": "supervised", "model": "mlp", "width": 8, "batch_size": 16}
+    arms = planned(study(methods=CONTROLLED, seeds=2, updates=6, tasks={"digits": mlp}))
+    group = [config for config in arms.values() if config.method.mapping.name != "constant"]
+    train_group(group, tmp_path / "together")
+    for config in arms.values():
+        train(config, tmp_path / "alone")
+    ids = sorted(config.run_id for config in group)
+    for holding, run_id in waited:
+        if holding:  # a group alone holds several, and takes them in the order of their ids
+            assert [*holding, run_id] == ids[: len(holding) + 1]
+    assert max(len(holding) for holding, _ in waited) == len(ids) - 1
+
+
+def test_the_time_limit_begins_when_no_other_process_is_at_the_run(tmp_path):
+    config = study(updates=3).planned()[0].config
+    store, begun = Store(tmp_path), threading.Event()
+
+    @contextmanager
+    def watch(configs):
+        assert configs == [config]
+        begun.set()
+        yield
+
+    waiting = threading.Thread(target=train, args=(config, store), kwargs={"watch": watch})
+    with store.locked(store.run(config.task.name, config.run_id)):
+        waiting.start()
+        assert not begun.wait(2)
+    waiting.join(60)
+    assert begun.is_set()
+    assert only_run(study(updates=3), tmp_path).done
+
+
+def test_ctrl_c_while_workers_start_leaves_none_behind():
+    """A notebook keeps hold of the traceback, and with it of what was being made."""
+    begin = places._start_fork_server
+
+    def pressed():
+        forked = begin()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return forked
+
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "_start_fork_server", pressed)
+        with pytest.raises(KeyboardInterrupt) as kept, local_client(1):
+            threading.Event().wait(60)
+    assert kept.tb is not None
+
+    def workers() -> list[psutil.Process]:
+        """Return who is new, but for the process whose copies become workers, and its like."""
+        new = set(psutil.Process().children(recursive=True)) - before
+        return [process for process in new if process.ppid() != os.getpid()]
+
+    until(lambda: not workers(), seconds=30)
+
+
 def test_ctrl_c_ends_no_local_worker():
     with local_client(1) as client:
         assert list(client.run(signal.getsignal, signal.SIGINT).values()) == [signal.SIG_IGN]
@@ -218,8 +312,11 @@ def test_two_studies_at_once_are_in_nobody_s_way_and_on_loopback_alone():
 
 
 @contextmanager
-def cluster(folder: Path, *, workers: int, protocol: str = "tcp"):
-    """Yield the address of a Dask scheduler with workers, all processes of their own."""
+def cluster(folder: Path, *, workers: int, protocol: str = "tcp", threads: int = 1, pids=None):
+    """Yield the address of a Dask scheduler with workers, all processes of their own.
+
+    Their ids come into `pids`, the scheduler's first.
+    """
     address = folder / "scheduler.json"
     options = ["--scheduler-file", str(address), "--no-dashboard", "--protocol", protocol]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -228,8 +325,10 @@ def cluster(folder: Path, *, workers: int, protocol: str = "tcp"):
     children = [subprocess.Popen([*command, *options], **silent)]
     try:
         until(address.exists, children[0])
-        worker = [*dask, "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", *options]
-        children += [subprocess.Popen(worker, **silent) for _ in range(workers)]
+        worker = [*dask, "distributed.cli.dask_worker", "--nthreads", str(threads), "--no-nanny"]
+        children += [subprocess.Popen([*worker, *options], **silent) for _ in range(workers)]
+        if pids is not None:
+            pids += [child.pid for child in children]
         yield json.loads(address.read_text())["address"]
     finally:
         for child in children:
@@ -277,6 +376,80 @@ def test_a_study_goes_on_when_one_of_a_scheduler_s_workers_is_killed(
     assert run.status == {"status": "complete"}
     assert run.environment["attempts"] == 2
     assert len(run.updates) == 100
+
+
+def test_a_worker_of_many_threads_makes_one_run_at_a_time(tmp_path):
+    """Runs of one process share torch's random state."""
+    many = study(updates=5, seeds=6, loader=SLOW)
+    with cluster(tmp_path, workers=1, threads=4) as address:
+        run_studies([many], tmp_path / "cluster", places=Places(scheduler=address))
+    run_studies([many], tmp_path / "here", workers=0)
+    for run_id, config in planned(many).items():
+        found, alone = (
+            Store(tmp_path / place).run(config.task.name, run_id) for place in ("cluster", "here")
+        )
+        assert found.summary["state_sha256"] == alone.summary["state_sha256"]
+
+
+def test_two_stores_on_one_scheduler_both_get_the_run(tmp_path):
+    small = study(updates=30, loader=SLOW)
+    file = parameter_file(small, tmp_path)
+    with cluster(tmp_path, workers=2) as address:
+        command = [sys.executable, "-m", "repeatlab", "run", str(file), "--scheduler", address]
+        studies = [
+            subprocess.Popen([*command, "--runs", str(tmp_path / name)], stdout=subprocess.DEVNULL)
+            for name in ("one", "other")
+        ]
+        assert [process.wait(300) for process in studies] == [0, 0]
+    for name in ("one", "other"):
+        assert len(only_run(small, tmp_path / name).updates) == 30
+
+
+def test_a_study_that_was_left_leaves_the_scheduler_s_workers_to_others(tmp_path):
+    """Ctrl-C twice: its run has no time to leave. Another study's goes on, and so does a third."""
+    slow, other, third = (study(updates=n, loader=SLOW) for n in (2000, 150, 5))
+    file = parameter_file(slow, tmp_path)
+    with cluster(tmp_path, workers=2) as address:
+        command = [sys.executable, "-m", "repeatlab", "run", str(file), "--scheduler", address]
+        left = subprocess.Popen(
+            [*command, "--runs", str(tmp_path / "runs")], stderr=subprocess.PIPE, text=True
+        )
+        until(lambda: recorded(only_run(slow, tmp_path / "runs")) >= 5, left)
+        there = Places(scheduler=address)
+        going_on = threading.Thread(
+            target=run_studies, args=([other], tmp_path / "runs"), kwargs={"places": there}
+        )
+        going_on.start()
+        until(lambda: recorded(only_run(other, tmp_path / "runs")) >= 5)
+        for _ in range(2):
+            left.send_signal(signal.SIGINT)
+        left.communicate(timeout=100)
+        assert left.returncode != 0
+        run_studies([third], tmp_path / "runs", places=there)
+        going_on.join(100)
+    for made in (other, third):
+        run = only_run(made, tmp_path / "runs")
+        assert run.status == {"status": "complete"}
+        assert run.environment["attempts"] == 1
+
+
+def test_a_scheduler_that_ends_in_the_middle_of_a_study_is_named(tmp_path):
+    slow, pids = study(updates=2000, loader=SLOW), []
+    file = parameter_file(slow, tmp_path)
+    with cluster(tmp_path, workers=1, pids=pids) as address:
+        command = [sys.executable, "-m", "repeatlab", "run", str(file), "--scheduler", address]
+        settings = os.environ | {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s"}
+        process = subprocess.Popen(
+            [*command, "--runs", str(tmp_path / "runs")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=settings,
+        )
+        until(lambda: recorded(only_run(slow, tmp_path / "runs")) >= 5, process)
+        os.kill(pids[0], signal.SIGKILL)
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith("Error: scheduler: it has ended")
 
 
 def run_on(address: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -458,9 +631,9 @@ class _Client:
         self.rounds.append(0)
         return {"a": 1, "b": 1}
 
-    def submit(self, function, config, root, *, limit, key):
+    def submit(self, function, config, root, *, limit, study, key):
         self.rounds[-1] += 1
-        run_id = key.removeprefix("run-")
+        run_id = key.removeprefix("run-").removesuffix(f"-{study}")
         self.order.append(run_id)
         return _Future("broken" if run_id in self.failing else None)
 
@@ -553,7 +726,7 @@ def test_the_time_limit_ends_a_process_that_cannot_say_so(tmp_path, monkeypatch)
     monkeypatch.setattr("repeatlab.records.write_json", _full)
     monkeypatch.setattr(jobs.os, "_exit", lambda code: ended.set())
     config = study().planned()[0].config
-    with jobs._ending_after(0.001, [config], str(tmp_path)):
+    with jobs._ending_after(0.001, str(tmp_path), [config]):
         assert ended.wait(60)
 
 

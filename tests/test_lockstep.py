@@ -255,6 +255,32 @@ def test_early_stopping_ends_one_arm_alone(best, tmp_path):
     assert min(lengths) < T
 
 
+def test_agents_that_go_back_to_their_best_weights_are_tested_with_them(tmp_path):
+    """All end after the same update, and are tested one after another."""
+    rule = {"patience": 99, "metric": "return", "mode": "max", "restore_best": True}
+    # Sizes at which the products are those of runs alone to the bit.
+    agent = AGENT | {"hidden": [120, 84], "batch_size": 32, "evaluation_episodes": 20}
+    planned = Study.of(
+        name="agents",
+        tasks={"agent": agent},
+        methods={f"fixed{n}": {"mapping": {"name": "constant", "repeats": n}} for n in (1, 2, 3)},
+        seeds=2,
+        max_updates=60,
+        evaluation={"every": 10, "early_stopping": rule},
+        device="cpu",
+    ).planned()
+    runs = [p.config for p in planned]
+    run_all(runs, tmp_path / "together")
+    back = 0
+    for config in runs:
+        found, alone = at(tmp_path / "together", config), train(config, tmp_path / "alone")
+        assert_same(found, alone)
+        assert found.summary["final"] == alone.summary["final"]
+        assert found.summary["state_sha256"] == alone.summary["state_sha256"]
+        back += found.summary["early_stopping"]["restored_update"] < 60
+    assert back > 1  # of several arms the best weights are not the last
+
+
 def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch):
     runs = configs(methods=["standard", "cosine", "fixed3", "random"], seeds=1)
     broken = runs[2].run_id
@@ -471,6 +497,19 @@ def test_a_study_whose_seconds_are_compared_trains_one_by_one(tmp_path):
     run_studies([small], tmp_path, places=Places(workers=0))
     for planned in small.planned():
         assert "lockstep" not in at(tmp_path, planned.config).environment
+
+
+def test_what_one_study_trains_one_by_one_no_other_trains_in_step(tmp_path):
+    """The other study's control needs the very runs whose seconds are compared."""
+    chosen = study(methods=["standard", "cosine", "linear", "shuffled", "random"], seeds=2)
+    apart = study(methods=["standard", "linear"], seeds=2).model_copy(
+        update={"lockstep": False, "name": "apart"}
+    )
+    run_studies([apart, chosen], tmp_path, places=Places(workers=0))
+    for planned in apart.planned():
+        assert "lockstep" not in at(tmp_path, planned.config).environment
+    others = [at(tmp_path, p.config) for p in chosen.planned() if p.method in ("cosine", "random")]
+    assert all("lockstep" in run.environment for run in others)
 
 
 def test_a_group_that_fails_as_a_whole_is_made_one_by_one(tmp_path, monkeypatch):

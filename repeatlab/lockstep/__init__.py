@@ -7,10 +7,10 @@ small network mostly costs, the calls into the library, is shared among them. Ea
 sequence of N, its batches, evaluations, records, checkpoints and run directory.
 
 The results are those of the runs one by one, to the bit where the batched products sum in the
-order of single ones, as torch's do on the CPUs measured. Where they do not, losses differ by some
-units in the last place, and an N where a loss lies that close to a boundary of its mapping; from
-there on the two runs drift apart, as equal runs on two processors do. What a record calls seconds
-is a run's share: the group's time, divided by its arms.
+order of single ones, as torch's do on the CPUs measured for layers of more than a few numbers.
+Where they do not, losses differ by some units in the last place, and an N where a loss lies that
+close to a boundary of its mapping; from there on the two runs drift apart, as equal runs on two
+processors do. What a record calls seconds is a run's share: the group's time, divided by its arms.
 
 Each agent has its own environment and replay buffer: of a DQN's time less is shared than of an
 MLP's on a data set. An evaluation's episodes are played by all networks at once; agents of one seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def train_group(
     runs: str | Path | Store = "runs",
     *,
     plan: CheckpointPlan | None = None,
+    watch: loop.Watch = nullcontext,
 ) -> dict[str, str | None]:
     """Make these runs in lock-step, and return by run id why one has failed, or None.
 
@@ -45,6 +46,7 @@ def train_group(
             `plan.groups` finds them. None needs another of them.
         runs: The run store, or its directory.
         plan: When checkpoints are written.
+        watch: As of `loop.train`.
 
     Raises:
         StoreError: the store cannot be written.
@@ -53,10 +55,14 @@ def train_group(
     store = runs if isinstance(runs, Store) else Store(runs)
     store.check_writable()
     group = Group(store, pick_device(configs[0].device), plan=plan)
-    with loop.interrupted_at_an_update(), ExitStack() as held:
+    for config in configs:
+        loop.make_needs(config, store, watch=watch)
+    with ExitStack() as held:
         # In one order everywhere: two processes with common runs wait, and never for each other.
         for config in sorted(configs, key=lambda config: config.run_id):
             held.enter_context(store.locked(store.run(config.task.name, config.run_id)))
+        held.enter_context(watch(configs))
+        held.enter_context(loop.interrupted_at_an_update())
         with loop.torch_settings(configs[0]):
             group.open(configs)
             group.train()
@@ -160,13 +166,18 @@ class Group:
                         self._stack.step()
                         self._regroup()
         except KeyboardInterrupt:
-            for arm in self.arms:
+            for arm in self._under_way:
                 arm.writer.close("interrupted")
             raise
         except BaseException as error:
-            for arm in self.arms:
+            for arm in self._under_way:
                 arm.writer.fail(error)
             raise
+
+    @property
+    def _under_way(self) -> list[Arm]:
+        """The arms that have not left."""
+        return [arm for arm in self.arms if arm not in self._gone]
 
     def _next_batches(self) -> None:
         """Bring every arm to the batch of its next update, by way of a pause where one is due."""

@@ -107,7 +107,7 @@ class ReinforcementStack:
         self._gradient = torch.zeros(*shape, 2, device=device)
         self._errors = torch.empty(0)
         # Of the weights as they are until the next step.
-        self._episodes: dict[str, list[Played]] = {}
+        self._episodes: dict[str, tuple[list[Played], list[Tensor]]] = {}
         for arm, task in enumerate(tasks):
             task.fetch = _numbers_alone
             task.greedy_action = partial(self._greedy_action, arm)
@@ -147,16 +147,22 @@ class ReinforcementStack:
 
     def _play(self, arm: int, split: str) -> Played:
         """Return an arm's episodes of a split."""
+        weights = self._agents.weights
         if split not in self._episodes:
-            arms = len(self._tasks)
+            self._episodes[split] = self._play_all(split), [stack.clone() for stack in weights]
+        played, by = self._episodes[split]
+        if all(torch.equal(now[arm], then[arm]) for now, then in zip(weights, by, strict=True)):
+            return played[arm]
+        return Reinforcement.play(self._tasks[arm], split)  # it has gone back to its best weights
 
-            def values(seen: Tensor) -> Tensor:
-                return self._agents(seen.view(arms, -1, 4)).flatten(0, 1)
+    def _play_all(self, split: str) -> list[Played]:
+        arms, config = len(self._tasks), self._tasks[0].config
 
-            self._episodes[split] = greedy_episodes(
-                self._tasks[0].config, split, values, device=self._gradient.device, agents=arms
-            )
-        return self._episodes[split][arm]
+        def values(seen: Tensor) -> Tensor:
+            return self._agents(seen.view(arms, -1, 4)).flatten(0, 1)
+
+        device = self._gradient.device
+        return greedy_episodes(config, split, values, device=device, agents=arms)
 
 
 def _numbers_alone(indices: Tensor, index: int) -> Transitions:

@@ -38,13 +38,14 @@ class StackedOptimizer:
         if not isinstance(optimizers[0], (SGD, Adam)) or not self._groups[0].get("fused"):
             raise ValueError(f"no lock-step for {type(optimizers[0]).__name__}, or not fused")
         self._move = _sgd if isinstance(optimizers[0], SGD) else _adam
+        self._steps = torch.zeros(len(weights), len(optimizers), device=weights[0].device)
+        # First, as in a run alone: the digest of a state goes by the order of its parts.
+        steps = [_owned(optimizers, "step", self._steps.unbind())] if self._move is _adam else []
         states = [
             _owned(optimizers, name, [torch.zeros_like(stack) for stack in weights])
             for name in _state_names(optimizers[0])
         ]
-        self._steps = torch.zeros(len(weights), len(optimizers), device=weights[0].device)
-        if self._move is _adam:
-            states.append(_owned(optimizers, "step", self._steps.unbind()))
+        states += steps
         # Of weights, gradients and each part of the state, arm by arm, those of its parameters.
         self._parts = [
             list(zip(*(stack.unbind() for stack in stacks), strict=True))
