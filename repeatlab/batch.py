@@ -21,12 +21,15 @@ import ast
 import json
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from threading import Timer
 from time import perf_counter
 from typing import Any
 
@@ -38,6 +41,8 @@ from repeatlab.schema import ConfigError, Model, did_you_mean, parse, read_yaml
 PLACES = ("runs", "figures")
 # The folder of params/ that holds searches, which have no notebook.
 SEARCHES = "search"
+# How long Ctrl-C waits for a kernel, whose runs leave their checkpoints.
+LEAVE_SECONDS = 10
 
 
 class NotebookError(RuntimeError):
@@ -180,13 +185,73 @@ def parameter_names(notebook: Path) -> set[str]:
     raise ConfigError(f"{notebook}: no cell is tagged 'parameters'")
 
 
-def execute(job: Job, *, output: Path, runs: Path, figures: Path) -> None:
+class Kernels:
+    """The kernels of all notebooks that are executed.
+
+    Each is in a session of its own, where a terminal's Ctrl-C does not reach it.
+    """
+
+    def __init__(self) -> None:
+        self._managers: list[Any] = []
+        self._ending = False
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of an execution whose kernel is to be one of these."""
+        from jupyter_client import AsyncKernelManager
+
+        managers = self._managers
+
+        class Manager(AsyncKernelManager):
+            async def start_kernel(self, **options: Any) -> None:
+                await super().start_kernel(**options)
+                managers.append(self)
+
+        return {"kernel_manager_class": Manager, "on_cell_start": self._check}
+
+    def _check(self, **_: Any) -> None:
+        # A kernel ignores what interrupts it between two cells.
+        if self._ending:
+            raise NotebookError("interrupted")
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Interrupt all kernels; kill those that are left after a while, or at the next Ctrl-C."""
+        self._ending = True
+        watch = Timer(LEAVE_SECONDS, self._signal, [signal.SIGKILL])
+        try:
+            self._signal(signal.SIGINT)
+            watch.start()
+            yield
+        except KeyboardInterrupt:
+            self._signal(signal.SIGKILL)
+            raise
+        finally:
+            watch.cancel()
+
+    def _signal(self, number: int) -> None:
+        for manager in self._managers:
+            if manager.has_kernel:
+                with suppress(ProcessLookupError):
+                    # With what it has started: it leads its session, and so its process group.
+                    os.killpg(manager.provisioner.pid, number)
+
+
+def execute(
+    job: Job, *, output: Path, runs: Path, figures: Path, kernels: Kernels | None = None
+) -> None:
     """Execute one notebook; its executed copy goes to `output`.
 
     The notebook raises where a run fails, so that an execution without an exception is a success.
 
+    Args:
+        job: The notebook with its parameters.
+        output: A directory.
+        runs: The run store that the notebook is given.
+        figures: Where it is told to write figures.
+        kernels: Those that its kernel is to be one of.
+
     Raises:
-        NotebookError: a cell raised, or the kernel died or timed out.
+        NotebookError: a cell raised, or the kernel died, timed out or was interrupted.
     """
     import papermill
     from papermill.exceptions import PapermillException
@@ -211,6 +276,7 @@ def execute(job: Job, *, output: Path, runs: Path, figures: Path) -> None:
                 progress_bar=False,
                 coalesce_streams=True,
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/k"}}),
+                **(kernels or Kernels()).options(),
             )
         except (PapermillException, RuntimeError, TimeoutError) as error:
             raise NotebookError(
@@ -245,6 +311,7 @@ def execute_profile(
         ConfigError: a parameter file is not valid.
         StudyError: runs have failed; all others are in the store.
         NotebookError: a notebook could not be executed.
+        KeyboardInterrupt: Ctrl-C; no kernel is left.
     """
     from repeatlab.figures import read_manifest
     from repeatlab.study import run_all
@@ -259,26 +326,48 @@ def execute_profile(
     if studies:
         start = perf_counter()
         echo(f"{len(studies)} studies: {run_all(studies, runs)}, {perf_counter() - start:.0f} s")
+    kernels = Kernels()
+    places = {"output": runs / "notebooks" / profile, "runs": runs, "figures": figures}
 
     def run(job: Job) -> None:
         echo(f"{job.notebook.stem} ({job.source.relative_to(root)})")
         start = perf_counter()
-        execute(job, output=runs / "notebooks" / profile, runs=runs, figures=figures)
+        execute(job, **places, kernels=kernels)
         echo(f"{job.notebook.stem}: {perf_counter() - start:.0f} s")
 
     for (_, alone), group in groupby(jobs, key=lambda job: job.stage):
-        with ThreadPoolExecutor(1 if alone else os.cpu_count()) as pool:
-            _finish([pool.submit(run, job) for job in group])
+        _side_by_side(run, group, kernels, most=1 if alone else os.cpu_count())
     notebooks = {job.notebook.stem for job in jobs}
     manifest = read_manifest(figures)
     return [name for name, entry in manifest.items() if entry["notebook"] in notebooks]
 
 
-def _finish(futures: Sequence[Future[None]]) -> None:
-    """Wait for all, or for the first that raises: what has not begun then is left out."""
-    wait(futures, return_when=FIRST_EXCEPTION)
-    for future in futures:
-        future.cancel()
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+def _side_by_side(
+    run: Callable[[Job], None], jobs: Iterable[Job], kernels: Kernels, *, most: int | None
+) -> None:
+    """Call `run` on all jobs, `most` at a time; those left are left out after one that raises.
+
+    So they are after Ctrl-C, which ends those under way, too.
+    """
+    futures: list[Future[None]] = []
+    with ThreadPoolExecutor(most) as pool:
+        # It is futures that are waited for: a join that Ctrl-C cuts short, CPython 3.11 takes for
+        # the end of the thread.
+        try:
+            for job in jobs:
+                futures.append(pool.submit(run, job))
+            wait(futures, return_when=FIRST_EXCEPTION)
+            wait(_begun(futures, pool))
+        except KeyboardInterrupt:
+            begun = _begun(futures, pool)
+            with kernels.ending():
+                wait(begun)
+            raise
+    for future in _begun(futures, pool):
+        future.result()
+
+
+def _begun(futures: Iterable[Future[None]], pool: ThreadPoolExecutor) -> list[Future[None]]:
+    """Cancel those that have not begun, and return the others."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    return [future for future in futures if not future.cancelled()]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from repeatlab.records import StoreError
+from repeatlab.records import StoreError, temporary_beside
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 _DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
@@ -28,7 +28,7 @@ def save(directory: Path, state: dict[str, Any]) -> None:
     Raises:
         StoreError: it cannot be written; the checkpoints there are stay as they are.
     """
-    temporary = directory / f".checkpoint.{os.getpid()}"
+    temporary = temporary_beside(directory / CURRENT)
     try:
         with temporary.open("wb") as file:
             torch.save({"state": state, "digest": digest(state)}, file)

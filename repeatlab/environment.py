@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -67,18 +70,42 @@ def processor() -> str:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of the source tree, with "+changes" where it differs; None outside git."""
+    """Return the commit of the source tree, or "COMMIT+changes.DIGEST"; None outside git.
+
+    There are changes where package, notebooks or parameters differ from the commit. The digest is
+    that of the package's Python files which do: it is equal where the code is.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:
-        head = _git(root, "rev-parse", "--short=12", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--", "repeatlab", "notebooks", "params")
+        head = _git(root, "rev-parse", "--short=12", "HEAD").strip()
+        changed = _changed_files(root, "repeatlab", "notebooks", "params")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{head}+changes" if changed else head
+    if not changed:
+        return head
+    code = [path for path in changed if path.startswith("repeatlab/") and path.endswith(".py")]
+    return f"{head}+changes.{_digest(root, code)}"
+
+
+def _changed_files(root: Path, *parts: str) -> list[str]:
+    """Return the files of these parts that differ from the commit, new and deleted ones, too."""
+    options = ("--porcelain", "-z", "--no-renames", "--untracked-files=all")
+    entries = _git(root, "status", *options, "--", *parts).split("\0")
+    # Two letters, a space and the path; nothing after the last.
+    return [entry[3:] for entry in entries if entry]
+
+
+def _digest(root: Path, paths: Iterable[str]) -> str:
+    sha = hashlib.sha256()
+    for path in sorted(paths):
+        sha.update(os.fsencode(path) + b"\0")
+        with suppress(OSError):  # it was deleted
+            sha.update(hashlib.sha256((root / path).read_bytes()).digest())
+    return sha.hexdigest()[:8]
 
 
 def _git(root: Path, *arguments: str) -> str:
     command = ("git", "-C", str(root), *arguments)
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return os.fsdecode(subprocess.run(command, check=True, capture_output=True).stdout)

@@ -123,6 +123,7 @@ def _in_turn(study: str | None) -> Iterator[bool]:
             yield study in _left
         finally:
             _study = None
+            STOP.clear()
 
 
 @contextmanager

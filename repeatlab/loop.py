@@ -66,7 +66,7 @@ def train(
     device = pick_device(config.device)
     precision.check_device(config.task, device)
     make_needs(config, store, watch=watch)
-    with store.locked(run), watch([config]), interrupted_at_an_update():
+    with store.locked(run, waiting=leave_if_stopped), watch([config]), interrupted_at_an_update():
         if not run.done:
             _train(config, store, run, device=device, plan=plan)
     return run
@@ -235,6 +235,16 @@ def _resumed(
         if writer is not None:
             return writer, state
     return None, None
+
+
+def leave_if_stopped() -> None:
+    """See whether there is a stop while no update is made.
+
+    Raises:
+        Interrupted: `training.STOP` was set.
+    """
+    if STOP.is_set():
+        raise Interrupted("it was stopped while another process was at the run")
 
 
 @contextmanager

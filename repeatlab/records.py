@@ -19,8 +19,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,8 @@ UPDATES = pa.schema(
     }
 )
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# What `temporary_beside` makes of a run's files; earlier versions ended the names in a process id.
+_TEMPORARY = re.compile(r"\.(checkpoint|[\w-]+\.(arrow|json|parquet|pt))\.([0-9a-f]{16}|\d+)")
 
 
 class StoreError(RuntimeError):
@@ -66,6 +70,19 @@ def safe_name(what: str, name: str) -> str:
     return name
 
 
+def temporary_beside(path: Path) -> Path:
+    """Return a name beside `path` that nobody else has: process ids are equal in two containers."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what killed processes were writing in a run's directory; its lock is to be held."""
+    for path in directory.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the name of a file beside `path` that takes its place once it is written.
@@ -73,14 +90,16 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StoreError: it cannot be written; what is at `path` stays as it is.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise _not_written(path, error) from error
+        if isinstance(error, OSError):
+            raise _not_written(path, error) from error
+        raise
 
 
 def _not_written(path: Path, error: OSError) -> StoreError:
@@ -142,6 +161,7 @@ class Store:
             return None
         if any(len(tables[name]) < count for name, count in rows.items()):
             return None
+        remove_temporaries(run.path)
         attempts = run.environment.get("attempts", 0) + 1
         write_json(run.path / "environment.json", {**run.environment, "attempts": attempts})
         writer = RunWriter(run.path)
@@ -153,10 +173,14 @@ class Store:
         return writer
 
     @contextmanager
-    def locked(self, run: Run) -> Iterator[None]:
+    def locked(self, run: Run, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Hold `run` against other processes, waiting for one that does.
 
         The system lets go of the lock of a process that has died.
+
+        Args:
+            run: The run.
+            waiting: Called again and again meanwhile; it may raise.
 
         Raises:
             StoreError: the lock cannot be made.
@@ -165,7 +189,8 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path)
-            lock.acquire()
+            while not _acquired(lock):
+                waiting()
         except OSError as error:
             raise StoreError(f"{path} cannot be locked: {error.strerror}") from None
         try:
@@ -183,6 +208,8 @@ class Store:
                 return False
         except Timeout:
             return True
+        except OSError:  # it may not be written, as FileLock asks
+            return _is_held(path)
 
     def check_writable(self) -> None:
         """Make the root directory if needed.
@@ -192,9 +219,8 @@ class Store:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            probe = self.root / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
         except OSError as error:
             raise StoreError(
                 f"the run directory {self.root} cannot be written: {error.strerror}; "
@@ -224,6 +250,34 @@ class Store:
                 "run the task's notebook, or `repeatlab run` with the parameters of that study"
             )
         return _read_json(path)
+
+
+def _acquired(lock: FileLock) -> bool:
+    """Wait a moment for a lock; whether this process has it now."""
+    try:
+        lock.acquire(timeout=0.2)
+    except Timeout:
+        return False
+    return True
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process holds a lock that this one can at most read; no, where it cannot."""
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):  # not Unix, or unreadable
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # what systems call it
+        return True
+    except OSError:
+        return False  # no locks on this file system
+    finally:
+        os.close(handle)
+    return False
 
 
 def _read_json(path: Path) -> Any:
@@ -411,6 +465,8 @@ class RunWriter:
             with replacing(self.path / f"{name}.parquet") as temporary:
                 pq.write_table(table, temporary, compression="zstd")
         self._set_status(status, **details)
+        # Before the summary: nobody looks after a run that is done.
+        remove_temporaries(self.path)
         write_json(self.path / "summary.json", {"status": status, **summary})
         # Only now: a kill before this line leaves what a resume needs.
         for name in names:
@@ -430,16 +486,20 @@ class RunWriter:
             self._append(name, table)
 
     def fail(self, error: BaseException) -> None:
-        """End the run as `failed`, keeping what was recorded, and the error, whatever is broken."""
+        """End the run as `failed`, keeping what was recorded, and the error, whatever is broken.
+
+        One that is done stays as it is.
+        """
         with suppress(StoreError):
             self.close("failed", error=f"{type(error).__name__}: {error}")
 
     def close(self, status: str, **details: Any) -> None:
-        """Leave the run as it is, to be gone on with or begun anew."""
+        """Leave the run as it is, to be gone on with or begun anew; one that is done, untouched."""
         for name in list(self._streams):
             with suppress(OSError):  # what is lost so was not recorded
                 self._close(name)
-        self._set_status(status, **details)
+        if not Run(self.path).done:
+            self._set_status(status, **details)
 
     def _append(self, name: str, table: pa.Table) -> None:
         with _writing(self.path / f"{name}.arrow"):

@@ -237,7 +237,7 @@ def run_all(studies: Mapping[str, dict[str, Any]], runs: str | Path = "runs") ->
 def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
     """Return the report of a study that is there as a whole, made by this commit, else None."""
     code = commit()
-    if code is None or code.endswith("+changes"):
+    if code is None or "+changes" in code:
         return None  # other code could give the same fields other runs
     try:
         study = store.read_study(fields["name"])

@@ -8,7 +8,6 @@ carries.
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from repeatlab.checkpoint import digest
-from repeatlab.records import Run, StoreError
+from repeatlab.records import Run, StoreError, temporary_beside
 
 # Of one network, as its `load_state_dict` takes them.
 Weights = dict[str, Tensor]
@@ -52,7 +51,7 @@ def keep(directory: Path, task: Any, *, update: int, last: int) -> None:
     """
     weights = copied(task)
     path = directory / f"weights-{update:09d}.pt"
-    temporary = directory / f".{path.name}.{os.getpid()}"
+    temporary = temporary_beside(path)
     try:
         torch.save({"update": update, "weights": weights, "digest": digest(weights)}, temporary)
         temporary.replace(path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
+from threading import Thread
 
 import nbformat
 import pytest
@@ -12,7 +14,9 @@ from every_method import SIX
 from repeatlab.batch import (
     SEARCHES,
     Job,
+    Kernels,
     NotebookError,
+    execute,
     execute_profile,
     parameter_names,
     read_job,
@@ -106,6 +110,73 @@ def test_notebooks_run_side_by_side(project, monkeypatch):
     assert Path.cwd() == root  # which all threads share
     executed = sorted(path.name for path in Path("runs/notebooks/tiny").iterdir())
     assert executed == ["left.ipynb", "right.ipynb"]
+
+
+WAITING = """
+import os, pathlib, signal
+told = pathlib.Path(runs) / "told"
+def late(*_):
+    (told.parent / "late").touch()
+    os._exit(1)
+signal.signal(signal.SIGALRM, late)
+signal.alarm(60)  # should nobody end it
+def wait():
+    told.write_text(str(os.getpid()))
+    while True:
+        signal.pause()
+"""
+DEAF = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwait()"
+STUBBORN = """
+try:
+    wait()
+except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "presses", "patience"),
+    [("wait()", 1, 600), (DEAF, 1, 0), (STUBBORN, 2, 600)],
+    ids=["interrupted", "killed in the end", "killed at the second"],
+)
+def test_ctrl_c_ends_the_kernel_and_leaves_out_the_notebooks_after_it(
+    project, monkeypatch, code, presses, patience
+):
+    root = project(WAITING + code)
+    for name in ("tall", "vast"):
+        (root / "params" / "tiny" / f"{name}.yaml").write_text("notebook: 00_small\n")
+    (root / "runs").mkdir()
+    os.mkfifo(root / "runs" / "told")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("repeatlab.batch.LEAVE_SECONDS", patience)
+    kernels = []
+
+    def press():
+        for _ in range(presses):
+            kernels.append(int((root / "runs" / "told").read_text()))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    user = Thread(target=press, daemon=True)
+    user.start()
+    with pytest.raises(KeyboardInterrupt):
+        _execute(root)
+    user.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernels[0], 0)
+    assert not (root / "runs" / "late").exists()
+    assert [path.name for path in (root / "runs" / "notebooks" / "tiny").iterdir()] == [
+        "small.ipynb"
+    ]
+
+
+def test_a_kernel_that_starts_after_ctrl_c_executes_nothing(project):
+    root = project("(__import__('pathlib').Path(runs) / 'executed').touch()")
+    (job,) = read_profile("tiny", root)
+    kernels, places = Kernels(), {"runs": root, "figures": root}
+    with kernels.ending(), pytest.raises(NotebookError, match=r"small\.yaml: .* interrupted"):
+        execute(job, output=root / "out", **places, kernels=kernels)
+    assert not (root / "executed").exists()
 
 
 def test_notebooks_of_one_group_share_a_stage_but_those_that_time_what_they_train():

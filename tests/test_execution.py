@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 
-from repeatlab import checkpoint, execution, jobs, libraries, places
+from repeatlab import checkpoint, execution, jobs, libraries, loop, places
 from repeatlab.execution import execute, spread, with_needs
 from repeatlab.jobs import RunFailed
 from repeatlab.libraries import LIBRARIES
@@ -256,6 +256,52 @@ def test_who_holds_a_run_never_waits_for_what_it_needs(tmp_path, monkeypatch):
     assert max(len(holding) for holding, _ in waited) == len(ids) - 1
 
 
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """Hold a run's lock, and call the function in the list whenever somebody waits for it."""
+    config = study().planned()[0].config
+    wait, calls, release = loop.leave_if_stopped, [], threading.Event()
+
+    def waiting():
+        calls[0]()
+        wait()
+
+    def hold():
+        store = Store(tmp_path)
+        with store.locked(store.run(config.task.name, config.run_id)):
+            begun.set()
+            release.wait()
+
+    begun = threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert begun.wait(60)
+    monkeypatch.setattr(loop, "leave_if_stopped", waiting)
+    yield calls
+    release.set()
+    holder.join()
+
+
+def test_ctrl_c_ends_waiting_for_another_process(tmp_path, held):
+    held.append(lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run_studies([study()], tmp_path, workers=0)
+    assert not STOP.is_set()
+
+
+def test_a_worker_that_waits_for_another_process_leaves_with_its_study(tmp_path, held):
+    held.append(lambda: jobs.stop_training("mine"))
+    config = study().planned()[0].config.to_json()
+    assert jobs.train_job(config, str(tmp_path), study="mine") == "interrupted"
+    assert jobs.group_job([config], str(tmp_path), study="mine") == {
+        study().planned()[0].config.run_id: "interrupted"
+    }
+    # The next study's job is not stopped, nor by what comes too late for the last one.
+    jobs.stop_training("mine")
+    held[0] = lambda: jobs.stop_training("another")
+    assert jobs.train_job(config, str(tmp_path), study="another") == "interrupted"
+
+
 def test_the_time_limit_begins_when_no_other_process_is_at_the_run(tmp_path):
     config = study(updates=3).planned()[0].config
     store, begun = Store(tmp_path), threading.Event()
@@ -293,8 +339,8 @@ def test_ctrl_c_while_workers_start_leaves_none_behind():
 
     def workers() -> list[psutil.Process]:
         """Return who is new, but for the process whose copies become workers, and its like."""
-        new = set(psutil.Process().children(recursive=True)) - before
-        return [process for process in new if process.ppid() != os.getpid()]
+        me = psutil.Process()
+        return list(set(me.children(recursive=True)) - set(me.children()) - before)
 
     until(lambda: not workers(), seconds=30)
 

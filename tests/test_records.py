@@ -6,13 +6,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from threading import Barrier, Thread
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
-from repeatlab.records import UPDATES, Run, RunWriter, Store, StoreError, read_stream, write_json
+from repeatlab.records import (
+    UPDATES,
+    Run,
+    RunWriter,
+    Store,
+    StoreError,
+    read_stream,
+    replacing,
+    write_json,
+)
 
 LEDGER = {"updates": 5, "fresh_batches": 3, "seconds": 1.5}
 
@@ -176,6 +186,87 @@ def test_a_failing_run_keeps_what_was_recorded(tmp_path):
     assert run.evals["value"].tolist() == [1.0]
 
 
+def test_a_run_that_is_done_is_neither_interrupted_nor_failed_afterwards(tmp_path):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 3))
+    writer.finish("diverged", {}, update=2)
+    writer.close("interrupted")
+    writer.fail(RuntimeError("of another run"))
+    assert run.status == {"status": "diverged", "update": 2}
+    assert run.done
+
+
+def test_a_run_without_its_summary_is_still_interrupted(tmp_path, monkeypatch):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 3))
+
+    def pressed(table, path, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("repeatlab.records.pq.write_table", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.finish("complete", {})
+    writer.close("interrupted")
+    assert run.status == {"status": "interrupted"}
+    assert not list(run.path.glob(".*"))
+
+
+# What processes that were killed have left, with a number of theirs or a random one.
+LEFT = (
+    ".checkpoint.18317",
+    ".checkpoint.pt.00ff00ff00ff00ff",
+    ".weights-000000005.pt.18349",
+    ".updates.arrow.1",
+    ".evals.parquet.0123456789abcdef",
+    ".status.json.42",
+)
+KEPT = (".notes", ".nfs00000000018c5b8400000001", ".my.json.backup", "weights-000000005.pt")
+
+
+def leave(run: Run) -> None:
+    for name in LEFT + KEPT:
+        (run.path / name).touch()
+
+
+def test_what_was_left_half_written_goes_where_a_run_goes_on(tmp_path):
+    store = Store(tmp_path)
+    run, writer = begin(store)
+    writer.updates(rows(0, 4))
+    leave(run)
+    with store.locked(run):
+        assert store.resume(run, {"updates": 4}) is not None
+    found = {path.name for path in run.path.iterdir()}
+    assert found & {*LEFT, *KEPT} == set(KEPT)
+    assert same(run.updates, frame(rows(0, 4)))
+
+
+def test_what_was_left_half_written_is_gone_before_a_run_is_done(tmp_path, monkeypatch):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 4))
+    leave(run)
+
+    def killed_before_the_summary(path, data):
+        if path.name == "summary.json":
+            raise KeyboardInterrupt
+        write_json(path, data)
+
+    monkeypatch.setattr("repeatlab.records.write_json", killed_before_the_summary)
+    with pytest.raises(KeyboardInterrupt):
+        writer.finish("complete", {})
+    found = {path.name for path in run.path.iterdir()}
+    assert found & {*LEFT, *KEPT} == set(KEPT)
+
+
+def test_the_locks_lie_beside_the_runs(tmp_path):
+    store = Store(tmp_path)
+    run, writer = begin(store)
+    writer.updates(rows(0, 4))
+    with store.locked(run):
+        assert not list(run.path.glob(".*"))
+        store.resume(run, {"updates": 4}).finish("complete", {})
+        assert store.is_locked(run)
+
+
 def test_a_run_that_does_not_exist_reads_as_missing(tmp_path):
     run = Store(tmp_path / "nowhere").run("task", "abc")
     assert not run.done
@@ -280,6 +371,38 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"status": "old"}
     write_json(path, {"status": "new"})
     assert json.loads(path.read_text()) == {"status": "new"}
+
+
+def test_two_that_write_one_file_at_once_write_two_files(tmp_path):
+    """Two threads, or two processes that have one number in two containers."""
+    path = tmp_path / "study.json"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_many_threads_find_one_root_writable(tmp_path):
+    together, errors = Barrier(8), []
+
+    def check():
+        together.wait()
+        for _ in range(1000):
+            try:
+                Store(tmp_path).check_writable()
+            except StoreError as error:
+                errors.append(error)
+
+    threads = [Thread(target=check) for _ in range(together.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("below", ["", "deeper/still"])

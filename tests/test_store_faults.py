@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import errno
 import multiprocessing
+import os
 import resource
 import shutil
 import signal
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from every_method import config
 from test_resume import same_record
 
@@ -22,7 +25,7 @@ from repeatlab.loop import train
 from repeatlab.records import UPDATES, RunWriter, Store, StoreError, read_stream, write_json
 from repeatlab.study import StudyError, run_study
 from repeatlab.training import CheckpointPlan, Training
-from repeatlab.verification import damaged, study_states
+from repeatlab.verification import damaged, run_state, study_states
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -196,6 +199,38 @@ def _no_space(handle):
     raise FULL
 
 
+def _train_until_killed_in_a_checkpoint(runs: Path) -> None:
+    """Train in a process of its own that SIGKILLs itself where its second checkpoint is whole."""
+    write, written = torch.save, []
+
+    def save(state, file):
+        write(state, file)
+        written.append(state)
+        if len(written) == 2:
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save
+    train(supervised(), runs, plan=EVERY_UPDATE)
+
+
+def test_a_run_that_was_killed_in_its_checkpoints_leaves_no_part_of_them(tmp_path):
+    run = Store(tmp_path / "killed").run("supervised", supervised().run_id)
+    context = multiprocessing.get_context("fork")
+    for _ in range(3):
+        process = context.Process(
+            target=_train_until_killed_in_a_checkpoint, args=(tmp_path / "killed",)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert len(list(run.path.glob(".*"))) == 1  # this kill's own
+    same_record(
+        train(supervised(), tmp_path / "unbroken"), train(supervised(), tmp_path / "killed")
+    )
+    assert not list(run.path.glob(".*"))
+
+
 def test_damaged_notes_of_a_run_do_not_keep_it_from_being_made(tmp_path):
     run = train(supervised(), tmp_path)
     for name in ("environment.json", "status.json", "config.json"):
@@ -296,6 +331,61 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path):
     assert not store.is_locked(run)
     with store.locked(run):
         assert store.is_locked(run)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS])
+def test_of_a_lock_that_may_only_be_read_it_is_known_whether_it_is_held(
+    tmp_path, monkeypatch, error
+):
+    store = Store(tmp_path)
+    held, free = store.run("task", "held"), store.run("task", "free")
+    with store.locked(free):
+        pass
+    with store.locked(held), monkeypatch.context() as patch:
+        patch.setattr(os, "open", partial(_open_to_read, os.open, error))
+        assert store.is_locked(held)
+        assert not store.is_locked(free)
+        patch.setattr(os, "open", _refused)
+        assert not store.is_locked(held)
+
+
+def _open_to_read(open_, error, path, flags, *args, **kwargs):
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        raise OSError(error, os.strerror(error), str(path))
+    return open_(path, flags, *args, **kwargs)
+
+
+def _refused(path, *args, **kwargs):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_the_states_of_a_store_that_belongs_to_somebody_else_can_be_read():
+    """Its files are there to be read; root, whom nothing stops, becomes nobody."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def look():
+        if os.getuid() == 0:
+            os.setuid(65534)
+        theirs.send([run_state(store, each)[0] for each in (held, free)])
+
+    with tempfile.TemporaryDirectory() as directory:
+        store = Store(directory)
+        held, free = (store.run("task", name) for name in ("held", "free"))
+        for each in (held, free):
+            with store.locked(each):
+                store.begin(each, {}, {})
+        with store.locked(held):
+            paths = [Path(directory), *Path(directory).rglob("*")]
+            for path in paths:
+                path.chmod(0o555 if path.is_dir() else 0o444)
+            process = context.Process(target=look)
+            process.start()
+            process.join()
+            for path in paths:
+                path.chmod(0o755)
+    assert process.exitcode == 0
+    assert ours.recv() == ["running", "interrupted"]
 
 
 # --- input from outside -------------------------------------------------------------------------

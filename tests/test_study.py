@@ -169,7 +169,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize(
-    "commits", [("abc", "abc"), ("abc", "abd"), ("a+changes",) * 2, (None,) * 2]
+    "commits", [("abc", "abc"), ("abc", "abd"), ("a+changes.1a2b3c4d",) * 2, (None,) * 2]
 )
 def test_a_stored_study_is_recognised_only_by_the_code_that_made_it(tmp_path, monkeypatch, commits):
     made, asked = commits

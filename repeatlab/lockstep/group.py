@@ -60,7 +60,8 @@ def train_group(
     with ExitStack() as held:
         # In one order everywhere: two processes with common runs wait, and never for each other.
         for config in sorted(configs, key=lambda config: config.run_id):
-            held.enter_context(store.locked(store.run(config.task.name, config.run_id)))
+            run = store.run(config.task.name, config.run_id)
+            held.enter_context(store.locked(run, waiting=loop.leave_if_stopped))
         held.enter_context(watch(configs))
         held.enter_context(loop.interrupted_at_an_update())
         with loop.torch_settings(configs[0]):
