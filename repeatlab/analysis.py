@@ -18,7 +18,7 @@ RUN_KEYS = ["task", "method", "seed"]
 # x axis of learning curves -> label; but for updates they hold what came before the first one.
 AXES = {
     "update": "gradient updates",
-    "fresh_batches": "fresh batches",
+    "fresh_batches": "fresh batches drawn",
     "environment_steps": "environment steps",
     "cost": "cost (samples forward)",
     "seconds": "training time (s)",

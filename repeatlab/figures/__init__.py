@@ -105,7 +105,11 @@ def style() -> Iterator[None]:
 
 
 def colour(method: str) -> Any:
-    """Return the method's colour; a method that has none of its own gets one from its name."""
+    """Return the method's colour; a method that has none of its own gets one from its name.
+
+    A comparison with it at equal data (`mechanism.SAME_DATA`) has the same.
+    """
+    method = method.removesuffix("_same_data")
     if method in COLOURS:
         return COLOURS[method]
     from seaborn import husl_palette
