@@ -29,10 +29,11 @@ from repeatlab.data import Batch, TrainStream, load_splits
 from repeatlab.loop import train
 from repeatlab.mappings import Constant
 from repeatlab.method import FreshBatches, build_mapping
+from repeatlab.models import small_cnn
 from repeatlab.records import Run, Store, StoreError, write_json
 from repeatlab.schema import parse
 from repeatlab.seeding import derive
-from repeatlab.tasks.supervised import Supervised, small_cnn
+from repeatlab.tasks.supervised import Supervised
 
 T = 23
 EVERY = 10
