@@ -240,13 +240,14 @@ class SemiSupervised(DatasetTask):
         config = self.config
         outputs = self._outputs(batch)
         supervised, unsupervised = self._losses(batch, *outputs)
-        total = supervised + config.unlabelled_weight * unsupervised
-        drivers = self._choose(supervised, unsupervised, total).detach()
+        total = supervised.add(unsupervised, alpha=config.unlabelled_weight)
+        drivers = self._choose(supervised, unsupervised, total)
         if weights is None:
-            report(drivers.mean())
-            self.descent(total.mean())
+            loss = total.mean()
+            report(loss if drivers is total else drivers.mean().detach())
+            self.descent(loss)
         else:
-            bounds = self._bounds(batch, *(o.detach() for o in outputs))
+            drivers, bounds = drivers.detach(), self._bounds(batch, *(o.detach() for o in outputs))
             report(drivers.mean(), drivers, bounds)
             self.descent((weights * total).mean())
         if config.ema_clock == "updates" or batch.index > self.last_index:
@@ -300,7 +301,7 @@ class SemiSupervised(DatasetTask):
         self.model.eval()
         supervised, unsupervised = self._losses(batch, *self._outputs(batch))
         self.model.train()
-        total = supervised + self.config.unlabelled_weight * unsupervised
+        total = supervised.add(unsupervised, alpha=self.config.unlabelled_weight)
         return self._choose(supervised, unsupervised, total)
 
     @torch.no_grad()
