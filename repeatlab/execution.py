@@ -7,6 +7,7 @@ waits on a worker behind another: it would be blamed for the death of that worke
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -21,8 +22,10 @@ from repeatlab.records import Store
 
 # How long Ctrl-C waits for runs to leave their checkpoints.
 LEAVE_SECONDS = 60
-# How often workers are counted that may have joined.
+# How often workers are counted that may have joined, and after how many counts without any the user
+# is told: those of this machine are back by then.
 COUNT_SECONDS = 5
+COUNTS_WITHOUT = 12
 
 
 def execute(
@@ -126,7 +129,7 @@ def spread(
     waiting, running = with_needs(configs.values()), {}
     outcomes: dict[str, str | None] = {}
     futures: dict[str, Any] = {}
-    workers, token = _workers(client), uuid4().hex
+    workers, without, token = _workers(client), 0, uuid4().hex
     how = {"limit": time_limit, "study": token}
     try:
         while waiting or running:
@@ -138,6 +141,9 @@ def spread(
             # What no worker waits for comes now, while all are at work: to ask for their number and
             # to forget the ended, whose message would hold back a submission for 10 ms.
             workers = _workers(client)
+            without = 0 if client.nthreads() else without + 1
+            if without == COUNTS_WITHOUT:
+                warnings.warn("no worker is left: the study waits for one", stacklevel=2)
             futures.clear()
             futures = _ended(running)
             ended = {run_id: _reason(future) for run_id, future in futures.items()}

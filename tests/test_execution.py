@@ -714,6 +714,27 @@ def test_runs_come_after_those_they_need_and_never_more_than_there_are_workers(a
     assert max(client.rounds) == 2
 
 
+@pytest.mark.parametrize("counts", [execution.COUNTS_WITHOUT - 1, execution.COUNTS_WITHOUT])
+def test_a_scheduler_that_stays_without_a_worker_is_told_of(monkeypatch, counts):
+    waited = []
+    monkeypatch.setattr("distributed.wait", lambda *args, **kwargs: waited.append(args))
+
+    class Alone(_Client):
+        def nthreads(self):
+            return super().nthreads() if len(waited) > counts or not waited else {}
+
+        def submit(self, *args, **how):
+            future = super().submit(*args, **how)
+            future.done = lambda: len(waited) > counts
+            return future
+
+    configs = planned(study())
+    told = pytest.warns(UserWarning, match="no worker is left: the study waits for one")
+    silent = warnings.catch_warnings(action="error")
+    with told if counts == execution.COUNTS_WITHOUT else silent:
+        assert dict(spread(configs, Alone(), "runs")) == dict.fromkeys(configs)
+
+
 def test_a_run_that_needs_a_failed_one_says_which(at_once):
     configs = planned(study(methods=CONTROLLED))
     fixed, replayed, calibrated = configs
