@@ -300,8 +300,14 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """The content of status.json; `{"status": "missing"}` where there is none."""
-        return self._json("status.json") or {"status": "missing"}
+        """The content of status.json; `{"status": "missing"}` where there is none.
+
+        A run that is done has its summary's status, whatever came to be written after it.
+        """
+        found = self._json("status.json") or {"status": "missing"}
+        if found["status"] not in ("complete", "diverged") and self.done:
+            return {"status": self.summary["status"]}
+        return found
 
     @property
     def config(self) -> dict[str, Any]:

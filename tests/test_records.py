@@ -196,6 +196,14 @@ def test_a_run_that_is_done_is_neither_interrupted_nor_failed_afterwards(tmp_pat
     assert run.done
 
 
+def test_what_is_noted_of_a_run_that_is_done_changes_nothing(tmp_path):
+    """The watch of a time limit may wake in the instant in which the run ends."""
+    run, writer = begin(Store(tmp_path))
+    writer.finish("complete", {})
+    run.note("failed", error="took longer than the time limit")
+    assert run.status == {"status": "complete"}
+
+
 def test_a_run_without_its_summary_is_still_interrupted(tmp_path, monkeypatch):
     run, writer = begin(Store(tmp_path))
     writer.updates(rows(0, 3))
