@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from repeatlab.records import StoreError, temporary_beside
+from repeatlab.files import StoreError, temporary_beside
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 _DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from repeatlab.records import Store, StoreError
+from repeatlab.files import StoreError
+from repeatlab.records import Store
 from repeatlab.schema import ConfigError, parse, read_yaml
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from threading import Lock, Timer
 from typing import Any
 
 from repeatlab.config import RunConfig
+from repeatlab.files import StoreError
 from repeatlab.libraries import import_libraries
-from repeatlab.records import Store, StoreError
+from repeatlab.records import Store
 
 TIME_LIMIT_EXIT = 124
 # Held by the job that is under way in this process, and whose study it is.

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 
 from repeatlab.figures import FULL_WIDTH, label, line, style
 from repeatlab.figures.trace import binned, png
-from repeatlab.records import Run, Store, StoreError
+from repeatlab.files import StoreError
+from repeatlab.records import Run, Store
 
 MOST_LINES = 4
 POINTS = 200  # of a line

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -19,6 +17,7 @@ from repeatlab.cost import spent_on
 from repeatlab.data_parallel import SilentWriter, Team, TeamBroken, current_team
 from repeatlab.distillation import distilled_task, teacher_runs
 from repeatlab.environment import describe, pick_device
+from repeatlab.interrupts import held_back
 from repeatlab.method import Source
 from repeatlab.prerequisites import prerequisites, source_run
 from repeatlab.records import Run, RunWriter, Store
@@ -247,33 +246,12 @@ def leave_if_stopped() -> None:
         raise Interrupted("it was stopped while another process was at the run")
 
 
-@contextmanager
-def interrupted_at_an_update() -> Iterator[None]:
-    """Let the first Ctrl-C stop the run at an update, with a checkpoint; the second, at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-    before, pressed = signal.getsignal(signal.SIGINT), False
+def interrupted_at_an_update() -> AbstractContextManager[None]:
+    """Let the first Ctrl-C stop the run at an update, with a checkpoint; the second, at once.
 
-    def stop(number: int, frame: Any) -> None:
-        nonlocal pressed
-        pressed = True
-        STOP.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    except Exception as error:
-        if pressed:
-            raise KeyboardInterrupt(str(error)) from error
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed:
-            STOP.clear()  # nobody asks the next run to stop
-    if pressed:  # too late for this run, which has come to its end
-        raise KeyboardInterrupt
+    Where it comes too late for the run, which has come to its end, it is passed on all the same.
+    """
+    return held_back(pressed=STOP.set, over=STOP.clear)  # nobody asks the next run to stop
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 from repeatlab.config import RunConfig
+from repeatlab.interrupts import held_back
 
 # Dask gives up a local worker that is absent at this time after its end; its nanny never does.
 NEVER = "1000 days"
@@ -136,7 +136,8 @@ def local_client(workers: int) -> Iterator[Any]:
         "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
     }
     with dask.config.set(settings), ExitStack() as opened:
-        with _interrupted_afterwards():
+        # A cluster whose start is broken off cannot be closed: in a notebook its processes stay.
+        with held_back():
             cluster = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
@@ -150,31 +151,6 @@ def local_client(workers: int) -> Iterator[Any]:
             )
             client = opened.enter_context(Client(opened.enter_context(cluster)))
         yield client
-
-
-@contextmanager
-def _interrupted_afterwards() -> Iterator[None]:
-    """Hold back a first Ctrl-C: a cluster whose start is broken off cannot be closed any more.
-
-    In a notebook its processes would stay. The second is not held back.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-    before, pressed = signal.getsignal(signal.SIGINT), False
-
-    def wait(number: int, frame: Any) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, wait)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 def dask_setup(worker: Any) -> None:

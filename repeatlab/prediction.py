@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from repeatlab.cost import CostModel
-from repeatlab.records import Run, Store, StoreError, write_json
+from repeatlab.files import StoreError, write_json
+from repeatlab.records import Run, Store
 
 REPEATS = 4  # N of the loops that are set against those at N = 1
 PRESAMPLE = 3  # p of the loops with importance sampling

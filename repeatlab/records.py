@@ -16,10 +16,7 @@ A run without summary.json is not done. Its streams are readable up to their las
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,9 +29,19 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
+from repeatlab.files import (
+    StoreError,
+    not_written,
+    read_json,
+    remove_temporaries,
+    replacing,
+    safe_name,
+    write_json,
+    writing,
+)
 from repeatlab.html_view import rows_table, small_curve
+from repeatlab.locks import hold, is_held
 
 UPDATES = pa.schema(
     {
@@ -47,74 +54,6 @@ UPDATES = pa.schema(
         "seconds": pa.float64(),
     }
 )
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# What `temporary_beside` makes of a run's files; earlier versions ended the names in a process id.
-_TEMPORARY = re.compile(r"\.(checkpoint|[\w-]+\.(arrow|json|parquet|pt))\.([0-9a-f]{16}|\d+)")
-
-
-class StoreError(RuntimeError):
-    """The run store cannot be read or written; the message names the file."""
-
-
-def safe_name(what: str, name: str) -> str:
-    """Return `name` if it can name a file inside its directory.
-
-    Raises:
-        ValueError: it holds anything but letters, digits, '.', '_' and '-'.
-    """
-    if not _SAFE_NAME.fullmatch(name):
-        raise ValueError(
-            f"the {what} {name!r} must consist of letters, digits, '.', '_' and '-', and begin "
-            "with a letter or digit"
-        )
-    return name
-
-
-def temporary_beside(path: Path) -> Path:
-    """Return a name beside `path` that nobody else has: process ids are equal in two containers."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-
-
-def remove_temporaries(directory: Path) -> None:
-    """Delete what killed processes were writing in a run's directory; its lock is to be held."""
-    for path in directory.glob(".*"):
-        if _TEMPORARY.fullmatch(path.name):
-            with suppress(OSError):
-                path.unlink()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name of a file beside `path` that takes its place once it is written.
-
-    Raises:
-        StoreError: it cannot be written; what is at `path` stays as it is.
-    """
-    temporary = temporary_beside(path)
-    try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _not_written(path, error) from error
-        raise
-
-
-def _not_written(path: Path, error: OSError) -> StoreError:
-    return StoreError(f"{path} cannot be written: {error.strerror or error}")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` to `path` in one step: readers see the old file or the new one, never half.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    text = json.dumps(data, indent=1) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 class Store:
@@ -145,7 +84,7 @@ class Store:
         try:
             run.path.mkdir(parents=True)
         except OSError as error:
-            raise _not_written(run.path, error) from None
+            raise not_written(run.path, error) from None
         write_json(run.path / "config.json", config)
         write_json(run.path / "environment.json", {**environment, "attempts": attempts})
         return RunWriter(run.path)
@@ -185,31 +124,12 @@ class Store:
         Raises:
             StoreError: the lock cannot be made.
         """
-        path = run.path.with_name(f".{run.path.name}.lock")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)
-            while not _acquired(lock):
-                waiting()
-        except OSError as error:
-            raise StoreError(f"{path} cannot be locked: {error.strerror}") from None
-        try:
+        with hold(_lock_file(run), waiting=waiting):
             yield
-        finally:
-            lock.release()
 
     def is_locked(self, run: Run) -> bool:
         """Whether a process is at `run` now."""
-        path = run.path.with_name(f".{run.path.name}.lock")
-        if not path.exists():
-            return False
-        try:
-            with FileLock(path, timeout=0):
-                return False
-        except Timeout:
-            return True
-        except OSError:  # it may not be written, as FileLock asks
-            return _is_held(path)
+        return is_held(_lock_file(run))
 
     def check_writable(self) -> None:
         """Make the root directory if needed.
@@ -233,7 +153,7 @@ class Store:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _not_written(directory, error) from None
+            raise not_written(directory, error) from None
         write_json(directory / f"{safe_name('study', name)}.json", study)
 
     def read_study(self, name: str) -> dict[str, Any]:
@@ -249,42 +169,12 @@ class Store:
                 f"{self.root} holds no study '{name}' (it holds: {', '.join(known) or 'none'}); "
                 "run the task's notebook, or `repeatlab run` with the parameters of that study"
             )
-        return _read_json(path)
+        return read_json(path)
 
 
-def _acquired(lock: FileLock) -> bool:
-    """Wait a moment for a lock; whether this process has it now."""
-    try:
-        lock.acquire(timeout=0.2)
-    except Timeout:
-        return False
-    return True
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a process holds a lock that this one can at most read; no, where it cannot."""
-    try:
-        import fcntl
-
-        handle = os.open(path, os.O_RDONLY)
-    except (ImportError, OSError):  # not Unix, or unreadable
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # what systems call it
-        return True
-    except OSError:
-        return False  # no locks on this file system
-    finally:
-        os.close(handle)
-    return False
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged: {error}") from None
+def _lock_file(run: Run) -> Path:
+    """Return the file of a run's lock, beside its directory, which a fresh attempt empties."""
+    return run.path.with_name(f".{run.path.name}.lock")
 
 
 @dataclass(frozen=True)
@@ -358,7 +248,7 @@ class Run:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def table(self, name: str) -> pa.Table:
         """Return "updates", "evals" or "sampler" as an Arrow table.
@@ -409,14 +299,6 @@ def read_stream(path: Path) -> pa.Table:
     return pa.Table.from_batches(batches)
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _not_written(path, error) from error
-
-
 class RunWriter:
     """Writes one run: streams while it trains, Parquet and summary.json when it is done.
 
@@ -461,7 +343,7 @@ class RunWriter:
         names = list(self._streams)
         for name in names:
             stream = self.path / f"{name}.arrow"
-            with _writing(stream):
+            with writing(stream):
                 self._close(name)
             table = read_stream(stream)
             if len(table) != self._rows[name]:
@@ -481,7 +363,7 @@ class RunWriter:
     def synced(self) -> dict[str, int]:
         """Make what was appended durable, and return how many rows each table has."""
         for name, stream in self._files.items():
-            with _writing(self.path / f"{name}.arrow"):
+            with writing(self.path / f"{name}.arrow"):
                 os.fsync(stream.fileno())
         return dict(self._rows)
 
@@ -508,7 +390,7 @@ class RunWriter:
             self._set_status(status, **details)
 
     def _append(self, name: str, table: pa.Table) -> None:
-        with _writing(self.path / f"{name}.arrow"):
+        with writing(self.path / f"{name}.arrow"):
             if name not in self._streams:
                 self._open(name, table.schema, self.path / f"{name}.arrow")
             self._streams[name].write_table(table)

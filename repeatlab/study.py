@@ -26,9 +26,10 @@ from repeatlab.config import (
 )
 from repeatlab.environment import commit
 from repeatlab.execution import execute
+from repeatlab.files import StoreError, safe_name
 from repeatlab.html_view import rows_table
 from repeatlab.places import Places
-from repeatlab.records import Run, Store, StoreError, safe_name
+from repeatlab.records import Run, Store
 from repeatlab.schema import Model, did_you_mean, parse
 from repeatlab.tasks import TaskConfig
 

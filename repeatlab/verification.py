@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from repeatlab.files import StoreError
 from repeatlab.prediction import with_prediction
-from repeatlab.records import UPDATES, Run, Store, StoreError
+from repeatlab.records import UPDATES, Run, Store
 
 # In the order of a table: what is there, what is on its way, what is not.
 STATES = ("complete", "diverged", "running", "interrupted", "failed", "missing")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from repeatlab.checkpoint import digest
-from repeatlab.records import Run, StoreError, temporary_beside
+from repeatlab.files import StoreError, temporary_beside
+from repeatlab.records import Run
 
 # Of one network, as its `load_state_dict` takes them.
 Weights = dict[str, Tensor]

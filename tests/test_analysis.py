@@ -18,7 +18,8 @@ from repeatlab.analysis import (
     target_summary,
     to_target,
 )
-from repeatlab.records import Store, StoreError
+from repeatlab.files import StoreError
+from repeatlab.records import Store
 
 
 def _evals(values: dict[tuple[str, int], list[float]], x=None) -> pd.DataFrame:

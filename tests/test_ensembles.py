@@ -17,9 +17,10 @@ from repeatlab.config import RunConfig
 from repeatlab.data import load_splits
 from repeatlab.data.augment import normalize
 from repeatlab.ensembles import Member, evaluate, of_checkpoints, of_seeds
+from repeatlab.files import StoreError
 from repeatlab.loop import train
 from repeatlab.models import small_cnn
-from repeatlab.records import Run, StoreError
+from repeatlab.records import Run
 from repeatlab.schema import parse
 from repeatlab.tasks import TASKS
 

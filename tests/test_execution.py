@@ -25,12 +25,13 @@ import yaml
 
 from repeatlab import checkpoint, execution, jobs, libraries, loop, places
 from repeatlab.execution import execute, spread, with_needs
+from repeatlab.files import StoreError
 from repeatlab.jobs import RunFailed
 from repeatlab.libraries import LIBRARIES
 from repeatlab.lockstep import train_group
 from repeatlab.loop import train
 from repeatlab.places import Places, gpu_of, local_client
-from repeatlab.records import Store, StoreError
+from repeatlab.records import Store
 from repeatlab.study import Study, StudyError, run_studies
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training import STOP

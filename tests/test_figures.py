@@ -45,8 +45,9 @@ from repeatlab.figures.convergence import (
 from repeatlab.figures.intervals import interval_rows
 from repeatlab.figures.smoothness import roughness, roughness_of_tasks, total_variation
 from repeatlab.figures.views import look_at, stack
+from repeatlab.files import write_json
 from repeatlab.pairs import PAIR_COLUMNS
-from repeatlab.records import UPDATES, Store, write_json
+from repeatlab.records import UPDATES, Store
 from repeatlab.schema import read_yaml
 from repeatlab.target_times import algoperf_scores, kaplan_meier, performance_profile
 

@@ -8,8 +8,9 @@ from threading import Event
 import numpy as np
 import pytest
 
+from repeatlab.files import StoreError
 from repeatlab.live import Progress, live, picture, progress
-from repeatlab.records import Store, StoreError
+from repeatlab.records import Store
 
 PATIENCE = 30  # seconds before a test gives up
 

@@ -26,11 +26,12 @@ from repeatlab import environment, loop, training
 from repeatlab.checkpoint import digest
 from repeatlab.config import RunConfig
 from repeatlab.data import Batch, TrainStream, load_splits
+from repeatlab.files import StoreError, write_json
 from repeatlab.loop import train
 from repeatlab.mappings import Constant
 from repeatlab.method import FreshBatches, build_mapping
 from repeatlab.models import small_cnn
-from repeatlab.records import Run, Store, StoreError, write_json
+from repeatlab.records import Run, Store
 from repeatlab.schema import parse
 from repeatlab.seeding import derive
 from repeatlab.tasks.supervised import Supervised

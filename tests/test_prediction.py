@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repeatlab.cost import tau_threshold
+from repeatlab.files import StoreError
 from repeatlab.prediction import (
     Measurement,
     measurement_key,
@@ -23,7 +24,7 @@ from repeatlab.prediction import (
     with_prediction,
     write_measurement,
 )
-from repeatlab.records import Store, StoreError
+from repeatlab.records import Store
 
 TASK = {"name": "supervised", "lr": 0.1, "batch_size": 10}
 LONG = {  # an update of 100 ms, 20 ms of data

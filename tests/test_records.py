@@ -13,16 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from repeatlab.records import (
-    UPDATES,
-    Run,
-    RunWriter,
-    Store,
-    StoreError,
-    read_stream,
-    replacing,
-    write_json,
-)
+from repeatlab.files import StoreError, replacing, write_json
+from repeatlab.records import UPDATES, Run, RunWriter, Store, read_stream
 
 LEDGER = {"updates": 5, "fresh_batches": 3, "seconds": 1.5}
 
@@ -117,20 +109,25 @@ def test_columns_that_are_missing_or_do_not_fit_are_refused(tmp_path):
         writer.updates(rows(0, 3) | {"repeat": np.array([0.5, 0.0, 0.0])})
 
 
+def kill_before_the_summary(writer, monkeypatch) -> None:
+    """End a run, as far as it comes before its last file is written."""
+
+    def killed(path, data):
+        if path.name == "summary.json":
+            raise KeyboardInterrupt
+        write_json(path, data)
+
+    monkeypatch.setattr("repeatlab.records.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.finish("complete", {})
+
+
 def test_only_the_summary_marks_a_run_as_done(tmp_path, monkeypatch):
     run, writer = begin(Store(tmp_path))
     assert not run.done
     writer.updates(rows(0, 3))
     writer.evals(3, {"train": {"loss": 1.0}}, LEDGER)
-
-    def killed_before_the_summary(path, data):
-        if path.name == "summary.json":
-            raise KeyboardInterrupt
-        write_json(path, data)
-
-    monkeypatch.setattr("repeatlab.records.write_json", killed_before_the_summary)
-    with pytest.raises(KeyboardInterrupt):
-        writer.finish("complete", {})
+    kill_before_the_summary(writer, monkeypatch)
     assert run.status == {"status": "complete"}
     assert not run.done
     assert run.summary == {}
@@ -252,15 +249,7 @@ def test_what_was_left_half_written_is_gone_before_a_run_is_done(tmp_path, monke
     run, writer = begin(Store(tmp_path))
     writer.updates(rows(0, 4))
     leave(run)
-
-    def killed_before_the_summary(path, data):
-        if path.name == "summary.json":
-            raise KeyboardInterrupt
-        write_json(path, data)
-
-    monkeypatch.setattr("repeatlab.records.write_json", killed_before_the_summary)
-    with pytest.raises(KeyboardInterrupt):
-        writer.finish("complete", {})
+    kill_before_the_summary(writer, monkeypatch)
     found = {path.name for path in run.path.iterdir()}
     assert found & {*LEFT, *KEPT} == set(KEPT)
 

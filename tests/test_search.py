@@ -18,8 +18,9 @@ from repeatlab import tasks
 from repeatlab.cli import ROOT, main
 from repeatlab.config import RunConfig
 from repeatlab.cost import Ledger
+from repeatlab.files import StoreError
 from repeatlab.loop import train
-from repeatlab.records import Store, StoreError
+from repeatlab.records import Store
 from repeatlab.schema import ConfigError, parse, read_yaml
 from repeatlab.search import Choices, Range, Search, SearchReport, Trial, run_search
 from repeatlab.search.report import cost_of

@@ -21,8 +21,9 @@ from test_resume import same_record
 
 import repeatlab
 from repeatlab import checkpoint, loop
+from repeatlab.files import StoreError, write_json
 from repeatlab.loop import train
-from repeatlab.records import UPDATES, RunWriter, Store, StoreError, read_stream, write_json
+from repeatlab.records import UPDATES, RunWriter, Store, read_stream
 from repeatlab.study import StudyError, run_study
 from repeatlab.training import CheckpointPlan, Training
 from repeatlab.verification import damaged, run_state, study_states

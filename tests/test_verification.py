@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from repeatlab.cli import cli
-from repeatlab.records import Store, StoreError
+from repeatlab.files import StoreError
+from repeatlab.records import Store
 from repeatlab.study import run_study
 from repeatlab.verification import damaged, remove, study_states, summary_table
 

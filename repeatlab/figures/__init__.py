@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 
 from repeatlab.analysis import Records
 from repeatlab.environment import commit
-from repeatlab.records import replacing, safe_name, write_json
+from repeatlab.files import replacing, safe_name, write_json
 
 # A hue for each family of methods, from light to dark within it: hues that colour-blind readers
 # tell apart, and shades that stay apart in grey. With so many methods line style and marker differ

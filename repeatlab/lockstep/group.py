@@ -12,9 +12,10 @@ from repeatlab import loop
 from repeatlab.config import RunConfig
 from repeatlab.data import Batch, TrainStream
 from repeatlab.environment import pick_device
+from repeatlab.files import write_json
 from repeatlab.lockstep.arm import Arm
 from repeatlab.lockstep.kinds import STACKS, Stack
-from repeatlab.records import Store, write_json
+from repeatlab.records import Store
 from repeatlab.repeater import NonFiniteLoss
 from repeatlab.stopwatch import Stopwatch
 from repeatlab.tasks import Task

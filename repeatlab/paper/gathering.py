@@ -24,11 +24,12 @@ from repeatlab.environment import commit
 from repeatlab.evidence import Plan
 from repeatlab.figures import read_manifest
 from repeatlab.figures.views import Viewed, look_at
+from repeatlab.files import write_json
 from repeatlab.hypotheses import Verdict, judge, verdict_table
 from repeatlab.inference import ALPHA
 from repeatlab.pairs import Endpoint
 from repeatlab.paper.tables import every_table
-from repeatlab.records import Run, write_json
+from repeatlab.records import Run
 from repeatlab.schema import ConfigError
 
 SECTIONS = ("convergence", "efficiency", "mechanism", "adaptability", "sensitivity", "robustness")

@@ -17,10 +17,11 @@ from repeatlab.config import RECORD_VERSION, RunConfig
 from repeatlab.distillation import teacher_runs
 from repeatlab.environment import commit, pick_device
 from repeatlab.execution import spread
+from repeatlab.files import StoreError, write_json
 from repeatlab.jobs import train_job
 from repeatlab.places import local_client
 from repeatlab.prerequisites import prerequisites
-from repeatlab.records import Run, Store, StoreError, write_json
+from repeatlab.records import Run, Store
 from repeatlab.schema import ConfigError, did_you_mean
 from repeatlab.search.model import Search, describe
 from repeatlab.search.report import SearchReport, Trial, cost_of

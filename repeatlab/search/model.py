@@ -22,7 +22,7 @@ from repeatlab.config import (
     RunConfig,
     TaskChoice,
 )
-from repeatlab.records import safe_name
+from repeatlab.files import safe_name
 from repeatlab.schema import ConfigError, Model, choice, parse
 from repeatlab.search.space import Dimension, Point, Range
 from repeatlab.search.strategies import STRATEGIES
