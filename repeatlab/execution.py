@@ -88,7 +88,7 @@ def _in_step(
         if run_id not in apart and not store.run(config.task.name, run_id).done
     ]
     token = uuid4().hex
-    for round_ in groups(missing, workers=_workers(client) if client else 1):
+    for round_ in groups(missing, workers=max(1, len(client.nthreads())) if client else 1):
         jobs = [[config.to_json() for config in group] for group in round_]
         if client is None:
             for job in jobs:
@@ -129,19 +129,20 @@ def spread(
     waiting, running = with_needs(configs.values()), {}
     outcomes: dict[str, str | None] = {}
     futures: dict[str, Any] = {}
-    workers, without, token = _workers(client), 0, uuid4().hex
+    workers, without, token = len(client.nthreads()), 0, uuid4().hex
     how = {"limit": time_limit, "study": token}
     try:
         while waiting or running:
-            for run_id in _next(waiting, outcomes, room=workers - len(running)):
+            # One at least, which waits for the first worker.
+            for run_id in _next(waiting, outcomes, room=max(1, workers) - len(running)):
                 config = waiting.pop(run_id).to_json()
                 # A key of this call's own: another study's job may have another store.
                 key = f"run-{run_id}-{token}"
                 running[run_id] = client.submit(run_job, config, root, key=key, **how)
             # What no worker waits for comes now, while all are at work: to ask for their number and
             # to forget the ended, whose message would hold back a submission for 10 ms.
-            workers = _workers(client)
-            without = 0 if client.nthreads() else without + 1
+            workers = len(client.nthreads())
+            without = 0 if workers else without + 1
             if without == COUNTS_WITHOUT:
                 warnings.warn("no worker is left: the study waits for one", stacklevel=2)
             futures.clear()
@@ -154,11 +155,6 @@ def spread(
     except (KeyboardInterrupt, GeneratorExit):  # the latter: it was pressed where this is read
         _leave(client, token, list(running.values()))
         raise
-
-
-def _workers(client: Any) -> int:
-    """Return how many runs can be under way: one at least, which waits for the first worker."""
-    return max(1, len(client.nthreads()))
 
 
 def _next(

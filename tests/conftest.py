@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
 
+from repeatlab.schema import ConfigError
 from repeatlab.study import Study
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test presses it in.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def refused():
+    """Return a function that sees a task's sizes refused: by its configuration and by itself."""
+
+    def check(config, kind, message: str) -> None:
+        for attempt in (config.prepare, lambda: kind(config, seed=0, device="cpu")):
+            with pytest.raises(ConfigError, match=re.escape(message)):
+                attempt()
+
+    return check
 
 
 @pytest.fixture
