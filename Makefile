@@ -1,5 +1,5 @@
 # Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
-.PHONY: figures readme test notebooks test-browser bench bench-tasks lab api
+.PHONY: figures readme test notebooks test-browser bench bench-tasks lab api lines
 .DEFAULT_GOAL := figures
 SHELL := /bin/bash
 
@@ -52,6 +52,10 @@ api: $(BIN)/pdoc
 
 $(BIN)/pdoc: | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+
+# Lines of code by wing, and which wing imports which.
+lines:
+	python3 tests/wings.py
 
 lab: $(STAMP)
 	JUPYTER_CONFIG_PATH="$(CURDIR)/etc/jupyter" $(BIN)/jupyter lab --notebook-dir . \

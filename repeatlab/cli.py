@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from repeatlab.files import StoreError
-from repeatlab.records import Store
-from repeatlab.schema import ConfigError, parse, read_yaml
+from repeatlab.core.files import StoreError
+from repeatlab.core.schema import ConfigError, parse, read_yaml
+from repeatlab.store.records import Store
 
 if TYPE_CHECKING:
-    from repeatlab.study import Study
+    from repeatlab.studies.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = click.option(
@@ -46,7 +46,7 @@ def figures(notebooks: tuple[str, ...], profile: str, runs: Path, figures: Path)
 
     Runs that the store has are not trained again.
     """
-    from repeatlab.batch import execute_profile
+    from repeatlab.report.notebooks import execute_profile
 
     places = {"root": ROOT, "runs": runs, "figures": figures}
     names = execute_profile(profile, **places, only=notebooks, echo=click.echo)
@@ -69,8 +69,8 @@ def figures(notebooks: tuple[str, ...], profile: str, runs: Path, figures: Path)
 @click.option("--pages", is_flag=True, help="Write each page as PNG, too.")
 def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> None:
     """Build the paper as a PDF from what store and figures hold; what is missing shows as such."""
-    from repeatlab.batch import read_profile
-    from repeatlab.paper import gather, typeset
+    from repeatlab.report.notebooks import read_profile
+    from repeatlab.report.paper import gather, typeset
 
     jobs = [job for job in read_profile(profile, ROOT) if job.source.stem == "paper"]
     if not jobs:
@@ -100,8 +100,8 @@ def run(parameters: tuple[Path, ...], runs: Path, **places: Any) -> None:
 
     Started by torchrun, every run is trained by all of its processes, which share the batches.
     """
-    from repeatlab.places import Places
-    from repeatlab.study import run_studies
+    from repeatlab.studies.cluster import Places
+    from repeatlab.studies.study import run_studies
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if any(places[name] is not None for name in ("workers", "scheduler", "time_limit")):
@@ -114,10 +114,10 @@ def run(parameters: tuple[Path, ...], runs: Path, **places: Any) -> None:
 
 def _run_shared(parameters: tuple[Path, ...], runs: Path) -> None:
     """Make the runs of studies as one of the processes that torchrun has started."""
-    from repeatlab.data_parallel import TeamBroken, process_group
-    from repeatlab.loop import together
-    from repeatlab.places import Places
-    from repeatlab.study import run_studies
+    from repeatlab.studies.cluster import Places
+    from repeatlab.studies.study import run_studies
+    from repeatlab.training.data_parallel import TeamBroken, process_group
+    from repeatlab.training.loop import together
 
     studies = _read_studies(parameters, processes=int(os.environ["WORLD_SIZE"]))
     with process_group():
@@ -143,7 +143,7 @@ def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
     """Show how far the studies of a store are: all of them, or those named."""
     import pandas as pd
 
-    from repeatlab.verification import study_states, summary_table, timed_states
+    from repeatlab.studies.verification import study_states, summary_table, timed_states
 
     store = Store(runs)
     names = list(studies) or sorted(p.stem for p in (runs / "studies").glob("*.json"))
@@ -170,7 +170,7 @@ def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
 @click.option("--remove", is_flag=True, help="Delete damaged runs, so that they are made again.")
 def verify(runs: Path, remove: bool) -> None:
     """Read every run of a store that is done, and name those that are damaged."""
-    from repeatlab import verification
+    from repeatlab.studies import verification
 
     if not runs.is_dir():
         raise StoreError(f"{runs} is not there: name the run store with --runs")
@@ -187,8 +187,8 @@ def verify(runs: Path, remove: bool) -> None:
 
 def _read_studies(paths: Iterable[Path], **fields: Any) -> list[Study]:
     """Return the studies of parameter files, with `fields` where they say nothing of them."""
-    from repeatlab.batch import read_job
-    from repeatlab.study import Study
+    from repeatlab.report.notebooks import read_job
+    from repeatlab.studies.study import Study
 
     studies = []
     for path in paths:
@@ -210,9 +210,9 @@ def measure(parameters: tuple[Path, ...], runs: Path) -> None:
 
     Afterwards tables can show predicted beside measured training time.
     """
-    from repeatlab.batch import read_profile
-    from repeatlab.measure import measure
-    from repeatlab.prediction import measurement_table, write_measurement
+    from repeatlab.report.notebooks import read_profile
+    from repeatlab.studies.diagnostics.measure import measure
+    from repeatlab.studies.diagnostics.prediction import measurement_table, write_measurement
 
     if not parameters:
         jobs = read_profile("quick", ROOT)
@@ -242,7 +242,7 @@ def measure(parameters: tuple[Path, ...], runs: Path) -> None:
 @click.option("--workers", type=click.IntRange(min=0), help="Processes; 0 trains in this one.")
 def search(parameters: Path, runs: Path, workers: int | None) -> None:
     """Search the hyperparameters of a file in params/search on the validation split."""
-    from repeatlab.search import Search, run_search
+    from repeatlab.studies.search import Search, run_search
 
     content = read_yaml(parameters)
     if "notebook" in content:
@@ -282,8 +282,8 @@ def ensemble(
     study: str, kind: str, network: str | None, split: str, runs: Path, **arm: Any
 ) -> None:
     """Evaluate ensembles of networks that a study's runs have kept, beside the single ones."""
-    from repeatlab import ensembles
-    from repeatlab.environment import pick_device
+    from repeatlab.core.environment import pick_device
+    from repeatlab.training import ensembles
 
     if kind == "ema" and network:
         raise click.UsageError("--of ema has both networks: leave --network out")
@@ -309,7 +309,7 @@ def check(task: str, dataset: str | None) -> None:
 
     Exit status 1 if a check fails.
     """
-    from repeatlab.checks import check
+    from repeatlab.studies.checks import check
 
     chosen: dict[str, Any] = {"": {"name": task} | ({"dataset": dataset} if dataset else {})}
     if Path(task).suffix == ".yaml":
@@ -327,8 +327,8 @@ def check(task: str, dataset: str | None) -> None:
 
 def main() -> None:
     """Run the command line: exit status 2 for a wrong input, 1 for runs that failed."""
-    from repeatlab.batch import NotebookError
-    from repeatlab.study import StudyError
+    from repeatlab.report.notebooks import NotebookError
+    from repeatlab.studies.study import StudyError
 
     try:
         cli()

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from repeatlab.schema import ConfigError
-from repeatlab.study import Study
+from repeatlab.core.schema import ConfigError
+from repeatlab.studies.study import Study
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test presses it in.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

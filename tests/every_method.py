@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import get_args
 
-from repeatlab.config import Control, RunConfig
-from repeatlab.schema import parse
+from repeatlab.core.schema import parse
 from repeatlab.tasks import TASKS
+from repeatlab.training.config import Control, RunConfig
 
 UPDATES = 7
 METHODS = {

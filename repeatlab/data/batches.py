@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from repeatlab.core.seeding import generator
 from repeatlab.data.augment import crop_flip, crop_flip_draws, normalize, random_crop_flip
 from repeatlab.data.datasets import ImageSet
-from repeatlab.seeding import generator
 
 
 class Batch(NamedTuple):

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repeatlab.core.seeding import generator
 from repeatlab.data import sources, stl10
-from repeatlab.seeding import generator
 
 SPLIT_SEED = 0  # of the one split that all runs share
 

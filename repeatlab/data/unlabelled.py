@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repeatlab.core.seeding import generator
 from repeatlab.data.datasets import ImageSet
-from repeatlab.seeding import generator
 
 
 def labelled_subset(data: ImageSet, labels: int | None, split_seed: int) -> ImageSet:

@@ -22,9 +22,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from repeatlab.analysis import Records
-from repeatlab.environment import commit
-from repeatlab.files import replacing, safe_name, write_json
+from repeatlab.analysis.frames import Records
+from repeatlab.core.environment import commit
+from repeatlab.core.files import replacing, safe_name, write_json
 
 # A hue for each family of methods, from light to dark within it: hues that colour-blind readers
 # tell apart, and shades that stay apart in grey. With so many methods line style and marker differ

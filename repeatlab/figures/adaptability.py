@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
-from repeatlab.analysis import Records
+from repeatlab.analysis.frames import Records
 from repeatlab.figures import (
     FULL_WIDTH,
     colour,
@@ -32,7 +32,7 @@ from repeatlab.figures import (
     style,
 )
 from repeatlab.figures.intervals import interval_rows
-from repeatlab.records import Run
+from repeatlab.store.records import Run
 
 FAR = 3.0  # standard deviations at which the colours end
 SHADES = "PuOr"  # violet is better, orange worse: colour-blind safe

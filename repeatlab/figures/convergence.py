@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from repeatlab.analysis import AXES
+from repeatlab.analysis.frames import AXES
 from repeatlab.figures import (
     FULL_WIDTH,
     colour,

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from repeatlab.analysis.echo import LOADERS
 from repeatlab.cost import (
     CostModel,
     break_even_keep,
@@ -15,7 +16,6 @@ from repeatlab.cost import (
     cost_ratio,
     tau_threshold,
 )
-from repeatlab.echo import LOADERS
 from repeatlab.figures import COLOURS, FULL_WIDTH, colour, label, marker, style
 
 MOST_REPEATS = 8
@@ -75,8 +75,8 @@ def predictions(runs: pd.DataFrame) -> Figure:
     """Draw measured against predicted training time, a point for each run.
 
     Args:
-        runs: Rows with `method`, `seconds` and `predicted_seconds`, as
-            `repeatlab.prediction.with_prediction` returns them; without a prediction, no point.
+        runs: Rows with `method`, `seconds` and `predicted_seconds`, as `with_prediction` of
+            `repeatlab.studies.diagnostics.prediction` returns them; without one, no point.
     """
     rows = runs.dropna(subset=["seconds", "predicted_seconds"])
     with style():

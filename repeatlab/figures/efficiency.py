@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from repeatlab.analysis import (
+from repeatlab.analysis.frames import (
     AXES,
     LOWER_IS_BETTER,
     RUN_KEYS,
@@ -36,7 +36,7 @@ from repeatlab.figures import (
     style,
 )
 from repeatlab.figures.intervals import interval_rows
-from repeatlab.records import Run
+from repeatlab.store.records import Run
 
 # Axis -> what is held equal, in a title's few words.
 EQUAL = {

@@ -1,6 +1,6 @@
 """What repetition did inside the runs: N and the loss, what a repeat changes, what time explains.
 
-Never imports torch. The frames come from `repeatlab.mechanism`.
+Never imports torch. The frames come from `repeatlab.analysis.mechanism`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How results hang on settings: t, N_max, learning rate, batch size, label noise. No torch.
 
-The frames come from `repeatlab.sensitivity` and `repeatlab.comparison`.
+The frames come from `repeatlab.analysis.sensitivity` and `repeatlab.analysis.comparison`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from repeatlab.analysis import mean_interval
+from repeatlab.analysis.frames import mean_interval
 from repeatlab.figures import FULL_WIDTH, colour, in_order, label, line, marker, said_n, style
 
 GREY = "#777777"

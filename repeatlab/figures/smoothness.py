@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repeatlab.analysis import Records, mean_interval
+from repeatlab.analysis.frames import Records, mean_interval
 from repeatlab.figures import COLOURS, FULL_WIDTH, in_order, said_n, style
 from repeatlab.figures.intervals import interval_rows
-from repeatlab.records import Run
+from repeatlab.store.records import Run
 
 
 def roughness(records: Records, *, window: int = 20) -> pd.DataFrame:

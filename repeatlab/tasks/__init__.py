@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 
-from repeatlab.schema import Model
+from repeatlab.core.schema import Model
 
 if TYPE_CHECKING:
     import numpy as np

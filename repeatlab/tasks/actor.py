@@ -10,9 +10,9 @@ import gymnasium
 import numpy as np
 import torch
 
-from repeatlab.replay import ReplayBuffer
-from repeatlab.seeding import EndlessDraws, derive
+from repeatlab.core.seeding import EndlessDraws, derive
 from repeatlab.tasks.greedy_episodes import ENVIRONMENT
+from repeatlab.tasks.replay_buffer import ReplayBuffer
 
 if TYPE_CHECKING:
     from repeatlab.tasks.reinforcement import ReinforcementConfig

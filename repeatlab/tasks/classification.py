@@ -12,10 +12,10 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repeatlab.core.seeding import derive, generator
 from repeatlab.data import Batch, ImageSet, Splits, TrainStream, load_splits
-from repeatlab.models import build_encoder
-from repeatlab.seeding import derive, generator
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
+from repeatlab.tasks.models import build_encoder
 from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, chosen
 from repeatlab.tasks.supervised import AUGMENTATION
 

@@ -42,9 +42,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from repeatlab.core.schema import ConfigError
 from repeatlab.data import Batch, ImageSet, Splits
-from repeatlab.retrieval import retrieval
-from repeatlab.schema import ConfigError
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
@@ -56,6 +55,7 @@ from repeatlab.tasks.classification import (
 from repeatlab.tasks.dataset import check_batch_size
 from repeatlab.tasks.learner import Learner, encode
 from repeatlab.tasks.pretraining import PretrainingConfig, pretrained
+from repeatlab.tasks.retrieval import retrieval
 
 
 class ContinualConfig(ClassifierConfig):

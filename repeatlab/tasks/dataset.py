@@ -9,9 +9,9 @@ from pydantic import field_validator
 from torch import Tensor
 from torch.nn import functional
 
+from repeatlab.core.schema import ConfigError, did_you_mean
 from repeatlab.data import DATASETS, ImageSet, Splits, TrainStream, gather, load_splits
 from repeatlab.data.unlabelled import labelled_subset
-from repeatlab.schema import ConfigError, did_you_mean
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.optimization import Descent
 

@@ -41,11 +41,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
+from repeatlab.core.seeding import derive, generator
 from repeatlab.data import Batch, ImageSet, TrainStream, iter_batches, load_splits
-from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
-from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
+from repeatlab.tasks.fid import Extractor, Fid, as_pictures, prepare, to_uint8
 from repeatlab.tasks.optimization import (
     Descent,
     OptimizationConfig,
@@ -76,7 +76,7 @@ class GenerativeConfig(DatasetTaskConfig, OptimizationConfig):
     redraw_noise: bool = True
     """Whether a repeat draws z anew; otherwise it is a function of (seed, fresh batch)."""
     extractor: Extractor = "classifier"
-    """Whose features FID is taken in; see `repeatlab.fid`."""
+    """Whose features FID is taken in; see `repeatlab.tasks.fid`."""
     fid_samples: Annotated[int, Field(ge=2)] = 1000
     """How many images are generated for FID."""
 

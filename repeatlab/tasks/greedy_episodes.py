@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repeatlab.replay import Transitions, whole_episodes
-from repeatlab.seeding import derive
+from repeatlab.core.seeding import derive
+from repeatlab.tasks.replay_buffer import Transitions, whole_episodes
 
 if TYPE_CHECKING:
     from repeatlab.tasks.reinforcement import ReinforcementConfig

@@ -31,7 +31,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from repeatlab.schema import Choice, choices, named
+from repeatlab.core.schema import Choice, choices, named
 from repeatlab.tasks.precision import Precision, PrecisionConfig
 
 N = TypeVar("N", bound=nn.Module)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from repeatlab.schema import Model
+from repeatlab.core.schema import Model
 
 
 class PrecisionConfig(Model):

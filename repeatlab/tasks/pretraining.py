@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repeatlab.core.schema import Model
+from repeatlab.core.seeding import derive
 from repeatlab.data import load_splits
-from repeatlab.schema import Model
-from repeatlab.seeding import derive
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     make_classifier,

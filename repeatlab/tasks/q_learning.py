@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from repeatlab.replay import Transitions
+from repeatlab.tasks.replay_buffer import Transitions
 
 
 def double_q_targets(batch: Transitions, next_values: Tensor, later: Tensor) -> Tensor:

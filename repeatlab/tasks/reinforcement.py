@@ -50,15 +50,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
+from repeatlab.core.seeding import EndlessDraws, derive, generator
 from repeatlab.data import gather
-from repeatlab.replay import Transitions
-from repeatlab.seeding import EndlessDraws, derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.actor import Actor
 from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
 from repeatlab.tasks.optimization import Descent, OptimizationConfig, OptimizerChoice, chosen
 from repeatlab.tasks.precision import Precision, place
 from repeatlab.tasks.q_learning import double_q_targets, greedy, huber_bounds, q_network, taken
+from repeatlab.tasks.replay_buffer import Transitions
 
 PROBED_TRANSITIONS = 1000
 

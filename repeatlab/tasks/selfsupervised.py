@@ -43,14 +43,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repeatlab.core.seeding import derive, generator
 from repeatlab.data import ImageSet, TrainStream, iter_batches, load_splits
 from repeatlab.data.augment import normalize
 from repeatlab.data.views import ContrastiveViews
-from repeatlab.models import build_encoder
-from repeatlab.retrieval import retrieval
-from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
+from repeatlab.tasks.models import build_encoder
 from repeatlab.tasks.optimization import (
     Descent,
     OptimizationConfig,
@@ -60,6 +59,7 @@ from repeatlab.tasks.optimization import (
     move_average,
 )
 from repeatlab.tasks.precision import Precision, place
+from repeatlab.tasks.retrieval import retrieval
 
 EVALUATION_BATCH = 500
 LOSS_BATCHES = 8  # batches of a split over which the evaluated loss is averaged

@@ -41,12 +41,11 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional
 
+from repeatlab.core.seeding import derive, generator
 from repeatlab.data import ImageSet, Splits, TrainStream, iter_batches, load_splits, stl10
 from repeatlab.data.augment import normalize, random_crop_flip
 from repeatlab.data.randaugment import strong_augment
 from repeatlab.data.unlabelled import EpochOrder
-from repeatlab.models import build_classifier
-from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import (
     DatasetTask,
@@ -55,6 +54,7 @@ from repeatlab.tasks.dataset import (
     cross_entropy_bounds,
     keep_labels,
 )
+from repeatlab.tasks.models import build_classifier
 from repeatlab.tasks.optimization import (
     Descent,
     OptimizationConfig,

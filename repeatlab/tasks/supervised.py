@@ -25,11 +25,11 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repeatlab.core.seeding import derive, generator
 from repeatlab.data import Batch, ImageSet, Splits, TrainStream, iter_batches, load_splits
-from repeatlab.models import build_classifier, mlp
-from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig, cross_entropy_bounds
+from repeatlab.tasks.models import build_classifier, mlp
 from repeatlab.tasks.optimization import (
     Descent,
     OptimizationConfig,

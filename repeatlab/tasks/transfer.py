@@ -26,10 +26,9 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repeatlab.core.schema import ConfigError, did_you_mean
+from repeatlab.core.seeding import derive, generator
 from repeatlab.data import DATASETS, Batch, ImageSet, Splits, load_splits
-from repeatlab.retrieval import retrieval
-from repeatlab.schema import ConfigError, did_you_mean
-from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
@@ -41,6 +40,7 @@ from repeatlab.tasks.classification import (
 from repeatlab.tasks.dataset import check_batch_size, cross_entropy_bounds, keep_labels
 from repeatlab.tasks.learner import Learner
 from repeatlab.tasks.pretraining import PretrainingConfig, pretrained
+from repeatlab.tasks.retrieval import retrieval
 
 SPLIT_SEED = 0  # which images keep their label; never the run's seed
 

@@ -30,11 +30,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repeatlab.core.seeding import derive, generator
 from repeatlab.data import Batch, TrainStream, iter_batches, load_splits
-from repeatlab.fid import Extractor, Fid, as_pictures, prepare, to_uint8
-from repeatlab.seeding import derive, generator
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
+from repeatlab.tasks.fid import Extractor, Fid, as_pictures, prepare, to_uint8
 from repeatlab.tasks.optimization import (
     Descent,
     OptimizationConfig,
@@ -66,7 +66,7 @@ class UnsupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     redraw_epsilon: bool = True
     """Whether a repeat draws epsilon anew; otherwise it is a function of (seed, fresh batch)."""
     extractor: Extractor = "classifier"
-    """Whose features FID is taken in; see `repeatlab.fid`."""
+    """Whose features FID is taken in; see `repeatlab.tasks.fid`."""
     fid_samples: Annotated[int, Field(ge=2)] = 1000
     """How many images are generated for FID."""
 

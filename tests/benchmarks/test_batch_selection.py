@@ -33,18 +33,18 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from repeatlab.analysis import mean_interval
-from repeatlab.config import RunConfig
+from repeatlab.analysis.frames import mean_interval
+from repeatlab.core.environment import processor
+from repeatlab.core.schema import parse
 from repeatlab.cost import Ledger, tau_threshold
 from repeatlab.data.sources import DIRECTORY_VARIABLE
-from repeatlab.environment import processor
 from repeatlab.figures import tau_over_time
-from repeatlab.loop import train
-from repeatlab.measure import measure
-from repeatlab.records import Run, Store
-from repeatlab.schema import parse
+from repeatlab.store.records import Run, Store
+from repeatlab.studies.diagnostics.measure import measure
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
-from repeatlab.training import Training
+from repeatlab.training.config import RunConfig
+from repeatlab.training.loop import train
+from repeatlab.training.training import Training
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS, UPDATES, BATCH = 3, 1500, 64
@@ -105,7 +105,7 @@ def backward_ratio() -> Callable[[str], float]:
         if dataset not in known:
             task = SupervisedConfig(dataset=dataset, lr=LR, batch_size=BATCH)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("repeatlab.measure.perf_counter", process_time)
+                patch.setattr("repeatlab.studies.diagnostics.measure.perf_counter", process_time)
                 known[dataset] = round(measure(task, device="cpu").sample_ratio, 2)
         return known[dataset]
 

@@ -25,16 +25,16 @@ import numpy as np
 import pytest
 
 import repeatlab
-from repeatlab.config import RunConfig
-from repeatlab.environment import processor
-from repeatlab.loop import build_task, open_run
-from repeatlab.measure import Bench
-from repeatlab.prediction import Measurement, predict
-from repeatlab.records import Run, Store
-from repeatlab.schema import ConfigError, parse, read_yaml
-from repeatlab.stopwatch import Stopwatch
-from repeatlab.training import Training
-from repeatlab.turns import Turns, train_in_turns
+from repeatlab.core.environment import processor
+from repeatlab.core.schema import ConfigError, parse, read_yaml
+from repeatlab.core.stopwatch import Stopwatch
+from repeatlab.store.records import Run, Store
+from repeatlab.studies.diagnostics.interleaving import Turns, train_in_turns
+from repeatlab.studies.diagnostics.measure import Bench
+from repeatlab.studies.diagnostics.prediction import Measurement, predict
+from repeatlab.training.config import RunConfig
+from repeatlab.training.loop import build_task, open_run
+from repeatlab.training.training import Training
 
 SIX = (
     "supervised",

@@ -26,10 +26,10 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from repeatlab.data_parallel import GradientSum, JoinedLosses, losses_with_gradients
-from repeatlab.environment import processor
-from repeatlab.mappings import Linear, Mapping, Threshold, Trace
-from repeatlab.repeater import BatchRepeater
+from repeatlab.core.environment import processor
+from repeatlab.repetition.mappings import Linear, Mapping, Threshold, Trace
+from repeatlab.repetition.repeater import BatchRepeater
+from repeatlab.training.data_parallel import GradientSum, JoinedLosses, losses_with_gradients
 
 RESULTS = Path(__file__).parent / "results" / "data_parallel.csv"
 RANKS, ROUNDS, TURN = 2, 200, 10

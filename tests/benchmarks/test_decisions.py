@@ -18,12 +18,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from repeatlab.environment import processor
-from repeatlab.evidence import Evidence, Plan
-from repeatlab.findings import Judged, adjusted, finding
-from repeatlab.hypotheses import judge
-from repeatlab.inference import bootstrap_interval, student_interval
-from repeatlab.pairs import DIVERGED, PAIRED
+from repeatlab.analysis.effects import Judged, adjusted, finding
+from repeatlab.analysis.hypotheses import judge
+from repeatlab.analysis.paired_differences import DIVERGED, PAIRED
+from repeatlab.analysis.planned_comparisons import Evidence, Plan
+from repeatlab.analysis.statistics import bootstrap_interval, student_interval
+from repeatlab.core.environment import processor
 
 RESULTS = Path(__file__).parent / "results" / "decisions.csv"
 PLAN = Plan()

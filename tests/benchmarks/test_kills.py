@@ -22,12 +22,12 @@ import pytest
 from every_method import config
 from test_resume import same_record
 
-from repeatlab import checkpoint
-from repeatlab.config import LoaderConfig, RunConfig
-from repeatlab.loop import train
-from repeatlab.records import Run, Store
+from repeatlab.store.records import Run, Store
 from repeatlab.tasks import TASKS
-from repeatlab.training import CheckpointPlan, Training
+from repeatlab.training import checkpoint
+from repeatlab.training.config import LoaderConfig, RunConfig
+from repeatlab.training.loop import train
+from repeatlab.training.training import CheckpointPlan, Training
 
 KILLS, MOST = 12, 40  # of every task: until both kinds of damage had their turn
 UPDATES = 40

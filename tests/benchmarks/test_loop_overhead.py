@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from repeatlab.mappings import ControlLimit, Linear, Quantile, ZScore
-from repeatlab.repeater import BatchRepeater
+from repeatlab.repetition.mappings import ControlLimit, Linear, Quantile, ZScore
+from repeatlab.repetition.repeater import BatchRepeater
 
 
 def in_turns(first, second, rounds):

@@ -14,10 +14,10 @@ from time import perf_counter
 import pandas as pd
 import psutil
 
-from repeatlab import execution
-from repeatlab.environment import processor
-from repeatlab.records import Store
-from repeatlab.study import Study, run_studies
+from repeatlab.core.environment import processor
+from repeatlab.store.records import Store
+from repeatlab.studies import scheduling
+from repeatlab.studies.study import Study, run_studies
 
 RUNS, WORKERS, UPDATES = 200, 2, 400
 TABLE = Path(__file__).parent / "results" / "study_overhead.csv"
@@ -47,7 +47,7 @@ def worker_memory() -> list[float]:
 
 
 def test_a_study_of_many_small_runs(tmp_path, monkeypatch, capsys):
-    spread, ends, memory = execution.spread, [], []
+    spread, ends, memory = scheduling.spread, [], []
 
     def watched(*arguments, **options):
         for outcome in spread(*arguments, **options):
@@ -56,7 +56,7 @@ def test_a_study_of_many_small_runs(tmp_path, monkeypatch, capsys):
                 memory.append(max(worker_memory()))
             yield outcome
 
-    monkeypatch.setattr("repeatlab.execution.spread", watched)
+    monkeypatch.setattr("repeatlab.studies.scheduling.spread", watched)
     study = many_runs()
     begin = perf_counter()
     report = run_studies([study], tmp_path, workers=WORKERS)

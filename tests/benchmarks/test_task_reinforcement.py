@@ -21,15 +21,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from repeatlab.analysis import mean_interval, to_target
-from repeatlab.config import RunConfig
-from repeatlab.environment import processor
-from repeatlab.loop import build_task, open_run, train
-from repeatlab.records import Store
-from repeatlab.schema import parse
-from repeatlab.stopwatch import Stopwatch
-from repeatlab.training import Training
-from repeatlab.turns import Turns, in_turns, train_in_turns
+from repeatlab.analysis.frames import mean_interval, to_target
+from repeatlab.core.environment import processor
+from repeatlab.core.schema import parse
+from repeatlab.core.stopwatch import Stopwatch
+from repeatlab.store.records import Store
+from repeatlab.studies.diagnostics.interleaving import Turns, in_turns, train_in_turns
+from repeatlab.training.config import RunConfig
+from repeatlab.training.loop import build_task, open_run, train
+from repeatlab.training.training import Training
 
 RESULTS = Path(__file__).with_name("results") / "reinforcement.csv"
 COLUMNS = ["task", "data", "scale", "arm", "metric", "n", "mean", "low", "high", "updates"]

@@ -16,13 +16,13 @@ from statistics import mean
 
 import pytest
 
-from repeatlab.analysis import mean_interval
-from repeatlab.config import RunConfig
+from repeatlab.analysis.frames import mean_interval
+from repeatlab.core.environment import processor
+from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
-from repeatlab.environment import processor
-from repeatlab.loop import train
-from repeatlab.schema import parse
 from repeatlab.tasks.selfsupervised import SelfSupervised, knn_accuracy
+from repeatlab.training.config import RunConfig
+from repeatlab.training.loop import train
 
 SEEDS = 3
 UPDATES = 2000

@@ -23,12 +23,12 @@ from statistics import mean
 
 import pytest
 
-from repeatlab.analysis import mean_interval
-from repeatlab.config import RunConfig
+from repeatlab.analysis.frames import mean_interval
+from repeatlab.core.environment import processor
+from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
-from repeatlab.environment import processor
-from repeatlab.loop import train
-from repeatlab.schema import parse
+from repeatlab.training.config import RunConfig
+from repeatlab.training.loop import train
 
 UPDATES = 8000
 SCALE = "CNN of 0.88 M parameters, bf16, B 64"

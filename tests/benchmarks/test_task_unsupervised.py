@@ -13,12 +13,12 @@ from statistics import mean
 import pandas as pd
 import pytest
 
-from repeatlab.analysis import mean_interval
-from repeatlab.config import RunConfig
+from repeatlab.analysis.frames import mean_interval
+from repeatlab.core.environment import processor
+from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
-from repeatlab.environment import processor
-from repeatlab.loop import train
-from repeatlab.schema import parse
+from repeatlab.training.config import RunConfig
+from repeatlab.training.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "unsupervised.csv"
 UPDATES, SEEDS = 2000, 3

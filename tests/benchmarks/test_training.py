@@ -15,15 +15,15 @@ from time import perf_counter
 import pytest
 from torch.nn import functional
 
-from repeatlab.checkpoint import digest
-from repeatlab.config import RunConfig
+from repeatlab.core.environment import processor
+from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
-from repeatlab.environment import processor
-from repeatlab.loop import train
-from repeatlab.records import Store
-from repeatlab.schema import parse
+from repeatlab.store.records import Store
 from repeatlab.tasks.supervised import Supervised
-from repeatlab.training import Training
+from repeatlab.training.checkpoint import digest
+from repeatlab.training.config import RunConfig
+from repeatlab.training.loop import train
+from repeatlab.training.training import Training
 
 UPDATES = 1000
 ROUNDS = 11

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.functional import softplus
 
-from repeatlab.environment import processor
+from repeatlab.core.environment import processor
 from repeatlab.tasks.generative import Generative, GenerativeConfig
 from repeatlab.tasks.reinforcement import Reinforcement, ReinforcementConfig
 from repeatlab.tasks.selfsupervised import SelfSupervised, SelfSupervisedConfig

@@ -19,12 +19,12 @@ from time import perf_counter
 import numpy as np
 import yaml
 
-from repeatlab.batch import execute_profile
 from repeatlab.cli import ROOT
+from repeatlab.core.environment import processor
+from repeatlab.core.schema import read_yaml
 from repeatlab.cost import Ledger
-from repeatlab.environment import processor
-from repeatlab.records import Store
-from repeatlab.schema import read_yaml
+from repeatlab.report.notebooks import execute_profile
+from repeatlab.store.records import Store
 
 UPDATES, EVERY, BATCH, SEEDS = 25_000, 500, 64, 8
 REPEATING = (

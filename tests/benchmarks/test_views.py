@@ -13,10 +13,10 @@ from time import perf_counter
 import torch
 from torchvision import transforms
 
+from repeatlab.core.environment import processor
+from repeatlab.core.seeding import generator
 from repeatlab.data.augment import normalize
 from repeatlab.data.views import ContrastiveViews
-from repeatlab.environment import processor
-from repeatlab.seeding import generator
 
 IMAGES = 64
 BATCHES = 4

@@ -1,0 +1,1 @@
+"""What the records say: frames, paired differences, statistics, hypotheses. Never imports torch."""

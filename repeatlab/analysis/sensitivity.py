@@ -1,0 +1,198 @@
+"""What a setting changes: the outcome of runs over learning rate, t and so on. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from repeatlab.analysis.frames import LOWER_IS_BETTER, RUN_KEYS, Records, mean_interval
+from repeatlab.store.records import Run
+
+SETTINGS = {
+    "mapping": "method.mapping.name",
+    "t": "method.mapping.t",
+    "most": "method.mapping.max_repeats",
+    "lr": "task.lr",
+    "batch_size": "task.batch_size",
+    "label_noise": "task.label_noise",
+}
+OVER = ["method", "x", "n", "missing", "diverged", "mean", "low", "high", "repeats"]
+
+
+def outcomes(
+    records: Records,
+    metric: str,
+    *,
+    settings: Mapping[str, str] = SETTINGS,
+    split: str = "validation",
+) -> pd.DataFrame:
+    """Return one row per planned run: how it ended, and under which settings.
+
+    Args:
+        records: The runs.
+        metric: Of the last evaluation.
+        settings: Column -> dotted path in the run's configuration, such as {"lr": "task.lr"}. A run
+            that is missing has what other seeds of its task and method have; NaN if there are none.
+        split: Of the metric.
+
+    Returns:
+        Columns task, method, seed, status, one for each of `settings`, value (NaN unless complete),
+        diverged_at (update, NaN unless diverged), updates (made) and repeats (updates a batch).
+    """
+    rows = []
+    for row in records.runs.to_dict("records"):
+        run = Run(Path(row["path"]))
+        config, status = run.config, row["status"]
+        made = row.get("updates", np.nan)
+        rows.append(
+            {key: row[key] for key in [*RUN_KEYS, "status"]}
+            | {name: _at(config, path) for name, path in settings.items()}
+            | {
+                "value": row[f"{split}.{metric}"] if status == "complete" else np.nan,
+                "diverged_at": run.summary.get("update") if status == "diverged" else np.nan,
+                "updates": made,
+                "repeats": made / row["fresh_batches"] if made and made == made else np.nan,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    for name in settings:
+        known = frame.groupby(["task", "method"])[name].transform("first")
+        frame[name] = frame[name].where(frame[name].notna(), known)
+    return frame
+
+
+def _at(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return np.nan if value is None else value
+
+
+def arms(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return `outcomes` with what its arms are variants of.
+
+    Args:
+        frame: With the settings `mapping`, `t` and `most` (of a mapping that has them).
+
+    Returns:
+        The frame with `family` (the mapping's name where it has a t, else the method's) and `said`
+        (its t, and its most repeats where they are not the usual ones).
+    """
+    has_t, usual = frame["t"].notna(), frame["most"].mode()
+    said = frame["t"].map("t = {:g}".format, na_action="ignore").fillna("")
+    other = frame["most"].notna() & ~frame["most"].isin(usual)
+    said = said.where(~other, said + frame["most"].map(", N ≤ {:g}".format, na_action="ignore"))
+    return frame.assign(family=frame["mapping"].where(has_t, frame["method"]), said=said)
+
+
+def over(frame: pd.DataFrame, x: str) -> pd.DataFrame:
+    """Return one row per method and value of the setting `x`, in rising order.
+
+    Args:
+        frame: What `outcomes` returns. Rows whose `x` is NaN are left out: such a method does not
+            have the setting.
+        x: One of its settings.
+
+    Returns:
+        Columns method, x, n (complete runs), missing, diverged, mean with low and high (95 %
+        t-limits over complete runs) and repeats (mean updates a batch).
+    """
+    rows = []
+    for (method, value), group in frame.dropna(subset=x).groupby(["method", x], sort=False):
+        ended = group.dropna(subset="value")
+        diverged = int((group["status"] == "diverged").sum())
+        mean, low, high = np.full(3, np.nan)
+        if len(ended):
+            mean, low, high = mean_interval(ended["value"].to_numpy())
+        counts = {"n": len(ended), "diverged": diverged}
+        counts["missing"] = len(group) - len(ended) - diverged
+        limits = {"mean": float(mean), "low": float(low), "high": float(high)}
+        repeats = ended["repeats"].mean()
+        rows.append({"method": method, "x": value, "repeats": repeats} | counts | limits)
+    ordered = pd.DataFrame(rows, columns=OVER)
+    order = {method: place for place, method in enumerate(ordered["method"].unique())}
+    return ordered.sort_values(
+        ["method", "x"], key=lambda c: c.map(order) if c.name == "method" else c
+    ).reset_index(drop=True)
+
+
+def best(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return each method's best value of the setting, and whether it is the edge of the range.
+
+    A value at which a run diverged is not the best, whatever the others did. At the edge, the true
+    best may lie beyond what was searched.
+
+    Args:
+        summary: What `over` returns.
+        metric: Whose mean it holds.
+
+    Returns:
+        Columns method, x, mean, edge ("", "lowest" or "highest").
+    """
+    rows = []
+    for method, group in summary.groupby("method", sort=False):
+        stable = group[(group["diverged"] == 0) & group["mean"].notna()]
+        if len(stable) and len(group) > 1:
+            means = stable["mean"]
+            row = stable.loc[means.idxmin() if metric in LOWER_IS_BETTER else means.idxmax()]
+            ends = {group["x"].min(): "lowest", group["x"].max(): "highest"}
+            edge = ends.get(row["x"], "")
+            rows.append({"method": method, "x": row["x"], "mean": row["mean"], "edge": edge})
+    return pd.DataFrame(rows, columns=["method", "x", "mean", "edge"])
+
+
+# Study -> the setting that it varies, and what its axis is called.
+VARIED = {
+    "noise": ("label_noise", "share of wrong labels"),
+    "rates": ("lr", "learning rate"),
+    "batches": ("batch_size", "batch size"),
+}
+
+
+def panels(frames: Mapping[str, pd.DataFrame], metric: str) -> dict[str, dict[str, Any]]:
+    """Return what `figures.sensitivity.over_settings` draws of some studies.
+
+    Args:
+        frames: "mappings" or a key of `VARIED` -> what `outcomes` returns of that study. The
+            first gives two panels: over t, with the `most` that occurs most often, and over `most`,
+            with the t for which it varies most.
+        metric: Whose value they hold.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, frame in frames.items():
+        if name == "mappings":
+            varied = arms(frame).assign(method=lambda rows: rows["family"])
+            usual = varied["most"].mode()
+            over_t = varied[varied["most"].isna() | varied["most"].isin(usual[:1])]
+            found["t"] = _panel(over_t, "t", "t (unit of the loss)", metric)
+            spread = varied.groupby("t")["most"].nunique()
+            if len(spread) and spread.max() > 1:
+                at = spread.idxmax()
+                rows = varied[varied["t"] == at]
+                found["most repeats"] = _panel(rows, "most", f"most repeats, t = {at:g}", metric)
+        else:
+            x, xlabel = VARIED[name]
+            found[xlabel] = _panel(frame, x, xlabel, metric)
+    return found
+
+
+def _panel(frame: pd.DataFrame, x: str, xlabel: str, metric: str) -> dict[str, Any]:
+    summary = over(frame, x)
+    return {"summary": summary, "best": best(summary, metric), "xlabel": xlabel}
+
+
+def conditions(table: pd.DataFrame, frame: pd.DataFrame, study: str) -> pd.DataFrame:
+    """Return the rows of `comparison.comparison_table` with the condition's value `x`, in order.
+
+    Args:
+        table: Its tasks are conditions, such as one for each batch size.
+        frame: What `outcomes` returns of the same runs.
+        study: The key of `VARIED` that says by which setting the conditions differ.
+    """
+    x = VARIED[study][0]
+    values = frame.dropna(subset=x).groupby("task")[x].first()
+    return table.assign(x=table["task"].map(values), setting=VARIED[study][1])

@@ -1,0 +1,111 @@
+"""On what a run was made: versions, hardware, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("repeatlab", "torch", "torchvision", "numpy", "scikit-learn", "gymnasium")
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Return versions, processor, device and commit of this process."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "commit": commit(),
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
+
+
+def pick_device(name: str) -> str:
+    """Return "cuda", "mps" or "cpu"; "auto" is the first of these that is there.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"device: '{name}' is not available here; use 'auto' or 'cpu'")
+    return name
+
+
+@cache
+def processor() -> str:
+    """Return the processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+@cache
+def commit() -> str | None:
+    """Return the commit of the source tree, or "COMMIT+changes.DIGEST"; None outside git.
+
+    There are changes where package, notebooks or parameters differ from the commit. The digest is
+    that of the package's Python files which do: it is equal where the code is.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "--short=12", "HEAD").strip()
+        changed = _changed_files(root, "repeatlab", "notebooks", "params")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    if not changed:
+        return head
+    code = [path for path in changed if path.startswith("repeatlab/") and path.endswith(".py")]
+    return f"{head}+changes.{_digest(root, code)}"
+
+
+def _changed_files(root: Path, *parts: str) -> list[str]:
+    """Return the files of these parts that differ from the commit, new and deleted ones, too."""
+    options = ("--porcelain", "-z", "--no-renames", "--untracked-files=all")
+    entries = _git(root, "status", *options, "--", *parts).split("\0")
+    # Two letters, a space and the path; nothing after the last.
+    return [entry[3:] for entry in entries if entry]
+
+
+def _digest(root: Path, paths: Iterable[str]) -> str:
+    sha = hashlib.sha256()
+    for path in sorted(paths):
+        sha.update(os.fsencode(path) + b"\0")
+        with suppress(OSError):  # it was deleted
+            sha.update(hashlib.sha256((root / path).read_bytes()).digest())
+    return sha.hexdigest()[:8]
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ("git", "-C", str(root), *arguments)
+    return os.fsdecode(subprocess.run(command, check=True, capture_output=True).stdout)

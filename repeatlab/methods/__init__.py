@@ -1,0 +1,1 @@
+"""What an arm may choose beside the mapping: samplers, schedules, controls."""

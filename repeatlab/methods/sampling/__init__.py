@@ -1,0 +1,251 @@
+"""Samplers: which samples form the next fresh batch.
+
+A sampler is a frozen dataclass of its parameters; `start` gives the object that draws for one run.
+To add one: write the class, its running part in a file of this folder, and name it in `SAMPLERS`.
+
+| sampler       | draws                                          | extra forwards an update     |
+|---------------|------------------------------------------------|------------------------------|
+| `hard_mining` | by the last loss seen, all samples             | none                         |
+| `online`      | by the rank of the last loss seen, all samples | none                         |
+| `importance`  | by gradient bound, unbiased, of a presample    | `presample` b while it is on |
+| `selective`   | by the loss's percentile, of fresh samples     | b (beta + 1) on average      |
+| `rho_loss`    | the largest reducible losses, of a presample   | `presample` b; two models    |
+
+Scoring is done in evaluation mode, batch by batch, inside the clock, and charged in the ledger.
+This module never imports torch: a configuration is read without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from repeatlab.methods.sampling.running import RunningSampler
+    from repeatlab.tasks import Task
+
+Score = Literal["loss", "gradient_norm"]
+Progress = Callable[[], float]
+
+
+def _check_count(field: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{field} must be an integer of at least {least}, not {value!r}")
+
+
+def _check_range(field: str, value: float, low: float, high: float) -> None:
+    if not isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{field} must lie between {low} and {high}, not {value!r}")
+
+
+class Sampler(ABC):
+    """Base of all samplers' parameters.
+
+    Class attributes:
+        unbiased: Whether the weighted batch gradient equals the mean gradient in expectation.
+    """
+
+    unbiased: ClassVar[bool] = False
+
+    @abstractmethod
+    def start(
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
+    ) -> RunningSampler:
+        """Return what draws the fresh batches of one run.
+
+        Args:
+            task: The task that is trained.
+            seed: The run's seed; draws are functions of (seed, fresh-batch index).
+            progress: Returns which share of the run is over, in [0, 1], for what moves over it: of
+                T, or of what the run may spend.
+            rebuild: Returns another task of the same configuration, its initial weights drawn
+                from the random stream that it is given.
+        """
+
+
+@dataclass(frozen=True)
+class HardMining(Sampler):
+    """Samples drawn with probability p_i proportional to max(s_i, floor * mean s)^alpha.
+
+    s_i is the sample's last seen score; one never seen counts as the largest so far, so that all
+    are seen soon, and the floor lets none starve. Without correction (beta = 0) a batch holds
+    different samples and its gradient is biased towards the hard ones: that is the method. With
+    beta > 0 each is drawn with replacement and weighted by w_i = (n p_i)^-beta / max w, the largest
+    of the batch. At beta = 1 the weights before this division are unbiased; it brings a factor that
+    differs from batch to batch.
+
+    Prioritized experience replay (Schaul et al. 2015, arXiv 1511.05952, section 3) is
+    alpha = 0.6, beta from 0.4 to 1 and the score |delta|, `gradient_norm` of the Huber loss.
+
+    Attributes:
+        score: What a sample is ranked by: its driver loss or its gradient bound.
+        alpha: Exponent of the priority; 0 draws uniformly.
+        floor: Smallest priority, as a share of the mean score.
+        beta: Exponent of the weights at the first update.
+        beta_end: The same at the last update, reached linearly; by default `beta`. Under a budget
+            both go by the share of it that is spent.
+    """
+
+    score: Score = "loss"
+    alpha: float = 1.0
+    floor: float = 0.1
+    beta: float = 0.0
+    beta_end: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("alpha", self.alpha, 0, 10)
+        _check_range("floor", self.floor, 1e-6, 1)
+        _check_range("beta", self.beta, 0, 1)
+        if self.beta_end is not None:
+            _check_range("beta_end", self.beta_end, 0, 1)
+            if not self.beta < self.beta_end:
+                raise ValueError(f"beta_end must exceed beta, but {self.beta_end} <= {self.beta}")
+
+    def start(
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
+    ) -> RunningSampler:
+        from repeatlab.methods.sampling.history import RunningHardMining
+
+        return RunningHardMining(self, task, seed, progress)
+
+
+@dataclass(frozen=True)
+class OnlineBatchSelection(Sampler):
+    """Samples drawn by the rank r of their last seen loss: p proportional to pressure^(-r / n).
+
+    Loshchilov and Hutter 2015, arXiv 1511.06343, equation 3: the largest loss is `pressure` times
+    as likely as the smallest, whatever the losses are. A sample never seen ranks first. The paper's
+    repeated recomputation of all losses is left out: it would be n forwards each time.
+
+    Attributes:
+        pressure: s_e at the first update, at least 1.
+        pressure_end: s_e at the last update, reached exponentially; by default `pressure`. Under a
+            budget both go by the share of it that is spent.
+        sort_every: Fresh batches between two sortings.
+    """
+
+    pressure: float = 100.0
+    pressure_end: float | None = None
+    sort_every: int = 20
+
+    def __post_init__(self) -> None:
+        _check_range("pressure", self.pressure, 1, 1e9)
+        if self.pressure_end is not None:
+            _check_range("pressure_end", self.pressure_end, 1, 1e9)
+        _check_count("sort_every", self.sort_every)
+
+    def start(
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
+    ) -> RunningSampler:
+        from repeatlab.methods.sampling.history import RunningOnlineSelection
+
+        return RunningOnlineSelection(self, task, seed, progress)
+
+
+@dataclass(frozen=True)
+class Importance(Sampler):
+    """Importance sampling (Katharopoulos and Fleuret 2018, arXiv 1803.00942, algorithm 1).
+
+    While it is off, batches are uniform and their scores, a by-product of the update, only move
+    tau. It is on while the smoothed tau exceeds tau_th = (p + 1 + k) / (1 + k): then B = p b
+    samples are scored, b of them drawn with replacement with probability g_i proportional to the
+    score, and weighted by 1 / (B g_i), so that the expected gradient is that of all B.
+
+    tau = sqrt(B) ||g||_2 = sqrt(1 + CV(scores)^2) is by how much the variance falls, as a factor
+    on the batch size.
+
+    Attributes:
+        presample: p, batches that are scored for one that is trained on.
+        score: The upper bound of a sample's gradient norm, or its driver loss.
+        k: A backward's time in forwards on this machine and task, as `repeatlab measure` finds it.
+        ema: Decay of the moving average of tau.
+    """
+
+    presample: int = 3
+    score: Score = "gradient_norm"
+    k: float = 2.0
+    ema: float = 0.9
+
+    unbiased: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_count("presample", self.presample, 2)
+        _check_range("k", self.k, 0.01, 100)
+        _check_range("ema", self.ema, 0, 0.9999)
+
+    def start(
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
+    ) -> RunningSampler:
+        from repeatlab.methods.sampling.importance import RunningImportance
+
+        return RunningImportance(self, task, seed)
+
+
+@dataclass(frozen=True)
+class SelectiveBackprop(Sampler):
+    """Selective backprop (Jiang et al. 2019, arXiv 1910.00762, algorithm 1).
+
+    Every fresh sample is forwarded once and kept with probability percentile^beta, the percentile
+    of its loss among the last `history`; kept samples wait until they fill a batch. Percentiles are
+    uniform, so a share 1 / (beta + 1) is kept. No weights: the gradient is biased towards large
+    losses.
+
+    Attributes:
+        beta: Selectivity; 0 keeps all.
+        history: R, recent losses that percentiles are taken in.
+    """
+
+    beta: float = 1.0
+    history: int = 1024
+
+    def __post_init__(self) -> None:
+        _check_range("beta", self.beta, 0, 20)
+        _check_count("history", self.history)
+
+    def start(
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
+    ) -> RunningSampler:
+        from repeatlab.methods.sampling.selective import RunningSelective
+
+        return RunningSelective(self, task, seed)
+
+
+@dataclass(frozen=True)
+class RhoLoss(Sampler):
+    """RHO-LOSS (Mindermann et al. 2022, arXiv 2206.07137): the b largest reducible losses of p b.
+
+    The reducible loss is the sample's loss less its irreducible one, the loss of a model that was
+    trained on other data. Two such models are trained beforehand, each on one half of the training
+    samples and asked about the other half, so that no data is held out (the paper's section 4.2);
+    their updates are charged to the run. No weights: the gradient is biased.
+
+    Attributes:
+        presample: p; the paper takes b = 32 of 320.
+        holdout_updates: Updates of each of the two models.
+    """
+
+    presample: int = 10
+    holdout_updates: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_count("presample", self.presample, 2)
+        _check_count("holdout_updates", self.holdout_updates)
+
+    def start(
+        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
+    ) -> RunningSampler:
+        from repeatlab.methods.sampling.rho import RunningRhoLoss
+
+        return RunningRhoLoss(self, task, seed, rebuild)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "hard_mining": HardMining,
+    "online": OnlineBatchSelection,
+    "importance": Importance,
+    "selective": SelectiveBackprop,
+    "rho_loss": RhoLoss,
+}

@@ -1,0 +1,419 @@
+"""Repeat mappings: from the loss of a fresh minibatch to how many updates are made on it.
+
+A mapping is a frozen dataclass, a pure function of (loss, stats). Randomness is a function of
+(seed, fresh-batch index), so every mapping can be resumed and replayed. To add one: write the class
+and name it in `MAPPINGS`.
+
+Losses are compared in float32, the precision in which they are computed, so that `L == t` means the
+same whether the loss arrives as float32 or float64.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from math import cos, floor, isfinite, pi
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from repeatlab.repetition.loss_stats import LossStats
+
+_FLOAT32 = struct.Struct("f")
+# Two units in the last place of a float32: 0.3 / 0.1 is 3, not 2, whatever the rounding of both.
+_QUOTIENT_TOLERANCE = 1 + 2**-22
+
+
+def _float32(value: float) -> float:
+    """Round to the nearest float32; what is beyond its range stays as it is."""
+    try:
+        return _FLOAT32.unpack(_FLOAT32.pack(value))[0]
+    except OverflowError:
+        return value
+
+
+def _check_count(field: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} must be an integer of at least 1, not {value!r}")
+
+
+def _check_positive(field: str, value: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # An integer beyond the range of floats is no usable number either.
+    if not number or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{field} must be a positive, finite number, not {value!r}")
+
+
+class Mapping(ABC):
+    """Base of all mappings: `N = mapping(loss, stats)`.
+
+    Class attributes:
+        needs_loss: False where N does not depend on the loss; the host then never waits for it.
+        monotone: True where, for fixed stats, a larger loss never gives a smaller N.
+        asks_again: True where N is found visit by visit: each loss of a batch, until the mapping
+            returns 1 for it or `most` visits are made.
+        window: How many recent losses the mapping reads from its `LossStats`.
+        calibrated: Name of the field that `auto` may stand for in a configuration, if any.
+    """
+
+    needs_loss: ClassVar[bool] = True
+    monotone: ClassVar[bool] = True
+    asks_again: ClassVar[bool] = False
+    calibrated: ClassVar[str | None] = None
+    window = 0
+
+    def __call__(self, loss: float, stats: LossStats) -> int:
+        """Return N >= 1, the number of updates to make on the fresh batch `stats.index`.
+
+        Args:
+            loss: Loss of the batch before its first update, in the units of the driver loss.
+            stats: What was seen before this batch.
+
+        Raises:
+            ValueError: if `loss` is NaN or infinite. (`min(5, nan)` is 5 in Python, so a NaN that
+                slipped through would ask for the most repeats.)
+        """
+        if not isfinite(loss):
+            raise ValueError(f"a repeat mapping needs a finite loss, not {loss}")
+        return self.repeats_for(_float32(loss), stats)
+
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """The largest N that the mapping can return."""
+
+    @abstractmethod
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        """Return N for a finite loss that is already rounded to float32."""
+
+
+@dataclass(frozen=True)
+class Constant(Mapping):
+    """N = repeats on every batch; 1 is standard training.
+
+    Minibatch persistency: Fischetti, Mandatelli and Salvagnin 2018, arXiv 1806.07353.
+    """
+
+    repeats: int = 1
+
+    needs_loss: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_count("repeats", self.repeats)
+
+    @property
+    def most(self) -> int:
+        return self.repeats
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        return self.repeats
+
+
+@dataclass(frozen=True)
+class Uniform(Mapping):
+    """N drawn uniformly from low..high: repetition that knows nothing of the loss.
+
+    The draw is a function of (seed, fresh-batch index).
+    """
+
+    low: int = 1
+    high: int = 5
+    seed: int = 0
+
+    needs_loss: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_count("low", self.low)
+        _check_count("high", self.high)
+        if self.low > self.high:
+            raise ValueError(f"low must not exceed high, but {self.low} > {self.high}")
+
+    @property
+    def most(self) -> int:
+        return self.high
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        digest = blake2b(f"{self.seed}/repeats/{stats.index}".encode(), digest_size=8).digest()
+        span = self.high - self.low + 1
+        return self.low + (int.from_bytes(digest, "big") * span >> 64)
+
+
+@dataclass(frozen=True)
+class Threshold(Mapping):
+    """N = repeats if L > t, else 1. Strict: L == t gives 1.
+
+    For losses distributed as Exp(mu) and repeats = 2, E[N] = 1 + exp(-t / mu).
+
+    >>> from repeatlab.repetition.loss_stats import LossStats
+    >>> [Threshold(t=1.0)(loss, LossStats()) for loss in (0.5, 1.0, 1.5)]
+    [1, 1, 2]
+    """
+
+    t: float
+    repeats: int = 2
+
+    calibrated: ClassVar[str | None] = "t"
+
+    def __post_init__(self) -> None:
+        _check_positive("t", self.t)
+        _check_count("repeats", self.repeats)
+
+    @property
+    def most(self) -> int:
+        return self.repeats
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        return self.repeats if loss > _float32(self.t) else 1
+
+
+@dataclass(frozen=True)
+class Linear(Mapping):
+    """N = max(1, min(max_repeats, floor(L / t))).
+
+    A quotient within two float32 units of an integer counts as that integer. For losses distributed
+    as Exp(mu), q = exp(-t / mu) and max_repeats = 5, E[N] = 1 + q^2 + q^3 + q^4 + q^5.
+
+    >>> from repeatlab.repetition.loss_stats import LossStats
+    >>> [Linear(t=0.1)(loss, LossStats()) for loss in (0.05, 0.19, 0.2, 0.3, 9.0)]
+    [1, 1, 2, 3, 5]
+    """
+
+    t: float
+    max_repeats: int = 5
+
+    calibrated: ClassVar[str | None] = "t"
+
+    def __post_init__(self) -> None:
+        _check_positive("t", self.t)
+        _check_count("max_repeats", self.max_repeats)
+
+    @property
+    def most(self) -> int:
+        return self.max_repeats
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        # Limited before it is floored: a huge quotient may be infinite.
+        quotient = min(self.max_repeats, loss / self.t * _QUOTIENT_TOLERANCE)
+        return floor(max(1, quotient))
+
+
+@dataclass(frozen=True)
+class Until(Mapping):
+    """Visit the batch again until its loss is not above t, `max_repeats` times at most.
+
+    Every visit's loss is asked for, before its update: 2 means one more visit, 1 that this was the
+    last. On CUDA the host waits once for each visit that may be followed by another.
+
+    >>> from repeatlab.repetition.loss_stats import LossStats
+    >>> [Until(t=1.0)(loss, LossStats()) for loss in (1.5, 1.0)]
+    [2, 1]
+    """
+
+    t: float
+    max_repeats: int = 5
+
+    asks_again: ClassVar[bool] = True
+    calibrated: ClassVar[str | None] = "t"
+
+    def __post_init__(self) -> None:
+        _check_positive("t", self.t)
+        _check_count("max_repeats", self.max_repeats)
+
+    @property
+    def most(self) -> int:
+        return self.max_repeats
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        return 2 if loss > _float32(self.t) and self.max_repeats > 1 else 1
+
+
+@dataclass(frozen=True)
+class Falling(Mapping):
+    """Base of N that falls from `high` to `low` over the run, whatever the losses are."""
+
+    high: int = 5
+    low: int = 1
+
+    needs_loss: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_count("high", self.high)
+        _check_count("low", self.low)
+        if self.low > self.high:
+            raise ValueError(f"low must not exceed high, but {self.low} > {self.high}")
+
+    @property
+    def most(self) -> int:
+        return self.high
+
+    @abstractmethod
+    def share(self, progress: float) -> float:
+        """Return how much of the way from `low` to `high` is left, from 1 to 0."""
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        return floor(self.low + (self.high - self.low) * self.share(stats.progress) + 0.5)
+
+
+@dataclass(frozen=True)
+class CosineRepeats(Falling):
+    """N = round(low + (high - low) (1 + cos(pi u / T)) / 2) at update u: repetition by the clock.
+
+    >>> from repeatlab.repetition.loss_stats import LossStats
+    >>> CosineRepeats()(9.9, LossStats())
+    5
+    """
+
+    def share(self, progress: float) -> float:
+        return (1 + cos(pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class LinearRepeats(Falling):
+    """N = round(high - (high - low) u / T) at update u: repetition by the clock."""
+
+    def share(self, progress: float) -> float:
+        return 1 - progress
+
+
+@dataclass(frozen=True)
+class ControlLimit(Mapping):
+    """N = repeats if L > mean + k * std of the last `window` fresh-batch losses, else 1.
+
+    The upper control limit of ISGD (Wang et al. 2016, arXiv 1603.05544), whose window is one epoch
+    and whose extra updates may end early; here the first loss alone decides. N = 1 until the window
+    is full.
+    """
+
+    k: float = 3.0
+    repeats: int = 5
+    window: int = 100
+
+    def __post_init__(self) -> None:
+        _check_positive("k", self.k)
+        _check_count("repeats", self.repeats)
+        _check_count("window", self.window)
+
+    @property
+    def most(self) -> int:
+        return self.repeats
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        if not stats.full:
+            return 1
+        return self.repeats if loss > stats.mean + self.k * stats.std else 1
+
+
+@dataclass(frozen=True)
+class Quantile(Mapping):
+    """N = 1 + how many `levels` of the recent losses' quantiles L exceeds.
+
+    Free of the loss's scale, so it needs no t; on exchangeable losses E[N] = 1 + sum(1 - level).
+    N = 1 until the window is full.
+    """
+
+    levels: tuple[float, ...] = (0.8,)
+    window: int = 100
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))  # hashable, whatever it came as
+        if not self.levels or not all(0 < level < 1 for level in self.levels):
+            raise ValueError(f"levels must be numbers between 0 and 1, not {self.levels!r}")
+        _check_count("window", self.window)
+
+    @property
+    def most(self) -> int:
+        return 1 + len(self.levels)
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        if not stats.full:
+            return 1
+        return 1 + sum(loss > stats.quantile(level) for level in self.levels)
+
+
+@dataclass(frozen=True)
+class ZScore(Mapping):
+    """N = max(1, min(max_repeats, 1 + floor(z / step))), z = (L - mean) / std of recent losses.
+
+    N = 1 until the window is full, and where the recent losses do not vary.
+    """
+
+    step: float = 1.0
+    max_repeats: int = 5
+    window: int = 100
+
+    def __post_init__(self) -> None:
+        _check_positive("step", self.step)
+        _check_count("max_repeats", self.max_repeats)
+        _check_count("window", self.window)
+
+    @property
+    def most(self) -> int:
+        return self.max_repeats
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        std = stats.std
+        if not stats.full or std == 0:
+            return 1
+        steps = min(self.max_repeats - 1, (loss - stats.mean) / std / self.step)
+        return 1 + floor(max(0, steps))
+
+
+@dataclass(frozen=True)
+class Trace(Mapping):
+    """N = counts[fresh-batch index]: replays recorded counts, whatever the loss is now."""
+
+    counts: tuple[int, ...]
+
+    needs_loss: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", tuple(self.counts))  # hashable, whatever it came as
+        if not self.counts:
+            raise ValueError("counts must hold at least one count")
+        for position, count in enumerate(self.counts):
+            _check_count(f"counts[{position}]", count)
+
+    @property
+    def most(self) -> int:
+        return max(self.counts)
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        if stats.index >= len(self.counts):
+            raise ValueError(
+                f"the trace holds {len(self.counts)} counts, but fresh batch {stats.index} was "
+                "asked for: record the trace with the same max_updates"
+            )
+        return self.counts[stats.index]
+
+
+MAPPINGS: dict[str, type[Mapping]] = {
+    "constant": Constant,
+    "uniform": Uniform,
+    "threshold": Threshold,
+    "linear": Linear,
+    "until": Until,
+    "cosine": CosineRepeats,
+    "ramp": LinearRepeats,
+    "control_limit": ControlLimit,
+    "quantile": Quantile,
+    "zscore": ZScore,
+    "trace": Trace,
+}
+
+
+def to_dict(mapping: Mapping) -> dict[str, Any]:
+    """Return `mapping` as a JSON-safe dict of its registered name and its fields."""
+    name = next(name for name, kind in MAPPINGS.items() if kind is type(mapping))
+    fields = asdict(mapping)
+    return {"name": name} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def from_dict(fields: dict[str, Any]) -> Mapping:
+    """Return the mapping that `to_dict` wrote."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    name = fields.pop("name", None)
+    if name not in MAPPINGS:
+        raise ValueError(f"the mapping must be one of {', '.join(MAPPINGS)}; not {name!r}")
+    return MAPPINGS[name](**fields)

@@ -1,0 +1,99 @@
+"""The results in short, as Markdown beside the figures: what the README shows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from repeatlab.analysis.frames import LOWER_IS_BETTER
+from repeatlab.report.paper.gathering import Gathered
+
+NAME = "results.md"
+# Of all arms the ones that a first look needs; `tables/final.csv` of the paper has all.
+ARMS = ("standard", "cosine", "importance", "fixed3", "random", "threshold", "linear")
+NOTHING = "-"
+
+
+def write_results(
+    gathered: Gathered, directory: str | Path, *, methods: Sequence[str] = ARMS
+) -> Path:
+    """Write results.md into a directory, and return its path.
+
+    Args:
+        gathered: What the runs say.
+        directory: Where; made if need be.
+        methods: The columns.
+    """
+    path = Path(directory) / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(results(gathered, methods=methods), encoding="utf-8")
+    return path
+
+
+def results(gathered: Gathered, *, methods: Sequence[str] = ARMS) -> str:
+    """Return the final metric of each task and method, and the verdicts, as Markdown tables."""
+    banner, final = gathered.banner, gathered.tables["final"]
+    shown = [method for method in methods if method in set(final["method"])]
+    rows = [
+        [task, _metric(group["metric"].iloc[0]), *(_cell(group, method) for method in shown)]
+        for task, group in final.groupby("task", sort=False)
+    ]
+    verdicts = [
+        [f"{one.hypothesis}: {one.claim}", one.verdict, one.sentence.replace("|", "/")]
+        for one in gathered.verdicts
+    ]
+    parts = [
+        f"{_setting(banner)} Validation metric after the last update, at equal updates: mean and "
+        "95 % interval (Student) over seeds.",
+        _table(["task", "metric", *(f"`{method}`" for method in shown)], rows),
+        "Verdicts over all tasks, by criteria that stood before the runs "
+        "(`repeatlab/analysis/hypotheses.py`): standardised paired differences, positive where "
+        "repetition is better, at equal cost but for H3.",
+        _table(["hypothesis", "verdict", "what it rests on"], verdicts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _setting(banner: Mapping[str, Any]) -> str:
+    counts = ", ".join(f"{banner[c]} {c}" for c in ("complete", "diverged", "missing"))
+    machines = "; ".join(banner["hardware"]) or "no run"
+    absent = f" No study of {', '.join(banner['absent'])}." if banner["absent"] else ""
+    return (
+        f"Profile {banner['profile']}: {banner['updates']} updates, {banner['seeds']} seeds, "
+        f"{banner['planned']} runs planned ({counts}); {machines}; "
+        f"made by commit {', '.join(banner['run_commits']) or 'none'}.{absent}"
+    )
+
+
+def _metric(name: str) -> str:
+    return f"{name.replace('_', ' ')} ({'less' if name in LOWER_IS_BETTER else 'more'} is better)"
+
+
+def _cell(group: pd.DataFrame, method: str) -> str:
+    """Return mean and interval of a method's runs, and what is not in them."""
+    rows = group[group["method"] == method]
+    if not len(rows):
+        return NOTHING
+    row = rows.iloc[0]
+    lacking = [f"{row[what]} {what}" for what in ("missing", "diverged") if row[what]]
+    said = _digits(row["mean"], row["mean"])
+    if isfinite(row["low"]):
+        low, high = (_digits(row[limit], row["mean"]) for limit in ("low", "high"))
+        said += f" [{low}, {high}]"
+    return " ".join([said, *(f"({what})" for what in lacking)])
+
+
+def _digits(value: float, scale: float) -> str:
+    """Return a number with three decimals, or one where the scale is of hundreds and tens."""
+    if not isfinite(value):
+        return NOTHING
+    return f"{value:.3f}" if abs(scale) < 10 else f"{value:.1f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

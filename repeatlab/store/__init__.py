@@ -1,0 +1,1 @@
+"""The run store: what a run writes, and how it is read again."""

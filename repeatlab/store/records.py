@@ -1,0 +1,413 @@
+"""The run store: what one run leaves behind, and how it is read again.
+
+    runs/<task>/<run id>/
+        config.json       the configuration, whose hash is the run id
+        environment.json  versions, hardware, commit
+        updates.parquet   one row per update (updates.arrow, a stream, while it trains)
+        evals.parquet     one row per evaluated metric, with the ledger (evals.arrow meanwhile)
+        sampler.parquet   one row per fresh batch, where the method's sampler has something to say
+        pictures.npz      uint8 images (n, height, width[, 3]) by name, where a task makes any
+        status.json       running, complete, diverged or failed
+        summary.json      final metrics, ledger, calibration: written last, so it marks *done*
+    runs/studies/<name>.json  which runs a study consists of
+
+A run without summary.json is not done. Its streams are readable up to their last whole block.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from repeatlab.core.files import (
+    StoreError,
+    not_written,
+    read_json,
+    remove_temporaries,
+    replacing,
+    safe_name,
+    write_json,
+    writing,
+)
+from repeatlab.core.html_view import rows_table, small_curve
+from repeatlab.core.locks import hold, is_held
+
+UPDATES = pa.schema(
+    {
+        "update": pa.int64(),
+        "fresh_batch": pa.int64(),
+        "repeat": pa.int32(),
+        "repeats": pa.int32(),
+        "loss": pa.float64(),
+        "lr": pa.float64(),
+        "seconds": pa.float64(),
+    }
+)
+
+
+class Store:
+    """All runs and studies below one directory.
+
+    Args:
+        root: The directory; it need not exist before something is written.
+    """
+
+    def __init__(self, root: str | Path = "runs") -> None:
+        self.root = Path(root)
+
+    def run(self, task: str, run_id: str) -> Run:
+        """Return the handle of a run, whether it exists or not."""
+        return Run(self.root / safe_name("task", task) / safe_name("run id", run_id))
+
+    def begin(
+        self, run: Run, config: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> RunWriter:
+        """Make `run`'s directory, empty of earlier attempts, and return its writer.
+
+        Raises:
+            StoreError: the directory cannot be written.
+        """
+        self.check_writable()
+        attempts = run.environment.get("attempts", 0) + 1
+        shutil.rmtree(run.path, ignore_errors=True)
+        try:
+            run.path.mkdir(parents=True)
+        except OSError as error:
+            raise not_written(run.path, error) from None
+        write_json(run.path / "config.json", config)
+        write_json(run.path / "environment.json", {**environment, "attempts": attempts})
+        return RunWriter(run.path)
+
+    def resume(self, run: Run, rows: Mapping[str, int]) -> RunWriter | None:
+        """Return a writer that goes on after the first `rows` of each of `run`'s tables.
+
+        None where the tables do not hold as many: another checkpoint, or a new start, is needed.
+        """
+        try:
+            tables = {name: read_stream(run.path / f"{name}.arrow") for name in rows}
+        except StoreError:
+            return None
+        if any(len(tables[name]) < count for name, count in rows.items()):
+            return None
+        remove_temporaries(run.path)
+        attempts = run.environment.get("attempts", 0) + 1
+        write_json(run.path / "environment.json", {**run.environment, "attempts": attempts})
+        writer = RunWriter(run.path)
+        for stream in run.path.glob("*.arrow"):
+            if stream.stem not in rows:  # begun after the checkpoint
+                stream.unlink()
+        for name, count in rows.items():
+            writer.rewrite(name, tables[name].slice(0, count))
+        return writer
+
+    @contextmanager
+    def locked(self, run: Run, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold `run` against other processes, waiting for one that does.
+
+        The system lets go of the lock of a process that has died.
+
+        Args:
+            run: The run.
+            waiting: Called again and again meanwhile; it may raise.
+
+        Raises:
+            StoreError: the lock cannot be made.
+        """
+        with hold(_lock_file(run), waiting=waiting):
+            yield
+
+    def is_locked(self, run: Run) -> bool:
+        """Whether a process is at `run` now."""
+        return is_held(_lock_file(run))
+
+    def check_writable(self) -> None:
+        """Make the root directory if needed.
+
+        Raises:
+            StoreError: it cannot be made or written to.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise StoreError(
+                f"the run directory {self.root} cannot be written: {error.strerror}; "
+                "name another one with `runs`"
+            ) from None
+
+    def write_study(self, name: str, study: Mapping[str, Any]) -> None:
+        """Record which runs a study consists of."""
+        directory = self.root / "studies"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_written(directory, error) from None
+        write_json(directory / f"{safe_name('study', name)}.json", study)
+
+    def read_study(self, name: str) -> dict[str, Any]:
+        """Return what `write_study` wrote.
+
+        Raises:
+            StoreError: there is no such study.
+        """
+        path = self.root / "studies" / f"{safe_name('study', name)}.json"
+        if not path.exists():
+            known = sorted(p.stem for p in path.parent.glob("*.json"))
+            raise StoreError(
+                f"{self.root} holds no study '{name}' (it holds: {', '.join(known) or 'none'}); "
+                "run the task's notebook, or `repeatlab run` with the parameters of that study"
+            )
+        return read_json(path)
+
+
+def _lock_file(run: Run) -> Path:
+    """Return the file of a run's lock, beside its directory, which a fresh attempt empties."""
+    return run.path.with_name(f".{run.path.name}.lock")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's directory."""
+
+    path: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether it came to its end, complete or diverged."""
+        return (self.path / "summary.json").exists()
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The content of status.json; `{"status": "missing"}` where there is none.
+
+        A run that is done has its summary's status, whatever came to be written after it.
+        """
+        found = self._json("status.json") or {"status": "missing"}
+        if found["status"] not in ("complete", "diverged") and self.done:
+            return {"status": self.summary["status"]}
+        return found
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._json("config.json") or {}
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """On what it was made; empty where it was not begun, or this cannot be read."""
+        with suppress(StoreError):
+            return self._json("environment.json") or {}
+        return {}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Final metrics, ledger and calibration; empty unless the run is done."""
+        return self._json("summary.json") or {}
+
+    @property
+    def updates(self) -> pd.DataFrame:
+        """One row per update: the columns of `UPDATES`."""
+        return self.table("updates").to_pandas()
+
+    @property
+    def evals(self) -> pd.DataFrame:
+        """One row per (update, split, metric) with `value` and the ledger's columns."""
+        return self.table("evals").to_pandas()
+
+    @property
+    def sampler(self) -> pd.DataFrame:
+        """One row per fresh batch with `fresh_batch` and what the sampler recorded; maybe none."""
+        try:
+            return self.table("sampler").to_pandas()
+        except StoreError:
+            return pd.DataFrame()
+
+    @property
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Images by name, uint8 (n, height, width[, 3]); empty where the task makes none."""
+        path = self.path / "pictures.npz"
+        if not path.exists():
+            return {}
+        with np.load(path, allow_pickle=False) as images:
+            return dict(images)
+
+    def note(self, status: str, **details: Any) -> None:
+        """Write the run's status."""
+        write_json(self.path / "status.json", {"status": status, **details})
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        return read_json(path) if path.exists() else None
+
+    def table(self, name: str) -> pa.Table:
+        """Return "updates", "evals" or "sampler" as an Arrow table.
+
+        Raises:
+            StoreError: the run has no such table.
+        """
+        finished = self.path / f"{name}.parquet"
+        if self.done and finished.exists():
+            return pq.read_table(finished)
+        return read_stream(self.path / f"{name}.arrow")
+
+    def _repr_html_(self) -> str:
+        config, summary = self.config, self.summary
+        mapping = (config.get("method", {}).get("mapping") or {"name": "none"})["name"]
+        ledger = summary.get("ledger", {})
+        counted = ("updates", "fresh_batches", "seconds")
+        rows = {
+            "run": self.path.name,
+            **self.status,
+            "task": config.get("task", {}).get("name"),
+            "mapping": mapping,
+            "seed": config.get("seed"),
+            **{name: ledger[name] for name in counted if name in ledger},
+            **summary.get("final", {}),
+        }
+        try:
+            updates = self.updates
+        except StoreError:
+            return rows_table(rows)
+        first = updates[updates["repeat"] == 0]
+        curves = small_curve("first loss", first["loss"]) + small_curve("N", first["repeats"])
+        return rows_table(rows) + curves
+
+
+def read_stream(path: Path) -> pa.Table:
+    """Return every whole block of an Arrow stream, also one that a kill has cut short."""
+    if not path.exists():
+        raise StoreError(f"{path} is missing: the run has recorded nothing yet")
+    batches = []
+    try:
+        for batch in pa.ipc.open_stream(str(path)):
+            batches.append(batch)
+    except (pa.ArrowInvalid, OSError):
+        pass  # the torn end
+    if not batches:
+        raise StoreError(f"{path} holds no whole block yet")
+    return pa.Table.from_batches(batches)
+
+
+class RunWriter:
+    """Writes one run: streams while it trains, Parquet and summary.json when it is done.
+
+    What cannot be written raises a `StoreError`; what was written before stays readable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._streams: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
+        self._files: dict[str, IO[bytes]] = {}
+        self._rows: dict[str, int] = {}
+        self._set_status("running")
+
+    def updates(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Append rows: arrays of equal length for the columns of `UPDATES`."""
+        self._append("updates", pa.table(dict(columns)).select(UPDATES.names).cast(UPDATES))
+
+    def evals(
+        self, update: int, metrics: Mapping[str, Mapping[str, float]], ledger: Mapping
+    ) -> None:
+        """Append one evaluation: `metrics[split][metric]`, with the ledger at that update."""
+        counts = {name: count for name, count in ledger.items() if name != "updates"}
+        rows = [
+            {"update": update, "split": split, "metric": metric, "value": float(value)} | counts
+            for split, values in metrics.items()
+            for metric, value in values.items()
+        ]
+        self._append("evals", pa.Table.from_pylist(rows))
+
+    def sampler(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Append what the sampler says of its fresh batches: arrays of equal length, or nothing."""
+        if columns and len(next(iter(columns.values()))):
+            self._append("sampler", pa.table(dict(columns)))
+
+    def pictures(self, pictures: Mapping[str, np.ndarray]) -> None:
+        """Keep the images that a task shows at its end."""
+        if pictures:
+            np.savez_compressed(self.path / "pictures.npz", **pictures)
+
+    def finish(self, status: str, summary: Mapping[str, Any], **details: Any) -> None:
+        """End the run as `complete` or `diverged`; summary.json comes last and marks it done."""
+        names = list(self._streams)
+        for name in names:
+            stream = self.path / f"{name}.arrow"
+            with writing(stream):
+                self._close(name)
+            table = read_stream(stream)
+            if len(table) != self._rows[name]:
+                raise StoreError(
+                    f"{stream} holds {len(table)} of the {self._rows[name]} rows written to it"
+                )
+            with replacing(self.path / f"{name}.parquet") as temporary:
+                pq.write_table(table, temporary, compression="zstd")
+        self._set_status(status, **details)
+        # Before the summary: nobody looks after a run that is done.
+        remove_temporaries(self.path)
+        write_json(self.path / "summary.json", {"status": status, **summary})
+        # Only now: a kill before this line leaves what a resume needs.
+        for name in names:
+            (self.path / f"{name}.arrow").unlink()
+
+    def synced(self) -> dict[str, int]:
+        """Make what was appended durable, and return how many rows each table has."""
+        for name, stream in self._files.items():
+            with writing(self.path / f"{name}.arrow"):
+                os.fsync(stream.fileno())
+        return dict(self._rows)
+
+    def rewrite(self, name: str, table: pa.Table) -> None:
+        """Begin a table anew with these rows, in one step."""
+        with replacing(self.path / f"{name}.arrow") as temporary:
+            self._open(name, table.schema, temporary)
+            self._append(name, table)
+
+    def fail(self, error: BaseException) -> None:
+        """End the run as `failed`, keeping what was recorded, and the error, whatever is broken.
+
+        One that is done stays as it is.
+        """
+        with suppress(StoreError):
+            self.close("failed", error=f"{type(error).__name__}: {error}")
+
+    def close(self, status: str, **details: Any) -> None:
+        """Leave the run as it is, to be gone on with or begun anew; one that is done, untouched."""
+        for name in list(self._streams):
+            with suppress(OSError):  # what is lost so was not recorded
+                self._close(name)
+        if not Run(self.path).done:
+            self._set_status(status, **details)
+
+    def _append(self, name: str, table: pa.Table) -> None:
+        with writing(self.path / f"{name}.arrow"):
+            if name not in self._streams:
+                self._open(name, table.schema, self.path / f"{name}.arrow")
+            self._streams[name].write_table(table)
+            # What is written survives this process.
+            self._files[name].flush()
+        self._rows[name] += len(table)
+
+    def _open(self, name: str, schema: pa.Schema, path: Path) -> None:
+        # Buffered: a raw file may take a part of a block and say nothing, where the disk is full.
+        self._files[name] = path.open("wb")
+        self._streams[name] = pa.ipc.new_stream(self._files[name], schema)
+        self._rows[name] = 0
+
+    def _close(self, name: str) -> None:
+        stream, file = self._streams.pop(name), self._files.pop(name)
+        with file:
+            stream.close()
+
+    def _set_status(self, status: str, **details: Any) -> None:
+        Run(self.path).note(status, **details)

@@ -1,0 +1,1 @@
+"""Many runs: studies, workers, lock-step, search, checks and measurements."""

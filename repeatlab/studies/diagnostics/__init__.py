@@ -1,0 +1,1 @@
+"""How long the parts of an update take, and what a run of them would."""

@@ -1,0 +1,351 @@
+"""Predicted training time: measured parts, and what a run has counted. Never imports torch.
+
+    runs/measurements/<key>.json  one `Measurement`; the key follows from task, device and threads
+
+`repeatlab.studies.diagnostics.measure` makes measurements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from repeatlab.core.files import StoreError, write_json
+from repeatlab.cost import CostModel
+from repeatlab.store.records import Run, Store
+
+REPEATS = 4  # N of the loops that are set against those at N = 1
+PRESAMPLE = 3  # p of the loops with importance sampling
+BRIEF_DELAY = 0.003  # seconds that the loader of one loop sleeps: while it does, caches still hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Times of one task on one machine: medians over blocks, in seconds.
+
+    Attributes:
+        task: The task's configuration.
+        device: "cpu", "mps" or the name of the GPU.
+        threads: CPU threads of torch.
+        batch_size: b, the samples of a fresh batch.
+        forward_samples: Samples forward in an update.
+        backward_samples: Samples backward in an update.
+        scoring_samples: Samples forward when a batch's losses are taken to score it.
+        bound_samples: Samples forward when its gradient bounds are.
+        parts: Of an update at N = 1, which they add up to: `forward`, `backward`, `optimizer`
+            (zero_grad, step, and whatever moves with the weights), `recording` (the loop itself),
+            and `data`, the making of its fresh batch. Of other things: `scoring`, a batch's losses
+            without a graph; `bounds`, its gradient bounds; `refresh`, its new view; `resample`,
+            other samples in its place. Those that the task has not are missing.
+        loops: An update in whole loops, with all that comes to it: `once` at N = 1, `repeated` at
+            N = `REPEATS`, `uniform` and `chosen` at N = 1 with importance sampling off and on at
+            p = `PRESAMPLE`, `delayed` and `prefetched` at N = 1 with a loader that sleeps `delay`
+            seconds a batch, in turn with the updates and meanwhile, `delayed_briefly` with one that
+            sleeps `BRIEF_DELAY`. Missing where the task refuses it.
+        spread: Interquartile range over the blocks of everything above.
+        flops: Floating-point operations of one update, `forward` and `backward`: those of matrix
+            products and convolutions, a multiplication with its addition counted as two.
+        blocks: Blocks of updates that were timed, of each kind in turn.
+        updates: Updates in a block.
+        environment: Versions, processor and device.
+        delay: How long the slow loader slept, in seconds; 0 if there was none yet.
+    """
+
+    task: dict[str, Any]
+    device: str
+    threads: int
+    batch_size: int
+    forward_samples: int
+    backward_samples: int
+    scoring_samples: int
+    bound_samples: int
+    parts: dict[str, float]
+    loops: dict[str, float]
+    spread: dict[str, float]
+    flops: dict[str, int]
+    blocks: int
+    updates: int
+    environment: dict[str, Any]
+    delay: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Sixteen hex digits that identify task, device and threads."""
+        return measurement_key(self.task, self.device, self.threads)
+
+    @property
+    def backward_ratio(self) -> float:
+        """k of the cost model: an update's backward over its forward."""
+        return self.parts["backward"] / self.parts["forward"]
+
+    @property
+    def sample_ratio(self) -> float:
+        """k of `Ledger.cost_units`: one sample's backward over one sample's forward.
+
+        It differs from `backward_ratio` where more samples go forward than backward.
+        """
+        return self.backward_ratio * self.forward_samples / self.backward_samples
+
+    @property
+    def parts_update(self) -> float:
+        """Seconds of an update, as its parts add up."""
+        return sum(self.parts[p] for p in ("forward", "backward", "optimizer", "recording"))
+
+    @property
+    def weighting(self) -> float:
+        """Seconds that weights and the scores by the way add to an update; 0 if not measured."""
+        return self.loops.get("uniform", self.loops["once"]) - self.loops["once"]
+
+    @property
+    def selection(self) -> float:
+        """Seconds that choosing a batch takes besides the presample and its scores; or 0."""
+        if "chosen" not in self.loops:
+            return 0.0
+        presample = (PRESAMPLE - 1) * self.model.data + PRESAMPLE * self.parts["bounds"]
+        return self.loops["chosen"] - self.loops["uniform"] - presample
+
+    @property
+    def waking(self) -> float:
+        """Seconds by which a long sleep for a batch takes longer than that; 0 if not measured."""
+        return self._waking("delayed", self.delay)
+
+    def waking_after(self, seconds: float) -> float:
+        """Return the seconds by which a sleep of `seconds` takes longer than that.
+
+        w (1 - exp(-seconds / tau)): what a process has at hand is lost little by little while it
+        sleeps. w is that of a long sleep, tau such that the brief one took what it did.
+        """
+        long, brief = self.waking, self._waking("delayed_briefly", BRIEF_DELAY)
+        if "delayed_briefly" not in self.loops or brief >= long:
+            return long
+        return long * (1 - (1 - brief / long) ** (seconds / BRIEF_DELAY))
+
+    def _waking(self, kind: str, slept: float) -> float:
+        if kind not in self.loops:
+            return 0.0
+        return max(0.0, self.loops[kind] - self.loops["once"] - slept)
+
+    @property
+    def prefetch_waking(self) -> float:
+        """The same where batches are made meanwhile; 0 too if updates were the slower ones."""
+        if "prefetched" not in self.loops:
+            return 0.0
+        model = self.model
+        busy = max(model.data + self.delay, model.update)
+        return max(0.0, self.loops["prefetched"] - busy)
+
+    def delayed(self, seconds: float) -> CostModel:
+        """Return the cost model with a loader that sleeps so long for every batch."""
+        model = self.model
+        if not seconds:
+            return model
+        return replace(
+            model,
+            data=model.data + seconds,
+            waking=self.waking_after(seconds),
+            prefetch_waking=self.prefetch_waking,
+        )
+
+    @property
+    def model(self) -> CostModel:
+        """The cost model with these times.
+
+        A fresh batch costs by how much whole loops at N = 1 take longer than at N = `REPEATS`: its
+        making, and that its first update finds it, and the network, in no cache. Parts are scaled
+        to what is left: the watch on them takes time as well, and makes the host wait for a GPU.
+        """
+        parts = self.parts
+        # once = update + d, repeated = update + d / N
+        data = (self.loops["once"] - self.loops["repeated"]) / (1 - 1 / REPEATS)
+        data = max(0.0, data)
+        scale = (self.loops["once"] - data) / self.parts_update
+        return CostModel(
+            forward=scale * parts["forward"] / self.batch_size,
+            backward_ratio=self.backward_ratio,
+            batch_size=self.batch_size,
+            optimizer=scale * parts["optimizer"],
+            recording=scale * parts["recording"],
+            data=data,
+            scoring=parts["scoring"] / self.batch_size,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-safe values; `from_json` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Measurement:
+        """Return what `to_json` wrote."""
+        return cls(**data)
+
+
+def measurement_key(task: Mapping[str, Any], device: str, threads: int) -> str:
+    """Return sixteen hex digits that identify a task's configuration, a device and its threads."""
+    text = json.dumps([task, device, threads], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_measurement(store: Store, measurement: Measurement) -> Path:
+    """Keep a measurement, in the place of an older one, and return its file.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    store.check_writable()
+    directory = store.root / "measurements"
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{measurement.key}.json"
+    write_json(path, measurement.to_json())
+    return path
+
+
+def read_measurements(store: Store) -> dict[str, Measurement]:
+    """Return all measurements of a store by their keys.
+
+    Raises:
+        StoreError: a file does not hold a measurement as this version writes them.
+    """
+    found = {}
+    for path in sorted((store.root / "measurements").glob("*.json")):
+        try:
+            found[path.stem] = Measurement.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError):
+            raise StoreError(
+                f"{path} is no measurement of this version: make it anew with `repeatlab measure`"
+            ) from None
+    return found
+
+
+def measurement_table(measurements: Mapping[str, Measurement]) -> pd.DataFrame:
+    """Return a row for each measurement: milliseconds of an update and its parts, k, FLOPs.
+
+    `loop` is an update of a whole loop at N = 1, its fresh batch included, and `loop iqr` its
+    spread; `scoring` is that of a whole batch. `k` is `Measurement.backward_ratio` and `k (sample)`
+    is `Measurement.sample_ratio`.
+    """
+    rows = {}
+    for name, found in measurements.items():
+        shown = ("forward", "backward", "optimizer", "recording", "data", "scoring")
+        times = {part: found.parts[part] for part in shown}
+        times |= {"loop": found.loops["once"], "loop iqr": found.spread["once"]}
+        rows[name] = {f"{part} (ms)": round(1000 * value, 3) for part, value in times.items()} | {
+            "k": round(found.backward_ratio, 2),
+            "k (sample)": round(found.sample_ratio, 2),
+            "FLOPs": f"{sum(found.flops.values()):.3g}",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
+
+
+def predict(
+    measurement: Measurement,
+    ledger: Mapping[str, float],
+    *,
+    config: Mapping[str, Any] | None = None,
+    repeats: np.ndarray | None = None,
+) -> float:
+    """Return the training time of a run, in seconds, from what its ledger has counted.
+
+    N update + d for each fresh batch, after `CostModel.run`. To that come, as the run's method
+    asks: a slow loader's delay for every batch made, and what waking costs once for every batch
+    trained on; new views and samples; what choosing samples takes: the presample, its scores,
+    weights. What is not in it: calibration and models trained beforehand, which have their own
+    seconds; the sorting and drawing of samplers other than importance sampling.
+
+    Args:
+        measurement: Of the run's task, on its device and number of threads.
+        ledger: The counts of `repeatlab.cost.Ledger` by name.
+        config: The run's configuration as its record has it; by default standard training from a
+            loader without delay.
+        repeats: (fresh batches,), how many updates each had: what a loader that prefetches takes
+            depends on it. By default all had the mean number.
+    """
+    config = config or {}
+    method, loader = config.get("method") or {}, config.get("loader") or {}
+    updates, fresh_batches = ledger["updates"], ledger["fresh_batches"]
+    if not fresh_batches:
+        return 0.0
+    slow = measurement.delayed(loader.get("delay_ms", 0.0) / 1000)
+    prefetch = loader.get("prefetch", False)
+    seconds = slow.run(updates, fresh_batches, prefetch=prefetch)
+    if prefetch and repeats is not None:
+        made = zip(*np.unique(repeats, return_counts=True), strict=True)
+        seconds = sum(count * slow.fresh_batch(n, prefetch=True) for n, count in made)
+    if method.get("fresh_views"):
+        seconds += (updates - fresh_batches) * measurement.parts["refresh"]
+    if method.get("apply") == "fresh_samples":
+        seconds += (updates - fresh_batches) * measurement.parts["resample"]
+    if method.get("sampler"):
+        seconds += _choosing(measurement, ledger, method["sampler"], data=slow.data)
+    return seconds
+
+
+def _choosing(
+    measurement: Measurement,
+    ledger: Mapping[str, float],
+    sampler: Mapping[str, Any],
+    *,
+    data: float,
+) -> float:
+    """Return the seconds that a sampler adds to a run on batches as they come."""
+    parts, fresh_batches = measurement.parts, ledger["fresh_batches"]
+    by_bounds = sampler.get("score") == "gradient_norm"
+    per_batch = measurement.bound_samples if by_bounds else measurement.scoring_samples
+    scored = ledger.get("scoring_samples", 0) / per_batch  # in batches
+    if sampler["name"] == "rho_loss":
+        scored = sampler["presample"] * fresh_batches  # the rest, beforehand, has its own seconds
+    if sampler["name"] == "importance":
+        # Chosen from a presample while it is on; uniform batches are not scored.
+        chosen = scored / sampler["presample"]
+        more = scored - chosen
+    else:
+        chosen = fresh_batches if scored else 0
+        more = scored - chosen
+    score = parts.get("bounds", parts["scoring"]) if by_bounds else parts["scoring"]
+    seconds = more * data + scored * score
+    return seconds + ledger["updates"] * measurement.weighting + chosen * measurement.selection
+
+
+def with_prediction(runs: pd.DataFrame, store: Store) -> pd.DataFrame:
+    """Return `runs` with the column `predicted_seconds` beside `seconds`.
+
+    NaN where a run is not done, where it trained in lock-step (its seconds are a share of a
+    group's), and where the store holds no measurement of its task on the processor, device and
+    number of threads that it was made with. As `seconds`, it leaves out calibration.
+
+    Args:
+        runs: The rows of `repeatlab.analysis.frames.Records.runs`.
+        store: Where the measurements are.
+    """
+    measurements = read_measurements(store)
+    done = runs["status"].isin(["complete", "diverged"])
+    predicted = [
+        _predicted(Run(Path(path)), measurements) if finished else nan
+        for path, finished in zip(runs["path"], done, strict=True)
+    ]
+    place = runs.columns.get_loc("seconds") + 1 if "seconds" in runs else len(runs.columns)
+    runs = runs.copy()
+    runs.insert(place, "predicted_seconds", predicted)
+    return runs
+
+
+def _predicted(run: Run, measurements: Mapping[str, Measurement]) -> float:
+    config = run.config
+    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    key = measurement_key(config["task"], environment["device"], config["threads"])
+    measurement = measurements.get(key)
+    if measurement is None or "lockstep" in environment:
+        return nan
+    if measurement.environment["processor"] != environment["processor"]:
+        return nan
+    repeats = None
+    if config.get("loader", {}).get("prefetch"):
+        repeats = run.updates.groupby("fresh_batch").size().to_numpy()
+    return predict(measurement, run.summary["ledger"], config=config, repeats=repeats)

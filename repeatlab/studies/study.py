@@ -1,0 +1,336 @@
+"""A study: tasks x methods x seeds, executed over processes, run by run from the store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import Field, PlainValidator, ValidationError, field_validator, model_validator
+from tqdm.auto import tqdm
+
+from repeatlab.core.environment import commit
+from repeatlab.core.files import StoreError, safe_name
+from repeatlab.core.html_view import rows_table
+from repeatlab.core.schema import Model, did_you_mean, parse
+from repeatlab.store.records import Run, Store
+from repeatlab.studies.cluster import Places
+from repeatlab.studies.scheduling import execute
+from repeatlab.tasks import TaskConfig
+from repeatlab.training.config import (
+    BudgetConfig,
+    CalibrationConfig,
+    Device,
+    EvaluationConfig,
+    LoaderConfig,
+    MethodConfig,
+    PositiveInt,
+    RunConfig,
+    TaskChoice,
+    Threads,
+)
+
+# Of a run that was reported as made.
+ABSENT = "it is not in the store: do the workers see the same directory under this path?"
+
+
+class StudyError(RuntimeError):
+    """Some runs failed; the message lists them with their reasons, `report` has the others."""
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class Planned(NamedTuple):
+    """One run of a study."""
+
+    task: str
+    method: str
+    seed: int
+    config: RunConfig
+
+
+def _seeds(value: Any) -> int | tuple[int, ...]:
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    valid = numbers and all(
+        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers
+    )
+    if not valid or value == 0 or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"must be a count of at least 1 or a list of different seeds, not {value!r}"
+        )
+    return tuple(numbers) if isinstance(value, (list, tuple)) else value
+
+
+class Study(Model):
+    """Every method with every seed on every task, all under the same budget of updates."""
+
+    name: str
+    tasks: Annotated[dict[str, TaskChoice], Field(min_length=1)]
+    """What tables and figures call the task -> its configuration."""
+    methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
+    seeds: Annotated[Any, PlainValidator(_seeds)] = 5
+    """How many seeds, counted from 0, or which."""
+    max_updates: PositiveInt
+    evaluation: EvaluationConfig = EvaluationConfig()
+    budget: BudgetConfig | None = None
+    calibration: CalibrationConfig = CalibrationConfig()
+    loader: LoaderConfig = LoaderConfig()
+    device: Device = "auto"
+    threads: Threads = 1
+    processes: PositiveInt = 1
+    """Processes that share every batch of a run, under torchrun where it is more than one."""
+    lockstep: bool = True
+    """Whether runs of small networks may train as one group where that is faster. Their `seconds`
+    are then a share of the group's, which says nothing of an arm: not where time is compared."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_file_name(cls, value: str) -> str:
+        return safe_name("study name", value)
+
+    @classmethod
+    def of(cls, **fields: Any) -> Study:
+        """Return the study with these fields, naming every bad one in the error."""
+        return parse(cls, fields)
+
+    def planned(self) -> list[Planned]:
+        """Return all runs, seed by seed, so that an early look has every method."""
+        seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        return [
+            Planned(label, name, seed, self._config(task, method, seed))
+            for label, task in self.tasks.items()
+            for seed in seeds
+            for name, method in self.methods.items()
+        ]
+
+    def _config(self, task: TaskConfig, method: MethodConfig, seed: int) -> RunConfig:
+        fields = {name: value for name, value in self if name in RunConfig.model_fields}
+        method = self._with_source(method)
+        # Only arms that are calibrated depend on how: the others keep their identity.
+        calibration = self.calibration if method.depends_on_calibration else None
+        varied = {"task": task, "method": method, "seed": seed, "calibration": calibration}
+        return RunConfig(**fields | varied)
+
+    def _with_source(self, method: MethodConfig) -> MethodConfig:
+        """Return the method with the study's method in the place of its name in `of`."""
+        if not isinstance(method.source, str):
+            return method
+        mapping = method.mapping.model_copy(update={"of": self.methods[method.source]})
+        return method.model_copy(update={"mapping": mapping})
+
+    @model_validator(mode="after")
+    def _runs_mean_something(self) -> Self:
+        for name, method in self.methods.items():
+            if isinstance(method.source, str):
+                path = f"methods.{name}.mapping.of"
+                if method.source not in self.methods:
+                    hint = did_you_mean(method.source, self.methods)
+                    raise ValueError(f"{path}: unknown method {method.source!r}; {hint}")
+                try:
+                    self.methods[method.source].check_source()
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from None
+        for label, task in self.tasks.items():
+            for name, method in self.methods.items():
+                try:
+                    self._config(task, method, 0)
+                except ValidationError as error:
+                    message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
+        return self
+
+    def _repr_html_(self) -> str:
+        return rows_table(
+            {
+                "study": self.name,
+                "tasks": ", ".join(self.tasks),
+                "methods": ", ".join(self.methods),
+                "seeds": self.seeds if isinstance(self.seeds, int) else len(self.seeds),
+                "updates": self.max_updates,
+                "runs": len(self.planned()),
+            }
+        )
+
+    def run(
+        self, runs: str | Path = "runs", *, workers: int | None = None, places: Places | None = None
+    ) -> Report:
+        """Make the runs that the store lacks; see `run_studies`."""
+        return run_studies([self], runs, workers=workers, places=places)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the runs of an execution ended.
+
+    Attributes:
+        status: Run id to "complete", "diverged" or "failed".
+        trained: How many were trained now; the others were in the store.
+        retried: Run id to attempts, of those that needed more than one.
+    """
+
+    status: dict[str, str]
+    trained: int
+    retried: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        counts = Counter(self.status.values())
+        ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        stored = len(self.status) - self.trained
+        runs = "run" if len(self.status) == 1 else "runs"
+        now = f"({self.trained} trained now, {stored} in the store)"
+        again = f"; {len(self.retried)} took more than one attempt" if self.retried else ""
+        return f"{len(self.status)} {runs}: {ended} {now}{again}"
+
+    def _repr_html_(self) -> str:
+        stored = len(self.status) - self.trained
+        now = {"trained now": self.trained, "in the store": stored}
+        again = {"more than one attempt": len(self.retried)} if self.retried else {}
+        return rows_table(
+            {"runs": len(self.status)}
+            | dict(sorted(Counter(self.status.values()).items()))
+            | now
+            | again
+        )
+
+
+def run_study(
+    fields: dict[str, Any], runs: str | Path = "runs", *, workers: int | None = None
+) -> Report:
+    """Make the runs of the study with these fields that the store lacks; see `run_studies`.
+
+    Where the same study was run by this very code and the store has all of it, that is found out
+    from its manifest, without loading torch: a notebook that only draws starts at once.
+    """
+    return _in_store(fields, Store(runs)) or Study.of(**fields).run(runs, workers=workers)
+
+
+def run_all(studies: Mapping[str, dict[str, Any]], runs: str | Path = "runs") -> Report:
+    """Make what the store lacks of many studies, by the same processes; see `run_study`.
+
+    Args:
+        studies: Where the fields of a study stand, for error messages -> the fields.
+        runs: Directory of the run store.
+
+    Raises:
+        ConfigError: fields are not valid; nothing was trained then.
+    """
+    reports = {where: _in_store(fields, Store(runs)) for where, fields in studies.items()}
+    found = [report for report in reports.values() if report is not None]
+    lacking = [
+        parse(Study, studies[where], source=where)
+        for where, report in reports.items()
+        if report is None
+    ]
+    if lacking:
+        found.append(run_studies(lacking, runs))
+    return Report(
+        {run_id: status for report in found for run_id, status in report.status.items()},
+        trained=sum(report.trained for report in found),
+        retried={run_id: n for report in found for run_id, n in report.retried.items()},
+    )
+
+
+def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
+    """Return the report of a study that is there as a whole, made by this commit, else None."""
+    code = commit()
+    if code is None or "+changes" in code:
+        return None  # other code could give the same fields other runs
+    try:
+        study = store.read_study(fields["name"])
+    except (KeyError, TypeError, ValueError, StoreError):
+        return None  # whatever is wrong with them, `Study.of` says it
+    if (study.get("commit"), study.get("study")) != (code, fields):
+        return None
+    handles = [store.run(*run["run"]) for run in study["runs"]]
+    if not all(handle.done for handle in handles):
+        return None
+    return Report({handle.path.name: handle.status["status"] for handle in handles}, trained=0)
+
+
+def run_studies(
+    studies: Sequence[Study],
+    runs: str | Path = "runs",
+    *,
+    workers: int | None = None,
+    places: Places | None = None,
+) -> Report:
+    """Make the runs of `studies` that the store lacks, spread over worker processes.
+
+    A run that fails does not stop the others, one that was begun goes on from its checkpoint, and
+    one whose worker dies is tried again by another.
+
+    Args:
+        studies: The studies; a run that several need is made once.
+        runs: Directory of the run store.
+        workers: Processes, each of one thread; by default one for each core. 0 trains in this
+            process, one run after another.
+        places: Where runs are made, in place of `workers`.
+
+    Raises:
+        StudyError: runs have failed, or a task lacks its data.
+        StoreError: the store cannot be written.
+        KeyboardInterrupt: Ctrl-C; every run that was under way has left a checkpoint.
+    """
+    store = Store(runs)
+    store.check_writable()
+    configs = {p.config.run_id: p.config for study in studies for p in study.planned()}
+    for study in studies:
+        store.write_study(study.name, _manifest(study))
+    missing = {i: c for i, c in configs.items() if not _handle(store, c).done}
+    failed: dict[str, str] = {}
+    if missing:
+        # Once and here, so that what is not there is one message, and workers do not all fetch it.
+        for task in {config.task for config in missing.values()}:
+            task.prepare()
+        places = places or Places(workers=workers)
+        apart = {
+            p.config.run_id for study in studies if not study.lockstep for p in study.planned()
+        }
+        # Closed at once, also where a traceback keeps hold of it: it makes the runs leave.
+        with closing(execute(missing, store, places, apart=apart)) as outcomes:
+            progress = tqdm(outcomes, total=len(missing), desc="runs", unit="run")
+            failed = {run_id: why for run_id, why in progress if why is not None}
+        lost = {i: ABSENT for i, c in missing.items() if not _handle(store, c).done}
+        failed = lost | failed
+    status = {i: _handle(store, config).status["status"] for i, config in configs.items()}
+    retried = {
+        i: attempts
+        for i, config in missing.items()
+        if (attempts := _handle(store, config).environment.get("attempts", 1)) > 1
+    }
+    report = Report(status, trained=len(missing), retried=retried)
+    if failed:
+        lines = [f"  {_handle(store, configs[i]).path}: {why}" for i, why in failed.items()]
+        raise StudyError(
+            f"{len(failed)} of {len(configs)} runs failed:\n" + "\n".join(lines), report
+        )
+    return report
+
+
+def _manifest(study: Study) -> dict[str, Any]:
+    """Return what a reader needs to find the study's runs, without the code that makes them."""
+    return {
+        "name": study.name,
+        "max_updates": study.max_updates,
+        "methods": list(study.methods),
+        "runs": [
+            {
+                "task": p.task,
+                "method": p.method,
+                "seed": p.seed,
+                "run": [p.config.task.name, p.config.run_id],
+            }
+            for p in study.planned()
+        ],
+        "study": study.model_dump(mode="json", exclude_unset=True),
+        "commit": commit(),
+    }
+
+
+def _handle(store: Store, config: RunConfig) -> Run:
+    return store.run(config.task.name, config.run_id)

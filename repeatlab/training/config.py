@@ -1,0 +1,354 @@
+"""One run's whole configuration, and the identity that follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from repeatlab.core.schema import Model, choice, choices, named, parse
+from repeatlab.methods.sampling import SAMPLERS
+from repeatlab.methods.schedules import SCHEDULES, WarmUp
+from repeatlab.repetition.mappings import MAPPINGS, Trace
+from repeatlab.tasks import TASKS, load_task
+from repeatlab.training.early_stopping import EarlyStopping
+
+# Part of every run's identity: raise it when the same configuration would give other records.
+RECORD_VERSION = 4
+
+PositiveInt = Annotated[int, Field(ge=1)]
+# More threads than any machine has end the process rather than raise.
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Control = Literal[
+    "replay",
+    "permuted",
+    "windowed",
+    "time_only",
+    "anti_hard",
+    "spaced",
+    "falling_linear",
+    "falling_cosine",
+]
+TaskChoice = named("task", TASKS, lambda target: load_task(target).Config)
+
+
+class TraceConfig(Model):
+    """The mapping `trace`: counts that are given, or those of another method's run as a control.
+
+    The source is the run of `of` on the same task with the same seed and budget; it is found in the
+    store or made first.
+    """
+
+    name: Literal["trace"]
+    counts: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    of: str | MethodConfig | None = None
+    """The source: in a study the name of one of its methods."""
+    control: Control = "replay"
+    """What is changed, see `repeatlab.methods.controls`; `replay` changes nothing."""
+    window: PositiveInt = 50
+    """Fresh batches in a window of `windowed`, `time_only` and `anti_hard`."""
+    gap: PositiveInt = 5
+    """Fresh batches between two visits of `spaced`."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.counts is None) == (self.of is None):
+            raise ValueError("give either counts, or of: the method whose counts are replayed")
+        if self.counts is not None:
+            self.build()
+            if self.control != "replay":
+                raise ValueError("control needs of: the method whose counts it changes")
+        if isinstance(self.of, MethodConfig):
+            self.of.check_source()
+        return self
+
+    def build(self) -> Trace:
+        """Return the mapping of counts that are given."""
+        return Trace(self.counts)
+
+
+class WarmUpConfig(Model):
+    """A rate that rises linearly to its full height over the first updates."""
+
+    updates: PositiveInt
+    """How many; under a budget, the share of it that they are of T."""
+    start: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The factor at the first update. Goyal et al. begin at the unscaled rate: base_batch_size /
+    batch_size."""
+
+    def build(self) -> WarmUp:
+        """Return the factor as a function of the update."""
+        return WarmUp(self.updates, self.start)
+
+
+class DistillationConfig(Model):
+    """How a run learns from an ensemble besides the labels; see `repeatlab.tasks.distillation`."""
+
+    teachers: PositiveInt = 3
+    """Standard runs of other seeds; their cost is charged to the run that learns from them."""
+    updates: PositiveInt | None = None
+    """Of each teacher; null makes as many as the run's T."""
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    share: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Of the teachers in the loss; the rest is the labels'."""
+
+
+class MethodConfig(Model):
+    """Which samples make a batch, how often it is visited and at what rate; `{}` is standard."""
+
+    sampler: choice("sampler", SAMPLERS) | None = None
+    mapping: (
+        named(
+            "mapping",
+            choices(MAPPINGS, without=("seed",)) | {"trace": TraceConfig},
+            lambda model: model,
+        )
+        | None
+    ) = None
+    schedule: choice("schedule", SCHEDULES) | None = None
+    warm_up: WarmUpConfig | None = None
+    """Where the rate begins and how long it rises, on top of the schedule; null: not at all."""
+    base_batch_size: PositiveInt | None = None
+    """The batch size that the task's rate is meant for: the run's is batch_size / base_batch_size
+    times it (Goyal et al. 2017, arXiv 1706.02677). The short run of `t: auto` and models that a
+    sampler trains beforehand keep the task's own rate, as under a schedule."""
+    distillation: DistillationConfig | None = None
+    """Of an ensemble into the run's network, on the supervised task."""
+    apply: Literal["repeat", "step_size", "fresh_samples"] = "repeat"
+    """What N does: N visits of the batch; one update at N times the learning rate; or N updates on
+    samples drawn anew each time (from the replay buffer, without another environment step)."""
+    fresh_views: bool = False
+    """Whether a repeat draws its augmentation anew; by default it sees the same view."""
+
+    @property
+    def source(self) -> MethodConfig | None:
+        """The method whose recorded counts this one replays."""
+        return self.mapping.of if isinstance(self.mapping, TraceConfig) else None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the mapping has a field that says `auto`."""
+        return self.mapping is not None and "auto" in dict(self.mapping).values()
+
+    @property
+    def depends_on_calibration(self) -> bool:
+        """Whether it, or the method that it replays, is calibrated."""
+        return self.calibrated or (
+            isinstance(self.source, MethodConfig) and self.source.depends_on_calibration
+        )
+
+    def check_source(self) -> None:
+        """Raise a ValueError unless a trace can be taken of this method."""
+        if self.mapping is None or self.mapping.name == "trace" or self.apply == "step_size":
+            raise ValueError(
+                "of must be a method with a mapping of its own: no control, and not step_size"
+            )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.apply != "repeat" and self.mapping is None:
+            raise ValueError(f"apply: {self.apply} needs a mapping, whose N it applies")
+        if self.apply == "fresh_samples" and self.fresh_views:
+            raise ValueError("fresh_views has no effect with apply: fresh_samples")
+        if self.apply == "fresh_samples" and self.sampler is not None:
+            raise ValueError("apply: fresh_samples draws uniformly, so it takes no sampler")
+        if self.apply == "step_size" and self.mapping.name in ("trace", "until"):
+            raise ValueError(f"apply: step_size has no visits for the mapping {self.mapping.name}")
+        spaced = getattr(self.mapping, "control", None) == "spaced"
+        if spaced and (self.sampler or self.apply != "repeat" or self.fresh_views):
+            raise ValueError("control: spaced stands alone: no sampler, apply or fresh_views")
+        return self
+
+
+class BudgetConfig(Model):
+    """What ends a run before `max_updates`: what was spent on the arm, calibration included."""
+
+    unit: Literal["cost", "seconds"]
+    """`cost` counts forward equivalents; a run may spend as many as `max_updates` standard ones."""
+    k: Annotated[float, Field(gt=0)] = 2.0
+    """For `cost`: a backward's time in forwards, as `repeatlab measure` finds it."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """For `seconds`: of training."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.unit == "seconds") != (self.seconds is not None):
+            raise ValueError("seconds must be given for unit: seconds, and only for it")
+        return self
+
+
+class LoaderConfig(Model):
+    """An artificially slow loader, as over a network (data echoing, Choi et al. 2019)."""
+
+    delay_ms: Annotated[float, Field(ge=0)] = 0.0
+    """Milliseconds that every batch takes, on top of its making."""
+    prefetch: bool = False
+    """Whether the next batch is made while updates run."""
+
+
+class CalibrationConfig(Model):
+    """How `t: auto` is found: from the fresh-batch losses of a short standard run."""
+
+    updates: PositiveInt = 500
+    """Updates of the short run; they are charged to the arm that asks for them."""
+    target_repeats: Annotated[float, Field(gt=1)] = 2.0
+    """For `linear`: E[N] on the loss distribution of the short run."""
+
+
+class EvaluationConfig(Model):
+    """When the task is evaluated; never inside the clock."""
+
+    every: PositiveInt = 1000
+    """Updates between evaluations; they are also made at update 0 and at T."""
+    splits: Annotated[tuple[Literal["train", "validation"], ...], Field(strict=False)] = (
+        "train",
+        "validation",
+    )
+    """What is evaluated; "train" is a fixed part of the training split."""
+    test: bool = True
+    """Whether the test split is read, once, after the last update."""
+    early_stopping: EarlyStopping | None = None
+    """When the run ends before T, for want of a better validation metric."""
+    keep: Annotated[int, Field(ge=0)] = 0
+    """Of how many evaluations, the last ones, the networks' weights stay in the run's directory;
+    1 keeps those at the end. Under `restore_best`, of the last that were a new best."""
+
+    @model_validator(mode="after")
+    def _sees_what_it_stops_by(self) -> Self:
+        if self.early_stopping is not None and "validation" not in self.splits:
+            raise ValueError("early_stopping needs the validation split among splits")
+        return self
+
+
+class RunConfig(Model):
+    """Everything that one run depends on."""
+
+    task: TaskChoice
+    method: MethodConfig = MethodConfig()
+    max_updates: PositiveInt
+    seed: Annotated[int, Field(ge=0)] = 0
+    budget: BudgetConfig | None = None
+    evaluation: EvaluationConfig = EvaluationConfig()
+    calibration: CalibrationConfig | None = None
+    loader: LoaderConfig = LoaderConfig()
+    device: Device = "auto"
+    threads: Threads = 1
+    """CPU threads of torch: sums, and so the records, depend on their number."""
+    processes: PositiveInt = 1
+    """Processes that share every batch (`repeatlab.training.data_parallel`), under torchrun where
+    it is more than one: sums depend on their number, and BatchNorm sees a share of the batch."""
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> Self:
+        if self.processes == 1:
+            return self
+        task, method = self.task, self.method
+        refused = {
+            f"it is not for the task {task.name}: {task.unshared}": task.unshared,
+            f"batch_size {task.batch_size} has fewer samples": self.processes > task.batch_size,
+            "a sampler chooses by the losses of samples, and each process sees its own": (
+                method.sampler
+            ),
+            "apply: step_size scales an update before the processes agree on its loss": (
+                method.apply == "step_size"
+            ),
+            "method.distillation: the teachers' answers are not sent to the other processes": (
+                method.distillation
+            ),
+            "budget.unit: seconds would end each process at an update of its own": (
+                self.budget and self.budget.unit == "seconds"
+            ),
+        }
+        for reason, holds in refused.items():
+            if holds:
+                raise ValueError(f"processes: {self.processes}: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        method, refusals = self.method, self.task.refusals()
+        if isinstance(method.source, str):
+            raise ValueError(
+                f"method.mapping.of: {method.source!r} names a method of a study; a single run "
+                "needs the method itself"
+            )
+        if method.warm_up is not None and method.warm_up.updates > self.max_updates:
+            raise ValueError(
+                f"method.warm_up.updates: {method.warm_up.updates} exceeds max_updates: "
+                f"{self.max_updates}"
+            )
+        counts = getattr(method.mapping, "counts", None)
+        if counts is not None and sum(counts) < self.max_updates:
+            raise ValueError(
+                f"method.mapping.counts: they end after {sum(counts)} updates, before "
+                f"max_updates: {self.max_updates}"
+            )
+        if self.device != "auto":
+            from repeatlab.tasks.precision import check_device
+
+            check_device(self.task, self.device)
+        parts = {f"method.apply: {method.apply}": method.apply}
+        if method.fresh_views:
+            parts["method.fresh_views"] = "fresh_views"
+        if method.sampler is not None:
+            name = method.sampler.name
+            parts[f"method.sampler: {name}"] = name
+            if name == "hard_mining":
+                weighted = "weighted" if method.sampler.beta else "unweighted"
+                parts[f"method.sampler: {weighted} {name}"] = weighted
+            score = getattr(method.sampler, "score", None)
+            parts[f"method.sampler.score: {score}"] = score
+        if self.loader.prefetch:
+            parts["loader.prefetch"] = "prefetch"
+            if method.sampler is not None:
+                raise ValueError("loader.prefetch: a sampler chooses by the latest losses")
+        for path, part in parts.items():
+            if part in refusals:
+                raise ValueError(f"{path} is not for the task {self.task.name}: {refusals[part]}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_distilled(self) -> Self:
+        if self.method.distillation is None:
+            return self
+        sampler, warm_up = self.method.sampler, self.method.warm_up
+        updates = self.method.distillation.updates
+        refused = {
+            f"updates: {updates} end before the teachers' warm-up does": (
+                warm_up and updates and updates < warm_up.updates
+            ),
+            f"it is not for the task {self.task.name}, only for supervised": (
+                self.task.name != "supervised"
+            ),
+            "teachers of other seeds see other label noise: they would tell the labels": getattr(
+                self.task, "label_noise", 0
+            ),
+            "t: auto is measured on the cross-entropy, which is not its driver loss: give t": (
+                self.method.calibrated
+            ),
+            "rho_loss trains models beforehand that would need teachers of their own": (
+                sampler and sampler.name == "rho_loss"
+            ),
+        }
+        for reason, holds in refused.items():
+            if holds:
+                raise ValueError(f"method.distillation: {reason}")
+        return self
+
+    @property
+    def run_id(self) -> str:
+        """Sixteen hex digits that identify the configuration."""
+        text = json.dumps([RECORD_VERSION, self.to_json()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the configuration as JSON-safe values; `parse` reads it back."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RunConfig:
+        """Return what `to_json` wrote."""
+        return parse(cls, data)

@@ -1,0 +1,59 @@
+"""The teacher of a distilled run: an ensemble of ordinary runs, found in the store or made first.
+
+Teachers are standard training of the run's own task at its rates, each from a seed of its own that
+follows from the run's: every seed of a study has other teachers. They never see validation or test
+split. All that they cost is charged to the run that learns from them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from time import perf_counter
+
+from repeatlab.core.seeding import derive
+from repeatlab.cost import spent_on
+from repeatlab.store.records import Run
+from repeatlab.tasks import Task
+from repeatlab.tasks.distillation import Distilled
+from repeatlab.training.config import EvaluationConfig, MethodConfig, RunConfig
+from repeatlab.training.ensembles import member_log_probabilities, of_seeds
+
+
+def teacher_runs(config: RunConfig) -> list[RunConfig]:
+    """Return the runs that `config` learns from; none where it is not distilled."""
+    method, settings = config.method, config.method.distillation
+    if settings is None:
+        return []
+    rates = {name: getattr(method, name) for name in ("schedule", "warm_up", "base_batch_size")}
+    return [
+        RunConfig(
+            task=config.task,
+            method=MethodConfig(**rates),
+            max_updates=settings.updates or config.max_updates,
+            seed=derive(config.seed, "teacher", number),
+            evaluation=EvaluationConfig(splits=(), test=False, keep=1),
+            device=config.device,
+            threads=config.threads,
+        )
+        for number in range(settings.teachers)
+    ]
+
+
+def distilled_task(config: RunConfig, teachers: Sequence[Run], *, device: str) -> Task:
+    """Return the task of a distilled run, with what its teachers say of every training image.
+
+    The soft targets are the mean of the teachers' distributions at the temperature.
+    """
+    start = perf_counter()
+    settings = config.method.distillation
+    log_probabilities, data = member_log_probabilities(of_seeds(teachers), "train", device=device)
+    targets = (log_probabilities / settings.temperature).softmax(2).mean(0)
+    spent = Counter()
+    for run in teachers:
+        spent.update(spent_on("holdout", run.summary["ledger"]))
+    spent["holdout_forward_samples"] += len(teachers) * len(data)
+    spent["holdout_seconds"] += perf_counter() - start
+    task = Distilled(config.task, seed=config.seed, device=device)
+    task.imitate(targets, temperature=settings.temperature, share=settings.share, spent=spent)
+    return task

@@ -1,0 +1,275 @@
+"""Ensembles of networks that runs have kept, evaluated beside the single ones.
+
+The members may be runs of several seeds, several moments of one run, and the averages (EMA) of
+weights in place of the weights. An ensemble predicts the mean of its members' softmax
+probabilities, as in Lakshminarayanan et al. 2017 (arXiv 1612.01474), so that its negative
+log-likelihood is at most its members' mean (Jensen's inequality); its accuracy need not be higher.
+
+    runs = runs_of(Store("runs"), "my-study", method="standard")  # with evaluation.keep >= 1
+    print(evaluate(of_seeds(runs)))
+    print(evaluate(of_average(runs[0])))                          # with ema_decay
+    print(evaluate(of_checkpoints(runs[0])))                      # with evaluation.keep >= 2
+
+`repeatlab ensemble` does the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from repeatlab.core.schema import ConfigError, did_you_mean
+from repeatlab.cost import Ledger
+from repeatlab.data import ImageSet, iter_batches
+from repeatlab.store.records import Run, Store
+from repeatlab.tasks import TASKS, load_task
+from repeatlab.training import weights
+from repeatlab.training.config import RunConfig
+
+EVALUATION_BATCH = 500
+CLASSIFIERS = ("supervised", "semisupervised")
+REFUSED = {
+    "selfsupervised": "its networks give representations, not probabilities of classes",
+    "unsupervised": "its networks give images, not probabilities of classes",
+    "generative": "its networks give images, not probabilities of classes",
+    "reinforcement": "its networks give values of actions, not probabilities of classes",
+}
+_SPENT_ON = ("", "calibration_", "holdout_", "pretraining_")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network of one run.
+
+    Attributes:
+        run: The run, with `evaluation.keep` of at least 1.
+        update: After how many updates, one of `weights.kept(run)`.
+        network: Its name in the task: "model", or "ema" for the average of its weights.
+    """
+
+    run: Run
+    update: int
+    network: str
+
+    def __str__(self) -> str:
+        seed = self.run.config["seed"]
+        return f"seed {seed}, update {self.update}, {self.network} of {self.run.path.name[:6]}"
+
+
+@dataclass(frozen=True)
+class EnsembleReport:
+    """What an ensemble and its members are on a split.
+
+    Attributes:
+        table: A row for each member, one for the mean of these and one for the ensemble. Columns:
+            accuracy; nll, the mean negative log-likelihood in nats; what its training cost in
+            `updates`, `cost_units` (forward equivalents, a backward as two forwards) and
+            `seconds`, everything that was prepared for it included; `networks`, how many go forward
+            for a prediction. A run's cost stands in full beside each of its moments, and once in
+            the ensemble's.
+        log_probabilities: float64, (samples, classes): the ensemble's.
+    """
+
+    table: pd.DataFrame
+    log_probabilities: np.ndarray
+
+    def __str__(self) -> str:
+        return self.table.round({"accuracy": 4, "nll": 4, "seconds": 2}).to_string()
+
+    def _repr_html_(self) -> str:
+        return self.table.to_html()
+
+
+def runs_of(
+    store: Store,
+    study: str,
+    *,
+    task: str | None = None,
+    method: str | None = None,
+    seeds: Sequence[int] = (),
+) -> list[Run]:
+    """Return the runs of one arm of a study, in the order of its seeds.
+
+    Args:
+        store: Where the study is.
+        study: Its name.
+        task: What it calls the task; to be given where it has several.
+        method: The arm; likewise.
+        seeds: Which; by default all.
+
+    Raises:
+        StoreError: there is no such study.
+        ConfigError: it has no such task, method or seed, or several and it must be said which.
+    """
+    planned = store.read_study(study)["runs"]
+    for what, name in (("task", task), ("method", method)):
+        known = list(dict.fromkeys(run[what] for run in planned))
+        if name is None and len(known) > 1:
+            raise ConfigError(f"{what}: say which of those of '{study}': {', '.join(known)}")
+        if name is not None and name not in known:
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"{what}: '{study}' has no {what} {name!r}; {hint}")
+        planned = [run for run in planned if name in (None, run[what])]
+    there = {run["seed"]: store.run(*run["run"]) for run in planned}
+    for seed in seeds:
+        if seed not in there:
+            known = ", ".join(map(str, there))
+            raise ConfigError(f"seed: '{study}' has no seed {seed} (known: {known})")
+    return [there[seed] for seed in seeds or there]
+
+
+def of_seeds(runs: Sequence[Run], *, network: str | None = None) -> list[Member]:
+    """Return the last kept network of every run.
+
+    Args:
+        runs: The runs.
+        network: Which; by default what the task evaluates, the average where there is one.
+    """
+    return [_member(run, None, network) for run in runs]
+
+
+def of_checkpoints(run: Run, *, network: str | None = None) -> list[Member]:
+    """Return the network of one run at every update at which it was kept; see `of_seeds`."""
+    return [_member(run, update, network) for update in weights.kept(run) or [None]]
+
+
+def of_average(run: Run) -> list[Member]:
+    """Return the last kept network of a run, and the average (EMA) of its weights.
+
+    Raises:
+        ValueError: it makes no average.
+    """
+    if "ema" not in weights.load(run):
+        raise ValueError(f"{run.path} keeps no average of its weights: set ema_decay on the task")
+    return [_member(run, None, network) for network in ("model", "ema")]
+
+
+def _member(run: Run, update: int | None, network: str | None) -> Member:
+    if network is None:
+        network = "ema" if "ema" in weights.load(run, update) else "model"
+    updates = weights.kept(run)
+    return Member(run, updates[-1] if update is None else update, network)
+
+
+def evaluate(
+    members: Sequence[Member], split: str = "validation", *, device: str = "cpu"
+) -> EnsembleReport:
+    """Return what the members and their ensemble are on a split of their data.
+
+    Args:
+        members: At least one, all different and of one dataset.
+        split: "validation", or "test", which is to be read once.
+        device: Where the networks run.
+
+    Raises:
+        ValueError: a task without classes, members of different data, no such network or split.
+        StoreError: a run keeps no weights, or they are damaged.
+    """
+    if not members:
+        raise ValueError("an ensemble needs at least one member")
+    if split not in ("validation", "test"):
+        raise ValueError(f"split must be 'validation' or 'test', not {split!r}")
+    if len(set(members)) < len(members):
+        raise ValueError("members must differ: one that is there twice counts twice")
+    datasets = {_config(member.run).task.dataset for member in members}
+    if len(datasets) > 1:
+        raise ValueError(f"members must be of one dataset, not of {', '.join(sorted(datasets))}")
+    every, data = member_log_probabilities(members, split, device=device)
+    labels = data.labels.cpu()
+    together = mean_log_probabilities(every)
+    ledgers = {member.run.path: _ledger(member.run) for member in members}
+    rows = {
+        str(member): _scores(found, labels) | _cost([ledgers[member.run.path]], networks=1)
+        for member, found in zip(members, every, strict=True)
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.loc["mean of members"] = table.mean()
+    table.loc["ensemble"] = _scores(together, labels) | _cost(
+        ledgers.values(), networks=len(members)
+    )
+    table = table.astype({"updates": float, "networks": int})
+    return EnsembleReport(table, together.numpy())
+
+
+def member_log_probabilities(
+    members: Sequence[Member], split: str, *, device: str = "cpu"
+) -> tuple[Tensor, ImageSet]:
+    """Return every member's log-probabilities, float64 (members, samples, classes), and the data.
+
+    "train" means the whole train split here, not augmented. See `evaluate` for the errors.
+    """
+    built: dict[str, Any] = {}
+    found = []
+    for member in members:
+        config = _config(member.run)
+        key = json.dumps(config.to_json()["task"], sort_keys=True)
+        if key not in built:  # the data are loaded once
+            built[key] = load_task(TASKS[config.task.name])(config.task, seed=0, device=device)
+        found.append(_log_probabilities(built[key], member, split))
+    data = getattr(next(iter(built.values())).data, split)
+    return torch.stack(found), data
+
+
+def mean_log_probabilities(members: Tensor) -> Tensor:
+    """Return the logarithm of the members' mean probabilities.
+
+    Args:
+        members: (members, samples, classes) of log-probabilities.
+    """
+    return members.logsumexp(0) - log(len(members))
+
+
+@torch.no_grad()
+def _log_probabilities(task: Any, member: Member, split: str) -> Tensor:
+    """Return float64 (samples, classes) on the CPU."""
+    networks, kept = weights.networks(task), weights.load(member.run, member.update)
+    if member.network not in kept:
+        raise ValueError(
+            f"{member.run.path} keeps no network {member.network!r} (known: {', '.join(kept)})"
+        )
+    network = networks[member.network]
+    network.load_state_dict(kept[member.network])
+    network.eval()
+    data = getattr(task.data, split)
+    batches = iter_batches(data, EVALUATION_BATCH, task.data.mean, task.data.std)
+    logits = torch.cat([task.precision(network, batch.images) for batch in batches])
+    return logits.double().log_softmax(1).cpu()
+
+
+def _config(run: Run) -> RunConfig:
+    config = RunConfig.from_json(run.config)
+    name = config.task.name
+    if name not in CLASSIFIERS:
+        reason = REFUSED.get(name, f"only the tasks {' and '.join(CLASSIFIERS)} do")
+        raise ValueError(f"the task {name} makes no ensembles: {reason}")
+    return config
+
+
+def _ledger(run: Run) -> Ledger:
+    if not run.done:
+        raise ValueError(f"{run.path} is not done: what it costs is not known")
+    return Ledger(**run.summary["ledger"])
+
+
+def _scores(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    right = log_probabilities.argmax(1) == labels
+    nll = -log_probabilities.gather(1, labels.unsqueeze(1)).mean()
+    return {"accuracy": right.double().mean().item(), "nll": nll.item()}
+
+
+def _cost(ledgers: Iterable[Ledger], *, networks: int) -> dict[str, float]:
+    """Return what these runs cost together, and what a prediction does."""
+    spent = dict.fromkeys(("updates", "cost_units", "seconds"), 0.0)
+    for ledger in ledgers:
+        spent["cost_units"] += ledger.cost_units(2.0)
+        for column in ("updates", "seconds"):
+            spent[column] += sum(getattr(ledger, part + column) for part in _SPENT_ON)
+    return spent | {"networks": networks}

@@ -1,0 +1,154 @@
+"""How fast a run goes and what ends it: learning rates, step sizes, the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf, isfinite
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from repeatlab.cost import Ledger
+from repeatlab.repetition.loss_stats import LossStats
+from repeatlab.repetition.mappings import Mapping
+from repeatlab.training.config import BudgetConfig, RunConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from repeatlab.tasks import Task
+
+
+class Rates:
+    """The learning rates of all optimizers, scaled alike by batch, warm-up, schedule and step size.
+
+    Attributes:
+        moving: Whether they have to be set before every update.
+    """
+
+    def __init__(self, config: RunConfig, optimizers: Iterable[Optimizer]) -> None:
+        schedule, warm_up = config.method.schedule, config.method.warm_up
+        self._schedule = schedule.build() if schedule else None
+        self._warm_up = warm_up.build() if warm_up else None
+        self._total = config.max_updates
+        # What was set is kept where it does not follow from the update's index.
+        self._keep = config.budget is not None or config.method.apply == "step_size"
+        self.moving = bool(self._schedule or self._warm_up or self._keep)
+        base = config.method.base_batch_size
+        scale = config.task.batch_size / base if base else 1.0
+        self._groups = [(g, scale * g["lr"]) for o in optimizers for g in o.param_groups]
+        for group, rate in self._groups:
+            group["lr"] = rate
+        self._factors: list[float] = []
+
+    def set(self, position: int) -> None:
+        """Set the rates for an update, `position` of T on the schedule."""
+        factor = self._factor(position)
+        for group, base in self._groups:
+            group["lr"] = base * factor
+        if self._keep:
+            self._factors.append(factor)
+
+    def scale(self, factor: int) -> None:
+        """Multiply the rates of this update."""
+        for group, _ in self._groups:
+            group["lr"] *= factor
+        self._factors[-1] *= factor
+
+    def drain(self, updates: np.ndarray) -> np.ndarray:
+        """Return the first optimizer's rates at `updates`, (n,), and forget what was kept."""
+        if self._keep:
+            factors = self._factors[: len(updates)]
+            self._factors = self._factors[len(updates) :]
+        else:
+            factors = [self._factor(int(update)) for update in updates]
+        return self._groups[0][1] * np.array(factors)
+
+    def rebind(self, optimizers: Iterable[Optimizer]) -> None:
+        """Set the rates of these groups from now on: loading a state puts new ones in place."""
+        groups = [g for o in optimizers for g in o.param_groups]
+        self._groups = [(g, base) for g, (_, base) in zip(groups, self._groups, strict=True)]
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return what was set and not yet drained."""
+        return {"factors": list(self._factors)}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Restore `state_dict()`."""
+        self._factors = list(state["factors"])
+
+    def _factor(self, position: int) -> float:
+        factor = self._schedule(position, self._total) if self._schedule else 1.0
+        return factor * self._warm_up(position) if self._warm_up else factor
+
+
+class StepSize:
+    """N as a factor on the learning rate of the only update on each batch.
+
+    One step at N times the rate goes where N steps go to first order, without the gradients in
+    between: the control for "repetition is only a larger learning rate". The host waits for every
+    loss before the optimizer's step.
+    """
+
+    def __init__(self, mapping: Mapping) -> None:
+        self._mapping = mapping
+        self.stats = LossStats(mapping.window)
+
+    def __call__(self, loss: Tensor, of_run: LossStats) -> int:
+        """Return N for the batch's loss, 1 if that is not finite; `of_run` knows the index."""
+        value = float(loss.detach())
+        if not isfinite(value):
+            return 1
+        self.stats.index, self.stats.progress = of_run.index, of_run.progress
+        repeats = self._mapping(value, self.stats)
+        self.stats.observe(value)
+        return repeats
+
+    def state_dict(self) -> dict:
+        """Return the losses that the mapping looks back on."""
+        return self.stats.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore `state_dict()`."""
+        self.stats.load_state_dict(state)
+
+
+class Budget:
+    """What a run may spend before it ends.
+
+    Attributes:
+        limit: In the budget's unit; infinite where only updates count.
+    """
+
+    def __init__(self, config: RunConfig, task: Task) -> None:
+        settings = config.budget
+        self._total = config.max_updates
+        self._k = settings.k if settings else BudgetConfig.model_fields["k"].default
+        self._by_cost = settings is not None and settings.unit == "cost"
+        self._update = task.forward_samples + self._k * task.backward_samples
+        if settings is None:
+            self.limit = inf
+        elif self._by_cost:
+            # Just below: what equals it may come out of its sum rounded down.
+            self.limit = config.max_updates * self._update * (1 - 1e-12)
+        else:
+            self.limit = settings.seconds
+
+    def spent(self, ledger: Ledger, updates: int, scored: int, seconds: float) -> float:
+        """Return what is spent after `updates`, with what was prepared (see `ledger`) before."""
+        if self._by_cost:
+            return updates * self._update + scored + ledger.prepared_units(self._k)
+        return seconds + ledger.calibration_seconds + ledger.holdout_seconds
+
+    def unused(self, updates: int, spent: float) -> dict[str, float]:
+        """Return what a run leaves that ends after `updates`, with `spent` of its budget.
+
+        Of T in updates, and in the budget's unit; without one in forward equivalents, a backward's
+        time as in a budget of unit `cost`.
+        """
+        left = self._total - updates
+        if self.limit == inf:
+            return {"unused_updates": left, "unused_cost_units": left * self._update}
+        unit = "cost_units" if self._by_cost else "seconds"
+        return {"unused_updates": left, f"unused_{unit}": max(0.0, self.limit - spent)}

@@ -1,0 +1,490 @@
+"""Pairs, findings and tables from hand-made runs, mixed stores among them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from repeatlab.analysis.comparison import comparison_table, over_tasks
+from repeatlab.analysis.effects import adjusted, finding, joint
+from repeatlab.analysis.frames import Records, final_table, load, together, with_cost
+from repeatlab.analysis.paired_differences import Endpoint, pairs
+from repeatlab.analysis.statistics import holm, sign_flip
+from repeatlab.cost import Ledger
+from repeatlab.store.records import Store
+
+ACCURACY, LOSS = Endpoint(metric="accuracy"), Endpoint(metric="loss")
+EVERY, BATCH = 10, 4
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Return a function that writes runs to a store and reads them as records.
+
+    A run is given by its values at updates 0, 10, 20, ..., or by its status where it has none.
+    `repeats` is how many updates a method makes of a fresh batch, `calibration` what t cost it,
+    `holdout` the seconds that its sampler needed beforehand, `pretraining` those of (task, method).
+    """
+
+    def make(
+        runs,
+        *,
+        metric="accuracy",
+        repeats=None,
+        calibration=None,
+        holdout=None,
+        pretraining=None,
+        name="made",
+    ) -> Records:
+        store, planned = Store(tmp_path), []
+        for task, method, seed in runs:
+            values, status = runs[task, method, seed], "complete"
+            if isinstance(values, tuple):
+                values, status = values
+            run_id = f"{task}-{method}-{seed}"
+            run = store.run(name, run_id)
+            planned.append({"task": task, "method": method, "seed": seed, "run": [name, run_id]})
+            if status != "missing":
+                writer = store.begin(run, {}, {})
+                for place, value in enumerate(values):
+                    done = place * EVERY
+                    ledger = Ledger(
+                        updates=done,
+                        fresh_batches=done // (repeats or {}).get(method, 1),
+                        forward_samples=done * BATCH,
+                        backward_samples=done * BATCH,
+                        seconds=float(done),
+                        calibration_forward_samples=(calibration or {}).get(method, 0),
+                        calibration_backward_samples=(calibration or {}).get(method, 0),
+                        calibration_seconds=float((calibration or {}).get(method, 0)),
+                        holdout_seconds=(holdout or {}).get(method, 0.0),
+                        pretraining_seconds=(pretraining or {}).get((task, method), 0.0),
+                    ).to_json()
+                    writer.evals(done, {"validation": {metric: value}}, ledger)
+                if status == "failed":
+                    writer.fail(RuntimeError("lost"))
+                else:
+                    final = {f"validation.{metric}": values[-1]} if status == "complete" else {}
+                    writer.finish(status, {"ledger": ledger, "final": final})
+        store.write_study(name, {"name": name, "max_updates": 20, "runs": planned})
+        return load(tmp_path, name)
+
+    return make
+
+
+def values_of(frame: pd.DataFrame, column: str) -> list:
+    return frame.set_index(["task", "method", "seed"])[column].tolist()
+
+
+# --- pairs ------------------------------------------------------------------------------------
+
+
+def test_positive_is_better_whatever_the_metric(records):
+    runs = {("t", "standard", 0): [0, 1, 2.0], ("t", "linear", 0): [0, 1, 3.5]}
+    assert pairs(records(runs), {"t": ACCURACY})["difference"].tolist() == [1.5]
+    as_loss = records(runs, metric="loss", name="other")
+    assert pairs(as_loss, {"t": LOSS})["difference"].tolist() == [-1.5]
+
+
+def test_at_equal_fresh_batches_the_longer_run_is_read_before_its_end(records):
+    runs = {("t", "standard", 0): [0.0, 0.4, 0.8], ("t", "twice", 0): [0.0, 0.3, 0.5]}
+    frame = pairs(records(runs, repeats={"twice": 2}), {"t": ACCURACY}, axis="fresh_batches")
+    # 20 updates are 20 fresh batches of the standard arm and 10 of the other.
+    assert frame[["x", "value", "other"]].to_numpy().tolist() == [[10, 0.5, 0.4]]
+
+
+def test_values_between_evaluations_are_interpolated(records):
+    runs = {("t", "standard", 0): [0.0, 0.4, 0.8], ("t", "often", 0): [0.0, 0.3, 0.5]}
+    frame = pairs(records(runs, repeats={"often": 4}), {"t": ACCURACY}, axis="fresh_batches")
+    assert frame["x"].item() == 5
+    assert frame["other"].item() == pytest.approx(0.2)
+
+
+def test_calibration_is_charged_at_equal_cost_and_seconds_but_is_no_update(records):
+    runs = {("t", "standard", 0): [0.0, 0.4, 0.8], ("t", "linear", 0): [0.0, 0.4, 0.8]}
+    # Half of what the 20 updates with 4 samples each cost.
+    study = records(runs, calibration={"linear": 10 * BATCH})
+    at = {
+        axis: pairs(study, {"t": ACCURACY}, axis=axis).iloc[0]
+        for axis in ("update", "cost", "seconds")
+    }
+    assert at["update"]["difference"] == 0
+    assert at["cost"]["x"] == 20 * BATCH * 3
+    assert at["cost"]["value"] == pytest.approx(0.4)
+    # 40 s of calibration are more than the standard arm's 20: nothing has been learnt by then.
+    assert at["seconds"]["value"] == 0.0
+
+
+def test_what_a_sampler_needed_beforehand_is_part_of_its_time(records):
+    runs = {("t", "standard", 0): [0.0, 0.4, 0.8], ("t", "rho", 0): [0.0, 0.4, 0.8]}
+    frame = pairs(records(runs, holdout={"rho": 15.0}), {"t": ACCURACY}, axis="seconds")
+    assert frame[["x", "value", "other"]].to_numpy().tolist() == [[20, pytest.approx(0.2), 0.8]]
+
+
+def test_what_a_task_had_behind_it_moves_its_arms_alike(records):
+    arms = ("standard", "twice", "thrice")
+    runs = {(task, arm, 0): [0.0, 0.4, 0.8] for task in ("known", "new") for arm in arms}
+    # One and the same pretraining, on three processes that were not equally fast.
+    took = {("known", "standard"): 7.0, ("known", "twice"): 5.0, ("known", "thrice"): 6.0}
+    study = records(runs, pretraining=took)
+    starts = study.evals.query("update == 0").groupby("task")["seconds"].unique()
+    assert {task: seconds.tolist() for task, seconds in starts.items()} == {
+        "known": [6.0],
+        "new": [0.0],
+    }
+    frame = pairs(study, {"known": ACCURACY, "new": ACCURACY}, axis="seconds")
+    assert frame["x"].tolist() == [26, 26, 20, 20]
+    assert frame["difference"].tolist() == [0] * 4
+    table = final_table(study, "accuracy").groupby("task")["seconds"].unique()
+    assert {task: seconds.tolist() for task, seconds in table.items()} == {
+        "known": [26.0],
+        "new": [20.0],
+    }
+
+
+def test_the_cost_is_the_ledgers(records):
+    ledger = Ledger(
+        forward_samples=7, backward_samples=5, scoring_samples=11,
+        calibration_forward_samples=3, calibration_backward_samples=3, holdout_forward_samples=2,
+        pretraining_forward_samples=13, pretraining_backward_samples=9,
+    )  # fmt: skip
+    rows = pd.DataFrame([{"task": "a"} | ledger.to_json(), {"task": "b"} | ledger.to_json()])
+    cost = with_cost(rows, {"a": 1.5, "b": 2.0})["cost"]
+    assert cost.tolist() == [ledger.cost_units(1.5), ledger.cost_units(2.0)]
+    assert with_cost(rows)["cost"].tolist() == [ledger.cost_units(2.0)] * 2
+    later = ("scoring", "holdout", "pretraining")
+    old = rows.drop(columns=[name for name in rows if name.startswith(later)])
+    assert with_cost(old, 2.0)["cost"].tolist() == [7 + 2 * 5 + 3 * 3] * 2
+
+
+def test_time_to_target_counts_a_miss_at_the_end_of_what_both_cover(records):
+    runs = {
+        ("t", "standard", 0): [0.1, 0.5, 0.9],
+        ("t", "linear", 0): [0.1, 0.9, 0.9],
+        ("t", "standard", 1): [0.1, 0.5, 0.6],
+        ("t", "linear", 1): [0.1, 0.5, 0.9],
+        ("t", "standard", 2): [0.1, 0.5, 0.6],
+        ("t", "linear", 2): [0.1, 0.2, 0.3],
+    }
+    endpoint = {"t": Endpoint(metric="accuracy", target=0.9)}
+    frame = pairs(records(runs), endpoint, measure="target")
+    assert frame["value"].tolist() == [10, 20, 20]
+    assert frame["other"].tolist() == [20, 20, 20]
+    assert frame["difference"].tolist() == [10, 0, 0]
+
+
+def test_the_average_is_the_area_under_the_curve(records):
+    runs = {("t", "standard", 0): [0.0, 1.0, 1.0], ("t", "linear", 0): [0.0, 0.0, 1.0]}
+    frame = pairs(records(runs), {"t": ACCURACY}, measure="average")
+    assert frame[["value", "other"]].to_numpy().tolist() == [[0.25, 0.75]]
+    # Calibration for half of the range, when the run is what it was at first, pushes it back.
+    late = records(runs, calibration={"linear": 10 * BATCH}, name="late")
+    assert pairs(late, {"t": ACCURACY}, measure="average", axis="cost")["value"].item() == 0.0
+
+
+def test_speed_is_the_target_where_there_is_one(records):
+    runs = {(task, arm, 0): [0.0, 0.6, 0.8] for task in "ab" for arm in ("standard", "linear")}
+    endpoints = {"a": Endpoint(metric="accuracy", target=0.6), "b": ACCURACY}
+    frame = pairs(records(runs), endpoints, measure="speed").set_index("task")
+    assert frame.loc["a", "value"] == 10
+    assert frame.loc["b", "value"] == pytest.approx((0.3 + 0.7) / 2)
+
+
+def test_a_split_that_was_read_once_has_no_other_range(records):
+    """Only the end was evaluated: at the same end it compares, before it nothing is known."""
+    study = records({("t", "standard", 0): [0.0, 0.5, 0.8], ("t", "twice", 0): [0.0, 0.5, 0.9]})
+    last = study.evals[study.evals["update"] == 20]
+    last.loc[last["method"] == "twice", "fresh_batches"] = 10
+    study.__dict__["evals"] = last
+    assert pairs(study, {"t": ACCURACY})["difference"].item() == pytest.approx(0.1)
+    apart = pairs(study, {"t": ACCURACY}, axis="fresh_batches")
+    assert apart["status"].item() == "no common range"
+    note = comparison_table(apart)["note"].item()
+    assert note == "1 of 1 pairs without a range in common (t seed 0)"
+
+
+def test_what_was_not_counted_cannot_be_compared_on(records):
+    study = records({("t", arm, 0): [0.0, 0.5] for arm in ("standard", "linear")})
+    frame = pairs(study, {"t": ACCURACY}, axis="environment_steps")
+    assert frame["status"].item() == "no common range"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": "epoch"}, "axis must be one of update, .*; not 'epoch'"),
+        ({"measure": "best"}, "measure must be one of value, .*; not 'best'"),
+        ({"measure": "target"}, "there is no target for t;"),
+    ],
+)
+def test_a_wrong_question_names_the_right_ones(records, options, message):
+    study = records({("t", "standard", 0): [0.0], ("t", "linear", 0): [0.0]})
+    with pytest.raises(ValueError, match=message):
+        pairs(study, {"t": ACCURACY}, **options)
+
+
+# --- mixed stores -----------------------------------------------------------------------------
+
+
+def test_a_diverged_run_is_worst_and_two_tie(records):
+    runs = {
+        ("t", "standard", 0): [0.1, 0.5, 0.6],
+        ("t", "linear", 0): ([0.1, 0.9], "diverged"),
+        ("t", "standard", 1): ([0.1], "diverged"),
+        ("t", "linear", 1): [0.1, 0.2, 0.1],
+        ("t", "standard", 2): ([0.1], "diverged"),
+        ("t", "linear", 2): ([0.1, 0.9], "diverged"),
+        ("t", "standard", 3): [0.1, 0.5, 0.6],
+        ("t", "linear", 3): [0.1, 0.5, np.nan],
+    }
+    study = records(runs)
+    frame = pairs(study, {"t": ACCURACY})
+    assert frame["difference"].tolist() == [-np.inf, np.inf, 0, -np.inf]
+    assert set(frame["status"]) == {"diverged"}
+    row = comparison_table(frame).iloc[0]
+    assert (row["n"], row["n_diverged"], row["n_missing"]) == (4, 4, 0)
+    assert row["interval"] == "signed ranks"
+    assert np.isnan(row["standardised"])
+    assert "4 diverged, counted as worst by rank" in row["note"]
+    as_loss = records(runs, metric="loss", name="other")
+    assert pairs(as_loss, {"t": LOSS})["difference"].tolist() == [-np.inf, np.inf, 0, -np.inf]
+
+
+def test_a_diverged_run_misses_the_target(records):
+    runs = {("t", "standard", 0): [0.1, 0.5, 0.9], ("t", "linear", 0): ([0.1, 0.9], "diverged")}
+    endpoint = {"t": Endpoint(metric="accuracy", target=0.4)}
+    frame = pairs(records(runs), endpoint, measure="target")
+    assert frame[["value", "other", "difference"]].to_numpy().tolist() == [[20, 10, -10]]
+
+
+@pytest.fixture
+def mixed(records) -> Records:
+    better = {
+        ("t", method, seed): [0, 0.5, 0.5 + 0.01 * seed + (method != "standard") * (1 + seed) / 20]
+        for method in ("standard", "full", "lost", "short", "single")
+        for seed in range(8)
+    }
+    better["t", "lost", 2] = ([], "missing")
+    better["t", "lost", 5] = ([0, 0.5], "failed")
+    for seed in range(1, 8):
+        del better["t", "single", seed]
+        if seed > 5:
+            del better["t", "short", seed]
+    return records(better)
+
+
+def test_every_row_says_what_it_rests_on(mixed):
+    table = comparison_table(pairs(mixed, {"t": ACCURACY}), resamples=99).set_index("method")
+    assert table["n"].to_dict() == {"full": 8, "lost": 6, "short": 6, "single": 1}
+    assert table["n_missing"].to_dict() == {"full": 0, "lost": 2, "short": 2, "single": 7}
+    notes = table["note"].to_dict()
+    assert notes["full"] == ""
+    assert notes["lost"] == "2 of 8 pairs missing (t seed 2, 5)"
+    assert notes["short"] == "2 of 8 pairs missing (t seed 6, 7)"
+    assert notes["single"] == (
+        "7 of 8 pairs missing (t seed 1, 2, 3, 4, 5, 6, 7); no interval: a task has but one pair; "
+        "n = 1: p cannot fall below 1"
+    )
+
+
+def test_what_misses_a_run_is_undecided_and_does_not_help_the_others(mixed):
+    table = comparison_table(pairs(mixed, {"t": ACCURACY}), resamples=99).set_index("method")
+    assert table["decision"].to_dict() == {
+        "full": "better",
+        "lost": "undecided",
+        "short": "undecided",
+        "single": "undecided",
+    }
+    assert table.loc["full", "p_adjusted"] == 4 * 2**-7
+    assert table["p_adjusted"].isna().tolist() == [False, True, True, True]
+
+
+def test_a_task_without_any_run_is_missing_for_every_method(mixed):
+    endpoints = {"t": ACCURACY, "nowhere": ACCURACY}
+    table = comparison_table(pairs(mixed, endpoints), resamples=0)
+    absent = table[table["task"] == "nowhere"]
+    assert absent["method"].tolist() == ["standard", "full", "lost", "short", "single"]
+    assert set(absent["note"]) == {"1 of 1 pairs missing (nowhere)"}
+    assert set(absent["n"]) == {0}
+    assert absent["difference"].isna().all()
+
+
+def test_without_a_standard_arm_all_pairs_are_missing(records):
+    study = records({("t", "linear", seed): [0.0, 0.5] for seed in range(3)})
+    frame = pairs(study, {"t": ACCURACY})
+    assert frame["status"].tolist() == ["missing"] * 3
+
+
+def test_no_records_no_rows():
+    frame = pairs(together({}), {"t": ACCURACY})
+    assert frame.empty
+    assert comparison_table(frame).empty
+    assert over_tasks(frame).empty
+
+
+def test_studies_together_keep_their_tasks_apart(records):
+    one = records({("digits", arm, 0): [0.0, 1.0] for arm in ("standard", "a")})
+    two = {
+        (task, arm, 0): [0.0, 2.0] for task in ("digits", "letters") for arm in ("standard", "a")
+    }
+    study = together({"first": one, "second": records(two, name="other")})
+    tasks = ["first", "second: digits", "second: letters"]
+    assert study.runs["task"].unique().tolist() == tasks
+    highest = study.evals.groupby("task")["value"].max()
+    assert highest[tasks].tolist() == [1.0, 2.0, 2.0]
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(records) -> Records:
+    random = np.random.default_rng(5)
+    runs = {}
+    for task in ("a", "b"):
+        for seed in range(8):
+            start = random.normal()
+            for method, gain in (("standard", 0), ("up", 2), ("same", 0)):
+                runs[task, method, seed] = [0, 0, start + gain + random.normal()]
+    return records(runs)
+
+
+def test_a_row_is_the_paired_analysis_of_its_task(study):
+    frame = pairs(study, {"a": ACCURACY, "b": ACCURACY})
+    table = comparison_table(frame, seed=1, resamples=999)
+    for row in table.itertuples():
+        mine = frame[(frame["task"] == row.task) & (frame["method"] == row.method)]
+        d, other = mine["difference"].to_numpy(), mine["other"].to_numpy()
+        expected = stats.ttest_rel(mine["value"], other)
+        limits = expected.confidence_interval(0.95)
+        assert (row.difference, row.low, row.high) == pytest.approx((d.mean(), *limits))
+        sd = other.std(ddof=1)
+        assert row.standardised == pytest.approx(d.mean() / sd)
+        assert row.standardised_low == pytest.approx(limits.low / sd)
+        assert row.p == sign_flip(d)
+        u = stats.mannwhitneyu(mine["value"], other).statistic
+        assert row.probability == pytest.approx(u / 64)
+        bca = stats.bootstrap((d,), np.mean, n_resamples=999, rng=np.random.default_rng(1))
+        assert (row.bootstrap_low, row.bootstrap_high) == tuple(bca.confidence_interval)
+    assert table["p_adjusted"].tolist() == pytest.approx(holm(table["p"]).tolist())
+    pd.testing.assert_frame_equal(table, comparison_table(frame, seed=1, resamples=999))
+
+
+def test_p_could_have_been_so_small_at_best(study):
+    table = comparison_table(pairs(study, {"a": ACCURACY, "b": ACCURACY}), resamples=0)
+    for place in range(len(table)):
+        best = table["p"].to_numpy().copy()
+        best[place] = 2**-7
+        assert table["least_p_adjusted"][place] == pytest.approx(holm(best)[place])
+
+
+def test_pooled_units_do_not_change_when_a_pair_is_swapped(study):
+    frame = pairs(study, {"a": ACCURACY, "b": ACCURACY}, methods=["up"])
+    one = finding(frame)
+    swapped = frame.copy()
+    turn = swapped["seed"] % 2 == 0
+    swapped.loc[turn, ["value", "other"]] = frame.loc[turn, ["other", "value"]].to_numpy()
+    swapped["difference"] = swapped["value"] - swapped["other"]
+    scale = {t: np.std(g[["value", "other"]].to_numpy(), ddof=1) for t, g in frame.groupby("task")}
+    for rows, found in ((frame, one), (swapped, finding(swapped))):
+        scaled = rows["difference"] / rows["task"].map(scale)
+        assert found.effect.estimate == pytest.approx(scaled.groupby(rows["task"]).mean().mean())
+
+
+def test_pooling_does_not_mind_the_unit_of_a_task(study):
+    frame = pairs(study, {"a": ACCURACY, "b": ACCURACY}, methods=["up"])
+    scaled = frame.copy()
+    other = scaled["task"] == "b"
+    scaled.loc[other, ["value", "other", "difference"]] *= 1000.0
+    assert finding(scaled).effect.estimate == pytest.approx(finding(frame).effect.estimate)
+    assert finding(scaled).p == pytest.approx(finding(frame).p)
+
+
+def test_over_tasks_is_the_trimmed_mean_of_standardised_differences(study):
+    frame = pairs(study, {"a": ACCURACY, "b": ACCURACY})
+    table = over_tasks(frame, seed=2, resamples=500).set_index("method")
+    for method, mine in frame.groupby("method"):
+        parts = [g["difference"] / g["other"].std() for _, g in mine.groupby("task")]
+        row = table.loc[method]
+        assert row["iqm"] == pytest.approx(stats.trim_mean(np.concatenate(parts), 0.25))
+        assert row["low"] < row["iqm"] < row["high"]
+        assert (row["tasks"], row["n"]) == (2, 16)
+    assert table.loc["up", "probability"] > table.loc["same", "probability"]
+
+
+def test_over_tasks_says_what_it_lacks(mixed):
+    table = over_tasks(pairs(mixed, {"t": ACCURACY, "nowhere": ACCURACY}), resamples=99)
+    row = table.set_index("method").loc["lost"]
+    assert (row["tasks"], row["n"]) == (1, 6)
+    assert row["note"] == "t: 2 of 8 pairs missing; nowhere: 1 of 1 pairs missing"
+
+
+def test_a_family_of_seven_cannot_be_decided_with_eight_seeds(records):
+    runs = {}
+    for seed in range(8):
+        for place, method in enumerate(["standard", *"abcdefg"]):
+            runs["t", method, seed] = [0, 0, place + 0.01 * seed * place]
+    study = records(runs)
+    for methods, decision in ((list("abcdef"), "better"), (list("abcdefg"), "undecided")):
+        frame = pairs(study, {"t": ACCURACY}, methods=methods)
+        assert set(comparison_table(frame, resamples=0)["decision"]) == {decision}
+
+
+def test_a_task_without_spread_is_left_out_by_name(records):
+    runs = {}
+    for seed in range(3):
+        runs |= {("flat", "standard", seed): [0, 1.0], ("flat", "a", seed): [0, 2.0]}
+        runs |= {("t", "standard", seed): [0, 1.0 * seed], ("t", "a", seed): [0, 2.0]}
+    frame = pairs(records(runs), {"flat": ACCURACY, "t": ACCURACY})
+    row = over_tasks(frame, resamples=99).iloc[0]
+    assert (row["tasks"], row["n"]) == (1, 3)
+    assert row["note"] == "flat: left out, no spread to standardise by"
+    flat = comparison_table(frame, resamples=0).iloc[0]
+    assert flat["difference"] == 1.0
+    assert np.isnan(flat["standardised"])
+
+
+# --- among others -----------------------------------------------------------------------------
+
+
+def _finding(*differences: float):
+    d = np.array(differences)
+    columns = {"task": "t", "status": "paired", "value": d, "other": 0.0, "difference": d}
+    return finding(pd.DataFrame(columns))
+
+
+UP, DOWN = _finding(*range(1, 9)), _finding(*range(-8, 0))
+FLAT = _finding(1, -1, 1, -1, 1, -1, 1, -1.5)
+NOTHING = finding(pd.DataFrame(columns=["task", "status", "value", "other", "difference"]))
+
+
+def test_all_parts_must_hold_and_the_weakest_decides():
+    weak = _finding(1, 2, 3, 4, 5, 6, 7, -1)
+    assert joint([UP, weak]) == (weak.p, 1)
+    assert joint([UP, UP]) == (UP.p, 1)
+
+
+def test_a_part_reversed_is_counted_among_the_parts():
+    assert joint([UP, DOWN, UP]) == (3 * DOWN.p, -1)
+    # What is needed besides has to hold, and reverses nothing.
+    assert joint([UP], [UP]) == (UP.p, 1)
+    assert joint([UP, UP], [DOWN]) == (1.0, 0)
+    assert joint([UP, DOWN], [DOWN]) == (2 * DOWN.p, -1)
+    assert joint([UP, FLAT]) == (pytest.approx(min(1, 2 * FLAT.p)), 0)
+
+
+def test_no_claim_without_all_parts():
+    for parts in ([], [UP, NOTHING]):
+        p, direction = joint(parts)
+        assert np.isnan(p)
+        assert direction == 0
+
+
+def test_a_finding_is_adjusted_with_all_that_share_the_level():
+    seven = _finding(1, -1, 1, -1, 1, -1, 1.5)
+    one, other = adjusted([UP, seven], [0.5])
+    assert one.p == one.least_p == 3 * 2**-7
+    assert other.least_p == 2 * 2**-6  # the first is smaller still, and goes first
+    assert one.family == 3

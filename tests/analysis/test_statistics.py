@@ -1,0 +1,327 @@
+"""Statistics against scipy, statsmodels, definitions written out, and closed forms."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from repeatlab.analysis.statistics import (
+    Effect,
+    Interval,
+    bootstrap_interval,
+    hodges_lehmann,
+    holm,
+    iqm,
+    paired_effect,
+    probability_of_improvement,
+    sign_flip,
+    signed_ranks,
+    smallest_p,
+    stratified_interval,
+    student_interval,
+)
+
+FIXED = np.array([0.8, -0.3, 1.4, 0.2, 0.9, -0.1, 0.7, 1.1])
+whole = st.lists(st.integers(-6, 6), min_size=1, max_size=9)
+
+
+# --- sign flips -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [FIXED, FIXED[:5], -FIXED, np.array([1.0, 1.0, 2.0, -4.0])])
+def test_the_exact_sign_flip_is_scipys(values):
+    expected = stats.permutation_test(
+        (values,),
+        lambda x, axis: x.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=np.inf,
+    )
+    assert sign_flip(values) == pytest.approx(expected.pvalue)
+
+
+@given(whole)
+def test_the_exact_sign_flip_counts_all_signs(values):
+    values = np.array(values, dtype=float)
+    sums = [abs(np.dot(signs, values)) for signs in product([1, -1], repeat=len(values))]
+    assert sign_flip(values) == pytest.approx(np.mean(np.array(sums) >= abs(values.sum())))
+
+
+def test_tenths_tie_as_their_wholes_do():
+    tenths = np.array([0.1, 0.2, 0.3, -0.1, 0.4, 0.2])  # sums of 0.1 and 0.2 round differently
+    assert sign_flip(tenths) == sign_flip(np.rint(10 * tenths))
+
+
+def test_random_flips_come_close_to_all_of_them():
+    exact = sign_flip(FIXED)
+    drawn = sign_flip(FIXED, exact_up_to=0, resamples=20_000)
+    assert drawn == pytest.approx(exact, abs=5 * np.sqrt(exact * (1 - exact) / 20_000))
+    assert drawn == sign_flip(FIXED, exact_up_to=0, resamples=20_000)
+
+
+def test_random_flips_never_give_a_p_of_zero():
+    assert sign_flip(np.full(40, 1.0), resamples=99) == 1 / 100
+
+
+@given(st.integers(1, 16))
+def test_equal_signs_give_the_smallest_p_there_is(n):
+    assert sign_flip(np.arange(1, n + 1)) == pytest.approx(smallest_p(n))
+
+
+def test_what_has_no_sign_shows_nothing():
+    assert sign_flip(np.zeros(8)) == 1
+    assert sign_flip(np.array([0.0, 0.0, 1.0, 2.0])) == smallest_p(2) == 0.5
+    # Ties need no enumeration: however many they are, the p of the others is exact.
+    assert sign_flip(np.array([0.0] * 30 + [1.0, 2.0, 3.0])) == smallest_p(3)
+    assert np.isnan(sign_flip(np.array([])))
+
+
+def test_the_sign_flip_keeps_its_level_at_every_small_n():
+    """All signs of the same sizes are equally likely under the null: their p-values are counted."""
+    for n in range(1, 10):
+        sizes = np.random.default_rng(n).exponential(size=n)
+        p = np.array([sign_flip(sizes * signs) for signs in product([1, -1], repeat=n)])
+        assert np.mean(p < 0.05) <= 0.05
+        assert np.mean(p <= 0.2) <= 0.2
+
+
+# --- ranks ------------------------------------------------------------------------------------
+
+
+@given(whole)
+def test_signed_ranks_are_scipys_ranks_of_the_sizes(values):
+    values = np.array(values, dtype=float)
+    rest = values[values != 0]
+    expected = np.sign(rest) * stats.rankdata(np.abs(rest))
+    ranks = signed_ranks(values)
+    assert ranks[values != 0].tolist() == expected.tolist()
+    assert not ranks[values == 0].any()
+
+
+def test_flipped_signed_ranks_are_wilcoxons_test():
+    expected = stats.wilcoxon(FIXED, method="exact").pvalue
+    assert sign_flip(signed_ranks(FIXED)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n", [6, 8, 11, 15])
+def test_the_signed_rank_limits_hold_what_wilcoxon_does_not_reject(n):
+    values = np.random.default_rng(n).normal(0.4, 1, n)
+    estimate, (low, high, kind) = hodges_lehmann(values)
+    assert kind == "signed ranks"
+    first, second = np.triu_indices(n)
+    assert estimate == np.median((values[first] + values[second]) / 2)
+    for edge, inwards in ((low, 1e-9), (high, -1e-9)):
+        assert stats.wilcoxon(values - edge - inwards, method="exact").pvalue > 0.05
+        assert stats.wilcoxon(values - edge + inwards, method="exact").pvalue <= 0.05
+
+
+def test_an_infinite_difference_moves_the_limit_not_the_estimate():
+    estimate, interval = hodges_lehmann(np.array([0.5, 0.7, 0.9, 1.1, 1.3, 1.5, -np.inf]))
+    assert 0.5 < estimate < 1.5
+    assert interval.low == -np.inf
+    assert np.isfinite(interval.high)
+
+
+def test_five_differences_have_no_signed_rank_limits():
+    assert hodges_lehmann(FIXED[:5])[1] == Interval(-np.inf, np.inf, "signed ranks")
+
+
+def test_where_worst_meets_best_the_limits_are_the_wider_ones():
+    # 26 of the 120 pairwise means lie beyond each limit. Two worst differences make 25 of them
+    # infinite for sure, and their four means with the two best could be anything.
+    values = np.concatenate([np.full(2, -np.inf), np.full(2, np.inf), np.linspace(1, 2, 11)])
+    assert hodges_lehmann(values)[1] == Interval(-np.inf, np.inf, "signed ranks")
+
+
+# --- intervals --------------------------------------------------------------------------------
+
+
+def test_students_limits_are_scipys():
+    expected = stats.ttest_1samp(FIXED, 0).confidence_interval(0.95)
+    low, high, kind = student_interval([FIXED])
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    assert kind == "t"
+
+
+def test_limits_over_two_strata_are_welchs():
+    a, b = FIXED, np.array([3.0, -2.0, 5.0])
+    expected = stats.ttest_ind(a, -b, equal_var=False).confidence_interval(0.95)
+    interval = student_interval([a, b])
+    assert interval[:2] == pytest.approx((expected.low / 2, expected.high / 2))
+
+
+def test_one_value_has_no_spread_and_equal_ones_none_to_speak_of():
+    assert student_interval([FIXED, np.array([1.0])]).kind == "none"
+    assert student_interval([]).kind == "none"
+    assert student_interval([np.full(4, 2.0)]) == Interval(2.0, 2.0, "t")
+
+
+def test_the_bootstrap_is_scipys_and_seeded():
+    expected = stats.bootstrap(
+        (FIXED,), np.mean, method="BCa", n_resamples=999, rng=np.random.default_rng(3)
+    ).confidence_interval
+    interval = bootstrap_interval(FIXED, seed=3, resamples=999)
+    assert interval == Interval(expected.low, expected.high, "bca")
+    assert interval == bootstrap_interval(FIXED, seed=3, resamples=999)
+    assert interval != bootstrap_interval(FIXED, seed=4, resamples=999)
+
+
+def test_constant_data_falls_back_on_percentiles_and_says_so():
+    assert bootstrap_interval(np.full(8, 0.25)) == Interval(0.25, 0.25, "percentile")
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, 2.0, -np.inf]])
+def test_no_bootstrap_where_there_is_no_mean_or_no_spread(values):
+    assert bootstrap_interval(np.array(values)).kind == "none"
+
+
+# --- effects ----------------------------------------------------------------------------------
+
+
+def test_one_stratum_is_the_plain_paired_analysis():
+    effect = paired_effect([FIXED])
+    assert effect.estimate == pytest.approx(FIXED.mean())
+    assert effect.interval[:2] == pytest.approx(student_interval([FIXED])[:2])
+    assert effect.p == sign_flip(FIXED)
+    assert (effect.n, effect.smallest_p) == (8, 2**-7)
+
+
+def test_strata_weigh_alike_whatever_their_number():
+    a, b = np.array([1.0, 3.0]), np.array([-1.0, -1.0, 4.0, 2.0, 1.0, 1.0])
+    effect = paired_effect([a, b])
+    assert effect.estimate == pytest.approx((2.0 + 1.0) / 2)
+    means = [
+        abs(((s[:2] * a).mean() + (s[2:] * b).mean()) / 2)
+        for s in map(np.array, product([1, -1], repeat=8))
+    ]
+    assert effect.p == pytest.approx(np.mean(np.array(means) >= 1.5 - 1e-12))
+
+
+def test_a_stratum_with_a_diverged_run_is_judged_by_ranks():
+    values = np.array([0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.7, -np.inf])
+    effect = paired_effect([values])
+    finite = np.where(np.isinf(values), -99.0, values)  # any number below the rest has its rank
+    assert effect.p == pytest.approx(stats.wilcoxon(finite, method="exact").pvalue)
+    assert effect.interval.kind == "signed ranks"
+    assert effect.interval.low == -np.inf
+
+
+def test_among_other_strata_ranks_have_the_others_size():
+    ranked = signed_ranks(np.array([1.0, 2.0, -np.inf]))
+    ranked /= np.sqrt((ranked**2).mean())
+    mixed = paired_effect([FIXED, np.array([1.0, 2.0, -np.inf])])
+    assert mixed == paired_effect([FIXED, ranked])
+
+
+def test_no_difference_no_effect():
+    effect = paired_effect([np.array([]), np.array([])])
+    assert effect.n == 0
+    assert np.isnan([effect.estimate, effect.p]).all()
+    assert effect.direction(0.001) == 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "direction"),
+    [
+        (0.1, 0.9, 0.01, 1),
+        (-0.9, -0.1, 0.01, -1),
+        (-0.1, 0.9, 0.01, 0),
+        (0.1, 0.9, 0.05, 0),
+        (0.1, 0.9, np.nan, 0),
+        (np.nan, np.nan, 0.01, 0),
+    ],
+)
+def test_interval_and_p_must_agree(low, high, p, direction):
+    assert Effect(0.5, Interval(low, high, "t"), 0.01, 8, 0.01).direction(p) == direction
+
+
+# --- Holm -------------------------------------------------------------------------------------
+
+probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=7)
+
+
+@given(probabilities)
+def test_holm_is_the_closure_of_bonferroni(p):
+    """Adjusted p_i is the largest of min(p_S) |S| over all sets S of hypotheses that hold i."""
+    places = range(len(p))
+    sets = [s for size in range(1, len(p) + 1) for s in combinations(places, size)]
+    expected = [
+        max(min(1.0, len(s) * min(p[j] for j in s)) for s in sets if i in s) for i in places
+    ]
+    assert holm(p) == pytest.approx(expected)
+
+
+def test_holm_is_statsmodels():
+    reason = "statsmodels is not installed; the closure test holds Holm to its definition"
+    multitest = pytest.importorskip("statsmodels.stats.multitest", reason=reason)
+    p = np.random.default_rng(0).uniform(size=(20, 48)) ** 3
+    for row in p:
+        assert holm(row) == pytest.approx(multitest.multipletests(row, method="holm")[1])
+
+
+def test_what_cannot_be_computed_keeps_its_place_in_the_family():
+    adjusted = holm([0.01, np.nan, 0.02])
+    assert adjusted[[0, 2]] == pytest.approx([0.03, 0.04])
+    assert np.isnan(adjusted[1])
+    assert holm([]).shape == (0,)
+
+
+# --- over tasks -------------------------------------------------------------------------------
+
+
+def test_probability_of_improvement_by_hand():
+    assert probability_of_improvement([[1, 2], [3, 4]], [[0, 2], [2, 5]]) == 0.5625
+
+
+@given(whole, whole)
+def test_probability_of_improvement_is_mann_whitneys(a, b):
+    expected = stats.mannwhitneyu(a, b, method="asymptotic").statistic / (len(a) * len(b))
+    assert probability_of_improvement([a], [b]) == pytest.approx(expected)
+
+
+def test_a_diverged_run_is_below_any_other_and_ties_with_its_like():
+    assert probability_of_improvement([[-np.inf, 1.0]], [[-np.inf, 0.0]]) == (0.5 + 0 + 1 + 1) / 4
+
+
+def test_the_interquartile_mean_of_known_numbers():
+    assert iqm(np.arange(1, 11)) == 5.5
+    assert iqm([100, 1, 3, 2, 0]) == 2.0
+    assert iqm([-np.inf, 1, 2, 3, 4, 5]) == 2.5
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30))
+def test_the_interquartile_mean_is_scipys_trimmed_mean(values):
+    assert iqm(values) == pytest.approx(stats.trim_mean(values, 0.25), abs=1e-9)
+
+
+def test_each_stratum_is_resampled_within_itself():
+    # Constant tasks cannot change by resampling, however far they lie apart.
+    interval = stratified_interval([np.full(3, 0.0), np.full(5, 10.0), np.full(4, 7.0)])
+    centre = stats.trim_mean([0] * 3 + [10] * 5 + [7] * 4, 0.25)
+    assert interval == Interval(centre, centre, "percentile")
+
+
+def test_the_stratified_interval_is_the_plain_bootstrap_of_one_stratum():
+    expected = stats.bootstrap(
+        (FIXED,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    interval = stratified_interval([FIXED], lambda x: x.mean(axis=-1), seed=1, resamples=20_000)
+    assert interval[:2] == pytest.approx((expected.low, expected.high), abs=0.02)
+    again = stratified_interval([FIXED], lambda x: x.mean(axis=-1), seed=1, resamples=20_000)
+    assert interval == again
+
+
+def test_one_run_per_task_cannot_be_resampled():
+    assert stratified_interval([FIXED, np.array([1.0])]).kind == "none"
+
+
+def test_importing_costs_no_scipy_stats():
+    code = "import sys, repeatlab.analysis.statistics; sys.exit('scipy.stats' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

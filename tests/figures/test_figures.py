@@ -1,0 +1,673 @@
+"""Figures: what is drawn, and what is written beside it."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from IPython.core.formatters import DisplayFormatter
+from PIL import Image
+
+from repeatlab.analysis.comparison import comparison_table, over_tasks
+from repeatlab.analysis.frames import Records
+from repeatlab.analysis.paired_differences import PAIR_COLUMNS
+from repeatlab.analysis.target_times import algoperf_scores, kaplan_meier, performance_profile
+from repeatlab.cli import ROOT
+from repeatlab.core.files import write_json
+from repeatlab.core.schema import read_yaml
+from repeatlab.figures import (
+    COLOURS,
+    FAMILIES,
+    STYLE,
+    adaptability,
+    colour,
+    efficiency,
+    in_order,
+    line,
+    marker,
+    picture_grid,
+    read_manifest,
+    repeats_over_time,
+    said_n,
+    save_figure,
+)
+from repeatlab.figures.convergence import (
+    curves_against_standard,
+    curves_over_tasks,
+    target_curves,
+    time_to_target,
+)
+from repeatlab.figures.intervals import interval_rows
+from repeatlab.figures.smoothness import roughness, roughness_of_tasks, total_variation
+from repeatlab.figures.viewpoints import look_at, stack
+from repeatlab.store.records import UPDATES, Store
+
+RECORDS = Records(
+    pd.DataFrame({"id": ["b", "a", "c"], "status": ["complete", "diverged", "missing"]})
+)
+
+
+def _curves(*methods: str) -> pd.DataFrame:
+    update = np.arange(5)
+    columns = {"update": update, "mean": 2.0**-update, "low": 0.0, "high": 2.0**-update + 0.1}
+    columns |= {"n": 5, "diverged": 0}
+    pieces = [pd.DataFrame({"task": "t", "method": m, **columns}) for m in methods]
+    return pd.concat(pieces, ignore_index=True)
+
+
+def _visible(figure):
+    return [axes for axes in figure.axes if axes.get_visible()]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+def test_every_method_has_a_panel_with_the_standard_arm_behind_it(count):
+    methods = ["cosine", "fixed2", "linear", "random", "threshold"][:count]
+    figure = curves_against_standard(_curves("standard", *methods), x="update", ylabel="loss")
+    panels = _visible(figure)
+    assert [axes.get_title(loc="left") for axes in panels] == methods
+    for axes, method in zip(panels, methods, strict=True):
+        assert [line.get_color() for line in axes.lines] == [COLOURS["standard"], colour(method)]
+    plt.close(figure)
+
+
+def test_a_panel_says_where_a_run_diverged():
+    frame = _curves("standard", "linear")
+    frame.loc[frame["method"] == "linear", "diverged"] = 1
+    figure = curves_against_standard(frame, x="update", ylabel="loss")
+    (cross,) = [line for line in _visible(figure)[0].lines if line.get_marker() == "x"]
+    assert cross.get_xdata().tolist() == [4]
+    assert figure.get_suptitle().endswith("x: a run diverged")
+    plt.close(figure)
+
+
+def test_the_caption_says_statistic_and_n():
+    figure = curves_against_standard(_curves("standard", "linear"), x="update", ylabel="loss")
+    assert figure.get_suptitle() == ("t: mean and 95 % t-interval over n = 5 seeds; grey: standard")
+    plt.close(figure)
+
+
+def test_a_band_below_zero_stays_on_a_logarithmic_axis():
+    figure = curves_against_standard(
+        _curves("standard", "linear"), x="update", ylabel="loss", log=True
+    )
+    (band,) = [c for c in _visible(figure)[0].collections if c.get_facecolor()[0][3] > 0][1:]
+    assert band.get_paths()[0].vertices[:, 1].min() > 0
+    plt.close(figure)
+
+
+def test_a_band_keeps_its_place_on_a_linear_axis_also_below_zero():
+    frame = _curves("standard", "linear").assign(mean=-1.0, low=-1.5, high=-0.5)
+    figure = curves_against_standard(frame, x="update", ylabel="q value")
+    for band in _visible(figure)[0].collections:
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == (-1.5, -0.5)
+    plt.close(figure)
+
+
+def test_misses_are_open_triangles_and_have_no_median():
+    times = pd.DataFrame(
+        {
+            "task": "t",
+            "method": ["a"] * 3 + ["b"] * 3,
+            "reached": [True, True, False, True, False, False],
+            "update": [10, 20, 50, 10, 50, 50],
+        }
+    )
+    figure = time_to_target(times, x="update", target="accuracy 0.9")
+    lines = figure.axes[0].lines
+    misses = [line for line in lines if line.get_marker() == ">"]
+    assert [list(line.get_xdata()) for line in misses] == [[50], [50, 50]]
+    bars = [line for line in lines if line.get_marker() == "None"]
+    assert [list(line.get_xdata()) for line in bars] == [[20, 20]]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"2/3", "1/3"}
+    plt.close(figure)
+
+
+def test_repeats_over_time_draws_fresh_batches_only():
+    updates = pd.DataFrame(
+        {"fresh_batch": [0, 0, 1], "repeat": [0, 1, 0], "repeats": [4, 4, 1], "loss": [2, 1.5, 1]}
+    )
+    figure = repeats_over_time(updates)
+    top, bottom = figure.axes
+    assert top.lines[0].get_ydata().tolist() == [2, 1]
+    assert [segment[1][1] for segment in bottom.collections[0].get_segments()] == [4, 1]
+    assert all(float(tick).is_integer() for tick in bottom.get_yticks())  # N is a count
+    plt.close(figure)
+
+
+def test_pictures_are_shown_under_their_names_pixel_by_pixel():
+    grey = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
+    coloured = np.full((2, 4, 4, 3), 7, dtype=np.uint8)
+    figure = picture_grid({"originals": grey, "samples": coloured}, columns=2)
+    panels = _visible(figure)
+    assert [axes.get_title(loc="left") for axes in panels] == ["originals", "samples"]
+    sheet = panels[0].images[0].get_array()
+    for image in grey:
+        windows = np.lib.stride_tricks.sliding_window_view(np.asarray(sheet), (4, 4))
+        assert (windows == image).all(axis=(2, 3)).sum() == 1
+    plt.close(figure)
+
+
+def test_saving_writes_both_files_and_the_manifest(tmp_path):
+    figure = curves_against_standard(_curves("standard", "linear"), x="update", ylabel="loss")
+    about = {"notebook": "20_x", "records": RECORDS, "parameters": {"studies": ["s"]}}
+    saved = save_figure(figure, "second", tmp_path, **about)
+    save_figure(figure, "first", tmp_path, **about)
+    shown, size = DisplayFormatter().format(saved)
+    assert shown["image/png"] == (tmp_path / "second.png").read_bytes()
+    with Image.open(tmp_path / "second.png") as image:
+        inches = np.array(image.size) / STYLE["savefig.dpi"]
+    wanted = inches * STYLE["figure.dpi"]
+    assert list(size["image/png"].values()) == pytest.approx(wanted, abs=0.5)
+    assert (tmp_path / "first.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert list(manifest) == ["first", "second"]
+    entry = manifest["first"]
+    assert entry["runs"] == ["a", "b"]
+    assert entry["missing_runs"] == 1
+    assert entry["parameters"] == {"studies": ["s"]}
+
+
+def _save_ten(name: str, directory: Path) -> None:
+    about = {"notebook": "20_x", "records": RECORDS, "parameters": {}}
+    for number in range(10):
+        save_figure(plt.figure(figsize=(1, 1)), f"{name}-{number}", directory, **about)
+
+
+def test_two_notebooks_that_save_at_once_lose_no_entry(tmp_path):
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        list(pool.map(_save_ten, ("left", "right"), [tmp_path] * 2))
+    names = {f"{name}-{number}" for name in ("left", "right") for number in range(10)}
+    assert set(read_manifest(tmp_path)) == names
+
+
+def test_the_same_figure_is_the_same_file(tmp_path):
+    about = {"notebook": "20_x", "records": RECORDS, "parameters": {}}
+    for directory in ("one", "two"):
+        figure = curves_against_standard(_curves("standard", "linear"), x="update", ylabel="loss")
+        save_figure(figure, "same", tmp_path / directory, **about)
+    for name in ("same.pdf", "same.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_figure_cannot_leave_its_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"the figure name '\.\./x' must consist of"):
+        save_figure(plt.figure(), "../x", tmp_path, notebook="n", records=RECORDS, parameters={})
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "a/../../x", "..", "x/"])
+def test_no_path_is_a_figure_s_name(tmp_path, name):
+    with pytest.raises(ValueError, match=r"the figure name .* must consist of"):
+        save_figure(plt.figure(), name, tmp_path, notebook="n", records=RECORDS, parameters={})
+
+
+def test_a_link_in_a_figure_s_place_is_replaced_not_followed(tmp_path):
+    directory = tmp_path / "figures"
+    directory.mkdir()
+    outside = [tmp_path / f"outside.{kind}" for kind in ("png", "pdf")]
+    for file in outside:
+        file.write_text("somebody else's")
+        (directory / f"x{file.suffix}").symlink_to(file)
+    save_figure(plt.figure(), "x", directory, notebook="n", records=RECORDS, parameters={})
+    assert [file.read_text() for file in outside] == ["somebody else's"] * 2
+    assert not any((directory / f"x{file.suffix}").is_symlink() for file in outside)
+
+
+# --- one look per method ----------------------------------------------------------------------
+
+
+PROFILES = sorted((ROOT / "params").glob("*/convergence.yaml"))
+
+
+def _linear(shade: str) -> np.ndarray:
+    rgb = np.array([int(shade[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def _lightness(shade: str) -> float:
+    """Return L* of CIELAB, which is what a grey print keeps."""
+    return float(116 * np.cbrt(_linear(shade) @ TO_XYZ[1]) - 16)
+
+
+def test_every_method_of_the_profiles_has_a_look_of_its_own():
+    shared = [read_yaml(ROOT / "params" / f"{name}.yaml") for name in ("methods", "schedules")]
+    used = {method for file in shared for method in file}
+    for path in sorted((ROOT / "params").glob("*/*.yaml")):
+        study = read_yaml(path).get("parameters", {}).get("study", {})
+        methods = study.get("methods", {}) if isinstance(study, dict) else {}
+        if "include" in methods:
+            used |= methods.keys() - {"include", "without", "defaults"}
+    assert {"standard", "inverse_time", "rho_loss"} <= used
+    assert used - COLOURS.keys() == set()
+    assert len(set(COLOURS.values())) == len(COLOURS)
+    for family in FAMILIES.values():
+        assert len({(str(line(m)["linestyle"]), marker(m)) for m in family}) == len(family)
+    assert colour("something new") == colour("something new")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_shades_of_a_family_get_darker_and_stay_apart_in_grey(family):
+    lightness = [_lightness(shade) for shade in family.values()]
+    assert all(light - dark > 5 for light, dark in pairwise(lightness))
+    assert max(lightness) < 86  # still seen on white
+
+
+# Linear RGB as seen without the long or the middle cones (Machado, Oliveira, Fernandes 2009).
+BLIND = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+}  # fmt: skip
+TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+
+
+@pytest.mark.parametrize("seen", [np.eye(3), *BLIND.values()], ids=["trichromat", *BLIND])
+def test_the_methods_drawn_together_differ_for_colour_blind_readers_too(seen):
+    drawn = {m for path in PROFILES for m in read_yaml(path)["parameters"]["methods"]}
+    lab = {}
+    for method in drawn:
+        light = np.clip(np.array(seen) @ _linear(colour(method)), 0, 1)
+        f = np.cbrt(np.array(TO_XYZ) @ light / (0.9505, 1, 1.089))
+        lab[method] = np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+    close = {(a, b): np.linalg.norm(lab[a] - lab[b]) for a in drawn for b in drawn if a < b}
+    assert min(close.values()) > 10, min(close, key=close.get)
+
+
+def test_methods_stand_family_by_family_and_unknown_ones_last():
+    assert in_order(["new", "linear", "fixed2", "standard", "new"]) == [
+        "standard",
+        "fixed2",
+        "linear",
+        "new",
+    ]
+
+
+def test_n_is_said_as_a_range():
+    assert [said_n([3, 3]), said_n([5, 2, 3]), said_n([])] == ["n = 3", "n = 2 to 5", "no run"]
+
+
+# --- intervals --------------------------------------------------------------------------------
+
+
+def test_a_far_estimate_is_a_number_and_a_long_interval_an_arrow():
+    found = pd.DataFrame(
+        {
+            "method": ["a", "b", "c", "far", "wide"],
+            "estimate": [0.0, 0.1, -0.1, -50.0, 0.05],
+            "low": [-0.1, 0.0, -0.2, -51.0, -90.0],
+            "high": [0.1, 0.2, 0.0, -49.0, 90.0],
+        }
+    )
+    figure, axes = plt.subplots()
+    interval_rows(axes, found, ["a", "b", "c", "far", "wide", "none"], missing="no pair")
+    left, right = axes.get_xlim()
+    assert -2 < left < -0.2 < 0.2 < right < 2
+    assert [text.get_text() for text in axes.texts] == ["-50", "no pair"]
+    markers = [(drawn.get_marker(), drawn.get_ydata()[0]) for drawn in axes.lines]
+    arrows = [(shape, row) for shape, row in markers if shape in "<>"]
+    assert arrows == [("<", 3), ("<", 4), (">", 4)]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("estimate", [np.inf, -np.inf, np.nan, 2.0])
+def test_a_single_estimate_of_any_kind_can_be_drawn(estimate):
+    found = pd.DataFrame({"method": ["a"], "estimate": estimate, "low": np.nan, "high": np.nan})
+    figure, axes = plt.subplots()
+    interval_rows(axes, found, ["a"])
+    figure.draw_without_rendering()
+    assert np.isfinite(axes.get_xlim()).all()
+    plt.close(figure)
+
+
+# --- several tasks ----------------------------------------------------------------------------
+
+
+def test_a_panel_for_each_task_and_a_cross_where_runs_diverged():
+    frame = _curves("standard", "linear", "random")
+    frame.loc[frame["method"] == "linear", "diverged"] = 1
+    figure = curves_over_tasks(
+        frame,
+        x="update",
+        methods=["standard", "linear"],
+        ylabels={"t": "loss", "u": "loss"},
+        log=["t"],
+    )
+    full, empty = _visible(figure)
+    assert full.get_title(loc="left") == "t, n = 5"
+    assert [text.get_text() for text in empty.texts] == ["no run"]
+    drawn = [line.get_color() for line in full.lines if line.get_marker() == "None"]
+    assert drawn == [COLOURS["standard"], COLOURS["linear"]]
+    (cross,) = [line for line in full.lines if line.get_marker() == "x"]
+    assert cross.get_color() == COLOURS["linear"]
+    assert list(cross.get_xdata()) == [4]
+    plt.close(figure)
+
+
+def test_the_axis_follows_the_means_whatever_the_bands():
+    frame = _curves("standard", "linear").assign(low=-1e6, high=1e6)
+    figure = curves_over_tasks(
+        frame, x="update", methods=["standard", "linear"], ylabels={"t": "loss"}
+    )
+    low, high = _visible(figure)[0].get_ylim()
+    assert -0.2 < low < 2.0**-4 < 1 < high < 1.2
+    plt.close(figure)
+
+
+def _times(**rows) -> pd.DataFrame:
+    times = {"update": [10, 20, 50, 10, 50, 50], "seconds": [1.0, 2, 5, 1, 5, 5]}
+    reached = [True, True, False, True, False, False]
+    methods = ["standard"] * 3 + ["linear"] * 3
+    return pd.DataFrame({"task": "t", "method": methods, "reached": reached, **times, **rows})
+
+
+def test_target_curves_rise_to_the_share_that_kaplan_and_meier_give():
+    times = _times()
+    survival = {
+        key: kaplan_meier(group["update"], group["reached"])
+        for key, group in times.groupby(["task", "method"])
+    }
+    figure = target_curves(
+        times,
+        survival,
+        x="update",
+        methods=["standard", "linear", "random"],
+        targets={"t": "accuracy 0.9", "u": "return 1"},
+    )
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["linear\n1/3 (2/3)", "random\nno run (2/3)", "no run", "no run"]
+    steps = [line for line in figure.axes[0].lines if line.get_drawstyle() == "steps-post"]
+    assert [line.get_ydata()[-1] for line in steps] == pytest.approx([2 / 3, 1 / 3])
+    censored = [line for line in figure.axes[0].lines if line.get_marker() == "|"]
+    assert [list(line.get_xdata()) for line in censored] == [[50], [50, 50]]
+    plt.close(figure)
+
+
+def test_targets_without_any_run_are_drawn_as_such():
+    times = pd.DataFrame(columns=["task", "method", "seed", "reached"])
+    figure = target_curves(
+        times, {}, x="update", methods=["standard", "linear"], targets={"t": "accuracy 0.9"}
+    )
+    assert "no run" in figure.axes[0].get_title()
+    plt.close(figure)
+
+
+def test_times_on_two_axes_stand_side_by_side():
+    figure = time_to_target(_times(), x=["update", "seconds"], target="accuracy 0.9")
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels == [
+        "gradient updates until accuracy 0.9",
+        "training time (s) until accuracy 0.9",
+    ]
+    plt.close(figure)
+
+
+# --- smoothness and stores --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([3, 2, 1], 1), ([0, 1, 0, 1], 3), ([10, 20, 10, 20], 3), ([5], np.nan), ([2, 2], np.nan)],
+)
+def test_total_variation_over_range(values, expected):
+    assert total_variation(np.array(values)) == pytest.approx(expected, nan_ok=True)
+
+
+def _store(root, losses: dict[tuple[str, int], list[float] | None], *, repeats: int = 1) -> None:
+    """Write a store with one study of one task, whose runs have these first losses."""
+    planned = []
+    for number, ((method, seed), values) in enumerate(losses.items()):
+        planned.append(
+            {"task": "t", "method": method, "seed": seed, "run": ["x", f"{number:016x}"]}
+        )
+        if values is None:
+            continue
+        path = root / "x" / f"{number:016x}"
+        path.mkdir(parents=True)
+        n = len(values) * repeats
+        columns = {
+            "update": np.arange(n),
+            "fresh_batch": np.arange(n) // repeats,
+            "repeat": np.arange(n) % repeats,
+            "repeats": np.full(n, repeats),
+            # A repeat's loss is none of the first ones.
+            "loss": np.where(np.arange(n) % repeats, 99.0, np.repeat(values, repeats)),
+            "lr": np.full(n, 0.1),
+            "seconds": np.arange(n),
+        }
+        pq.write_table(pa.table(columns, schema=UPDATES), path / "updates.parquet")
+        write_json(path / "config.json", {})
+        write_json(path / "status.json", {"status": "complete"})
+        memory = {"peak_memory_bytes": 2**21 if method == "linear" else None}
+        write_json(
+            path / "summary.json", {"status": "complete", "ledger": {}, "final": {}, **memory}
+        )
+    (root / "studies").mkdir(parents=True)
+    write_json(root / "studies" / "s.json", {"name": "s", "max_updates": 8, "runs": planned})
+
+
+VIEWS = [
+    {"study": "s", "name": "task", "target": 1},
+    {"study": "gone", "name": "u", "target": None},
+]
+
+
+def test_roughness_is_measured_over_the_batches_that_all_runs_have_seen(tmp_path):
+    falling, jumping = [8.0, 8, 6, 6, 5, 5, 0, 0, 9, 9], [4.0, 4, 0, 0, 4, 4, 0, 0]
+    _store(
+        tmp_path, {("standard", 0): falling, ("linear", 0): jumping, ("linear", 1): None}, repeats=2
+    )
+    records = look_at(tmp_path, VIEWS).records
+    frame = roughness(records, window=2)
+    # Eight batches each: 8, 6, 5, 0 falls over its range once; 4, 0, 4, 0 goes it thrice.
+    assert frame["batches"].tolist() == [8, 8]
+    assert dict(zip(frame["method"], frame["roughness"], strict=True)) == {
+        "standard": 1.0,
+        "linear": 3.0,
+    }
+    figure = roughness_of_tasks(frame, tasks=["task", "u"], window=2)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no run"]
+    plt.close(figure)
+
+
+def test_what_a_store_lacks_is_said(tmp_path):
+    _store(tmp_path, {("standard", 0): [1.0, 2.0], ("linear", 0): None})
+    seen = look_at(tmp_path, VIEWS)
+    assert seen.absent == ["gone"]
+    assert list(seen.tasks) == ["task", "u"]
+    assert list(seen.with_target) == ["task"]
+    assert seen.counts.to_dict("index") == {
+        "task": {"complete": 1, "missing": 1},
+        "u": {"complete": 0, "missing": 0},
+    }
+    assert Store(tmp_path).read_study("s")["max_updates"] == 8
+
+
+def test_an_empty_store_can_be_looked_at(tmp_path):
+    seen = look_at(tmp_path, VIEWS)
+    assert (len(seen.records.runs), list(seen.tasks)) == (0, ["task", "u"])
+    assert seen.counts.shape == (2, 0)
+    assert roughness(seen.records).empty
+
+
+def test_peak_memory_is_that_of_runs_which_recorded_it(tmp_path):
+    _store(tmp_path, {("standard", 0): [1.0], ("linear", 0): [1.0], ("linear", 1): None})
+    memory = efficiency.peak_memory(look_at(tmp_path, VIEWS).records).set_index("method")
+    assert memory["recorded"].to_dict() == {"standard": 0, "linear": 1}
+    assert memory.loc["linear", "MiB"] == 2
+
+
+def test_empty_frames_do_not_spoil_the_types_of_those_they_join():
+    joined = stack([_times(), pd.DataFrame(columns=["task", "reached"])])
+    assert joined["reached"].dtype == bool
+    assert stack([pd.DataFrame(columns=["a"])]).columns.tolist() == ["a"]
+
+
+def test_visits_are_fresh_batches_of_the_methods_asked_for(tmp_path):
+    _store(tmp_path, {("standard", 0): [1.0, 2.0], ("linear", 0): [3.0]}, repeats=3)
+    found = adaptability.visits(look_at(tmp_path, VIEWS).records, methods=["standard"])
+    assert found["loss"].tolist() == [1.0, 2.0]
+    assert found["repeats"].tolist() == [3, 3]
+    figure = adaptability.distributions(found, tasks=["task", "u"], methods=["standard"])
+    figure.draw_without_rendering()
+    (stairs,) = figure.axes[0].patches
+    assert np.sum(stairs.get_data()[0]) == pytest.approx(1)
+    plt.close(figure)
+
+
+# --- efficiency and adaptability --------------------------------------------------------------
+
+
+def _pairs(differences: dict[tuple[str, str], list[float]]) -> pd.DataFrame:
+    """Return pairs whose standard arm has the values 0, 1, 2, ..."""
+    rows = []
+    for (task, method), values in differences.items():
+        for seed, value in enumerate(values):
+            status = "missing" if np.isnan(value) else "diverged" if np.isinf(value) else "paired"
+            base = np.nan if np.isnan(value) else float(seed)
+            rows.append([task, method, seed, "standard", status, 1.0, 1, base + value, base, value])
+    return pd.DataFrame(rows, columns=PAIR_COLUMNS)
+
+
+CLEAR = np.linspace(1, 1.2, 12)
+PAIRS = _pairs(
+    {
+        ("t", "linear"): CLEAR,
+        ("t", "random"): [*CLEAR[:6], *-CLEAR[:6]],
+        ("u", "linear"): [np.nan, np.nan],
+        ("u", "random"): [-np.inf, *CLEAR[1:]],
+        ("t", "fixed2"): [0.5],
+    }
+)
+
+
+def test_what_is_decided_is_filled_and_framed():
+    table, pooled = comparison_table(PAIRS, resamples=0), over_tasks(PAIRS, resamples=99)
+    decided = table.loc[table["decision"] != "undecided", ["task", "method"]].to_numpy().tolist()
+    assert decided == [["t", "linear"]]
+    figure = efficiency.differences({"cost": table[table["task"] == "t"]}, metric="accuracy")
+    faces = {
+        line.get_markeredgecolor(): line.get_markerfacecolor()
+        for line in figure.axes[0].lines
+        if line.get_marker() == "o"
+    }
+    assert faces == {
+        COLOURS["linear"]: COLOURS["linear"],
+        COLOURS["random"]: "white",
+        COLOURS["fixed2"]: "white",
+    }
+    plt.close(figure)
+    figure = adaptability.heat_map(table, pooled)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert (
+        len(
+            [
+                patch
+                for patch in axes.patches
+                if patch.get_edgecolor()[:3] == (0, 0, 0) and patch.get_edgecolor()[3] == 1
+            ]
+        )
+        == 1
+    )
+    told = [text.get_text() for text in axes.texts]
+    assert {"no pair", "n = 1"} <= set(told)
+    plt.close(figure)
+    figure = adaptability.over_all_tasks(pooled, table)
+    figure.draw_without_rendering()
+    plt.close(figure)
+
+
+def test_too_few_seeds_for_a_decision_are_said():
+    table = comparison_table(_pairs({("t", "linear"): [1.0, 2.0, 3.0]}), resamples=0)
+    figure = efficiency.differences({"update": table}, metric="accuracy")
+    assert "too few seeds" in figure.get_supxlabel()
+    plt.close(figure)
+
+
+def test_a_method_without_a_run_or_with_half_of_them_missed_has_an_infinite_time():
+    times = pd.concat([_times(), _times(task="u").query("method == 'standard'")])
+    table = efficiency.median_times(times, "update")
+    assert table.loc["standard"].tolist() == [20, 20]
+    assert table.loc["linear"].tolist() == [np.inf, np.inf]
+    ratios = np.array([1.0, 2.0, 4.0])
+    shares = pd.DataFrame(performance_profile(table, ratios), index=table.index, columns=ratios)
+    scores = pd.Series(algoperf_scores(table), index=table.index)
+    assert scores.to_dict() == {"standard": 1.0, "linear": 0.0}
+    figure = efficiency.profiles(
+        {"update": shares},
+        {"update": scores},
+        methods=["standard", "linear"],
+        tasks={"standard": 2, "linear": 1},
+        workloads=2,
+    )
+    names = [text.get_text() for text in figure.axes[1].get_yticklabels()]
+    assert names == ["standard (2/2)", "linear (1/2)"]
+    plt.close(figure)
+
+
+def test_the_efficient_methods_are_those_that_none_dominates():
+    rng = np.random.default_rng(0)
+    spent, gained = rng.integers(0, 6, (2, 40))
+    expected = [
+        not any(
+            (s <= spent[i] and g >= gained[i]) and (s < spent[i] or g > gained[i])
+            for s, g in zip(spent, gained, strict=True)
+        )
+        for i in range(40)
+    ]
+    assert efficiency.efficient(spent, gained).tolist() == expected
+
+
+def test_a_pareto_picture_names_the_front_and_the_diverged():
+    points = pd.DataFrame(
+        {
+            "task": "t",
+            "method": ["standard", "linear", "random", "fixed2"],
+            "cost": [10.0, 12, 12, 10],
+            "mean": [0.5, 0.9, 0.7, np.nan],
+            "low": np.nan,
+            "high": np.nan,
+            "n": 3,
+        }
+    )
+    figure = efficiency.pareto(points, x="cost", metrics={"t": "accuracy", "u": "loss"})
+    told = [text.get_text() for text in figure.axes[0].texts]
+    assert told == ["standard", "linear", "diverged: fixed2"]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no run"]
+    plt.close(figure)
+
+
+def test_a_final_point_is_the_last_evaluation_of_every_run():
+    evals = pd.DataFrame(
+        {
+            "task": "t",
+            "method": "linear",
+            "seed": [0, 0, 1, 1],
+            "update": [0, 5, 0, 5],
+            "split": "validation",
+            "metric": "loss",
+            "value": [9.0, 1.0, 9.0, 3.0],
+            "cost": [0.0, 10.0, 0.0, 20.0],
+        }
+    )
+    (point,) = efficiency.final_points(evals, "loss", x="cost").to_dict("records")
+    assert (point["cost"], point["mean"], point["n"]) == (15.0, 2.0, 2)
+    # A run that diverged, and one whose last value is none, have no end: not the last that was.
+    for lost in (
+        evals.assign(status=["complete"] * 2 + ["diverged"] * 2),
+        evals.assign(value=[9.0, 1.0, 9.0, np.nan]),
+    ):
+        (point,) = efficiency.final_points(lost, "loss", x="cost").to_dict("records")
+        assert np.isnan(point["mean"])
+        assert point["n"] == 2

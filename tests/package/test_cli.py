@@ -1,0 +1,315 @@
+"""The command line as a user meets it: messages, exit status, nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from repeatlab.analysis.frames import load
+from repeatlab.cli import ROOT, main
+from repeatlab.report.notebooks import read_job
+from repeatlab.studies.study import Study
+
+STUDY = """
+notebook: 10_supervised
+parameters:
+  study:
+    name: tiny
+    tasks: {{digits: {task}}}
+    max_updates: {updates}
+    seeds: 1
+    evaluation: {{every: 5}}
+    methods: {{arm: {method}}}
+"""
+TASK = "{name: supervised, lr: 5e-2}"
+
+
+@pytest.fixture
+def repeatlab(tmp_path, monkeypatch, capsys):
+    """Return a function that runs the command line in an empty directory, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["repeatlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code, *capsys.readouterr()
+
+    return call
+
+
+def _write(directory, *, task=TASK, updates="10", method="{}"):
+    path = directory / "tiny.yaml"
+    path.write_text(STUDY.format(task=task, updates=updates, method=method))
+    return path
+
+
+def test_run_trains_and_says_what_it_did(tmp_path, repeatlab):
+    path = _write(tmp_path, method="{mapping: {name: linear, t: 1e-1}}")
+    for trained, stored in ((1, 0), (0, 1)):
+        code, out, _ = repeatlab("run", path, "--workers", 0)
+        assert code == 0
+        assert out == f"1 run: 1 complete ({trained} trained now, {stored} in the store)\n"
+
+
+def test_a_process_of_its_own_ends_with_status_2_and_one_message(tmp_path):
+    path = _write(tmp_path, updates="0")
+    command = [sys.executable, "-m", "repeatlab", "run", str(path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"Error: {path}: parameters.study: max_updates: "
+        "Input should be greater than or equal to 1, not 0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "{name: superviced}"}, "tasks.digits: unknown task 'superviced'; did you mean"),
+        ({"task": "{name: supervised, dataset: cifar}"}, "dataset: unknown dataset 'cifar'; did"),
+        (
+            {"task": "{name: supervised, lrr: 1}"},
+            "tasks.digits.lrr: unknown key; did you mean 'lr'",
+        ),
+        (
+            {"method": "{mapping: {name: lineer}}"},
+            "mapping: unknown mapping 'lineer'; did you mean",
+        ),
+        (
+            {"method": "{mapping: {name: linear, t: 0}}"},
+            "t must be a positive, finite number, not 0",
+        ),
+        ({"method": "{mapping: {name: linear, t: .nan}}"}, "mapping.t: must be a finite number or"),
+        ({"updates": "0"}, "max_updates: Input should be greater than or equal to 1, not 0"),
+        ({"updates": "10\n    extra: 1"}, "extra: unknown key"),
+        (
+            {"task": "{name: supervised, lr: '1e-3'}"},
+            "tasks.digits.lr: Input should be a valid number, not '1e-3', which is text: write it",
+        ),
+        ({"method": "linear"}, "methods.arm: must be a mapping with keys among apply, base_batch_"),
+        (
+            {"method": "{mapping: {name: quantile, levels: auto}}"},
+            "methods.arm.mapping.levels: Input should be a valid list, not 'auto'",
+        ),
+    ],
+)
+def test_bad_input_names_file_and_field_and_writes_nothing(tmp_path, repeatlab, changes, message):
+    path = _write(tmp_path, **changes)
+    code, out, err = repeatlab("run", path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: {path}: parameters.study: ")
+    assert message in err
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_a_run_directory_that_cannot_be_written(tmp_path, repeatlab):
+    (tmp_path / "runs").write_text("a file is in the way")
+    code, _, err = repeatlab("run", _write(tmp_path))
+    assert code == 2
+    assert err.startswith("Error: the run directory runs cannot be written: ")
+
+
+def test_a_corrupt_data_file_is_named_and_nothing_is_written(tmp_path, repeatlab, monkeypatch):
+    batches = tmp_path / "data" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+        (batches / name).write_bytes(b"not what it should be")
+    monkeypatch.setenv("REPEATLAB_DATA", str(tmp_path / "data"))
+    code, _, err = repeatlab("run", _write(tmp_path, task="{name: supervised, dataset: cifar10}"))
+    assert code == 2
+    assert str(batches / "data_batch_1") in err
+    assert not list(tmp_path.glob("runs/supervised/*"))
+
+
+def test_a_missing_parameter_file(repeatlab):
+    code, _, err = repeatlab("run", "absent.yaml")
+    assert (code, err) == (2, "Error: absent.yaml: cannot be read: No such file or directory\n")
+
+
+@pytest.mark.parametrize("command", ["figures", "paper"])
+def test_an_unknown_profile(command, repeatlab):
+    code, _, err = repeatlab(command, "--profile", "quik")
+    assert code == 2
+    assert "did you mean 'quick'?" in err
+
+
+def test_a_profile_without_a_paper(repeatlab):
+    code, _, err = repeatlab("paper", "--profile", "tuning")
+    assert code == 2
+    assert "the profile 'tuning' has no paper.yaml" in err
+
+
+def test_a_parameter_file_of_the_other_kind_names_the_command_that_takes_it(tmp_path, repeatlab):
+    search = ROOT / "params" / "search" / "supervised.yaml"
+    code, _, err = repeatlab("run", search)
+    assert (code, err) == (2, f"Error: {search}: is a search, which `repeatlab search` makes\n")
+    study = _write(tmp_path)
+    code, _, err = repeatlab("search", study)
+    assert (code, err) == (2, f"Error: {study}: is a notebook's, which `repeatlab run` trains\n")
+
+
+def test_verify_of_a_store_that_is_not_there(repeatlab):
+    code, _, err = repeatlab("verify", "--runs", "nowhere")
+    assert (code, err) == (2, "Error: nowhere is not there: name the run store with --runs\n")
+
+
+def test_help_does_not_wait_for_torch(tmp_path):
+    code = "import sys, repeatlab.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_status_counts_the_states_of_every_study_and_says_why(tmp_path, repeatlab):
+    assert repeatlab("run", _write(tmp_path), "--workers", 0)[0] == 0
+    code, out, _ = repeatlab("status")
+    assert code == 0
+    header, _, row = out.splitlines()
+    assert dict(zip(header.split()[-6:], row.split()[1:], strict=True)) == {
+        "complete": "1",
+        **dict.fromkeys(["diverged", "running", "interrupted", "failed", "missing"], "0"),
+    }
+    (run,) = (tmp_path / "runs" / "supervised").glob("[!.]*")
+    (run / "summary.json").unlink()
+    (run / "status.json").write_text('{"status": "failed", "error": "MemoryError: too little"}')
+    code, out, _ = repeatlab("status", "tiny")
+    assert code == 0
+    place = run.relative_to(tmp_path)
+    line = f"failed digits arm seed 0 ({place}): MemoryError: too little"
+    assert out.splitlines()[-1] == line
+    (run / "status.json").write_text('{"sta')
+    code, out, _ = repeatlab("status")
+    assert code == 0
+    assert f"failed digits arm seed 0 ({place}): {place / 'status.json'} is damaged: " in out
+
+
+def test_status_without_a_study(repeatlab):
+    assert repeatlab("status") == (
+        2,
+        "",
+        "Error: runs holds no study; `repeatlab run` makes one\n",
+    )
+    code, _, err = repeatlab("status", "other")
+    assert code == 2
+    assert "holds no study 'other' (it holds: none)" in err
+
+
+def test_verify_names_a_damaged_run_and_remove_makes_room_for_it(tmp_path, repeatlab):
+    path = _write(tmp_path)
+    assert repeatlab("run", path, "--workers", 0)[0] == 0
+    assert repeatlab("verify") == (0, "1 runs read, 0 damaged\n", "")
+    (run,) = (tmp_path / "runs" / "supervised").glob("[!.]*")
+    (run / "updates.parquet").write_bytes(b"PAR1")
+    code, out, _ = repeatlab("verify")
+    assert code == 1
+    damaged, counts = out.splitlines()
+    assert damaged.startswith(f"damaged: {run.relative_to(tmp_path)}: ArrowInvalid: ")
+    assert counts == "1 runs read, 1 damaged"
+    code, out, _ = repeatlab("verify", "--remove")
+    assert (code, out.splitlines()[1]) == (0, "1 runs read, 1 damaged and removed")
+    assert not run.exists()
+    code, out, _ = repeatlab("run", path, "--workers", 0)
+    assert (code, out) == (0, "1 run: 1 complete (1 trained now, 0 in the store)\n")
+    assert repeatlab("verify") == (0, "1 runs read, 0 damaged\n", "")
+
+
+# --- ensembles ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Return a store with the study of the documented file, at a budget for tests."""
+    study = read_job(ROOT / "params" / "ensembles" / "supervised.yaml", ROOT).parameters["study"]
+    study |= {"max_updates": 12, "seeds": 2}
+    study["evaluation"] |= {"every": 4}
+    root = tmp_path_factory.mktemp("kept")
+    Study.of(**study).run(root, workers=0)
+    return root
+
+
+def tables(out):
+    """Return the rows of every table printed: its label, then accuracy, ..., networks."""
+    found = []
+    for line in out.splitlines():
+        if line.split()[0] == "accuracy":
+            found.append({})
+        else:
+            label, *values = line.rsplit(maxsplit=6)
+            found[-1][label] = [float(value) for value in values]
+    return found
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_ensemble_sets_all_seeds_beside_their_ensemble(split, kept, repeatlab):
+    command = ("ensemble", "ensembles-supervised", "--method", "standard", "--split", split)
+    code, out, _ = repeatlab(*command, "--runs", kept)
+    assert code == 0
+    (table,) = tables(out)
+    runs = load(kept, "ensembles-supervised").runs.query("method == 'standard'")
+    expected = [f"seed {r.seed}, update 12, ema of {r.id[:6]}" for r in runs.itertuples()]
+    assert list(table) == [*expected, "mean of members", "ensemble"]
+    for label, accuracy in zip(expected, runs[f"{split}.accuracy"], strict=True):
+        assert table[label][0] == pytest.approx(accuracy, abs=1e-4)
+    assert table["ensemble"][2] == 2 * 12  # updates
+    assert [row[-1] for row in table.values()] == [1, 1, 1, 2]  # networks
+
+
+def test_ensemble_of_what_each_run_kept(kept, repeatlab):
+    command = ("ensemble", "ensembles-supervised", "--method", "standard", "--runs", kept)
+    for of, names in {
+        "checkpoints": [f"update {update}, model" for update in (4, 8, 12)],
+        "ema": ["update 12, model", "update 12, ema"],
+    }.items():
+        network = ("--network", "model") if of == "checkpoints" else ()
+        code, out, _ = repeatlab(*command, "--of", of, *network)
+        assert code == 0
+        for seed, table in enumerate(tables(out)):
+            singles = list(table)[:-2]
+            assert [label.rpartition(" of ")[0] for label in singles] == [
+                f"seed {seed}, {name}" for name in names
+            ]
+        assert seed == 1
+    code, out, _ = repeatlab(*command, "--of", "ema", "--seed", 1)
+    assert [next(iter(table)).split(",")[0] for table in tables(out)] == ["seed 1"]
+
+
+def test_the_distilled_network_is_charged_for_the_ensemble_that_it_learnt_from(kept, repeatlab):
+    command = ("ensemble", "ensembles-supervised", "--method", "distilled", "--runs", kept)
+    code, out, _ = repeatlab(*command, "--seed", 0)
+    assert code == 0
+    (table,) = tables(out)
+    updates, networks = table["ensemble"][2], table["ensemble"][-1]
+    assert (updates, networks) == (12 * (1 + 3), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ensemble-supervised"], "holds no study 'ensemble-supervised' (it holds: ensembles-sup"),
+        ([], "method: say which of those of 'ensembles-supervised': standard, distilled"),
+        (["--method", "distiled"], "no method 'distiled'; did you mean 'distilled'?"),
+        (["--task", "digit"], "no task 'digit'; did you mean 'digits'?"),
+        (["--method", "standard", "--seed", "7"], "has no seed 7 (known: 0, 1)"),
+        (["--of", "ema", "--network", "ema"], "--of ema has both networks: leave --network out"),
+    ],
+)
+def test_ensemble_names_what_is_not_there(arguments, message, kept, repeatlab):
+    if arguments[:1] != ["ensemble-supervised"]:
+        arguments = ["ensembles-supervised", *arguments]
+    code, _, err = repeatlab("ensemble", *arguments, "--runs", kept)
+    assert code == 2
+    assert message in err
+
+
+def test_ensemble_of_runs_that_kept_nothing_says_what_to_set(tmp_path, repeatlab):
+    assert repeatlab("run", _write(tmp_path), "--workers", 0)[0] == 0
+    code, _, err = repeatlab("ensemble", "tiny")
+    assert code == 2
+    assert "keeps no weights: set evaluation.keep" in err
+    path = _write(tmp_path)
+    path.write_text(path.read_text().replace("{every: 5}", "{every: 5, keep: 1}"))
+    assert repeatlab("run", path, "--workers", 0)[0] == 0
+    code, _, err = repeatlab("ensemble", "tiny", "--of", "ema")
+    assert code == 2
+    assert "keeps no average of its weights: set ema_decay on the task" in err

@@ -1,0 +1,66 @@
+"""The committed notebooks: thin, stripped but for their checked cells, and consistent."""
+
+from __future__ import annotations
+
+import ast
+
+import nbformat
+import pytest
+
+from repeatlab.cli import ROOT
+from repeatlab.report.notebooks import parameter_names
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CHECKED = {"keep_output", "nbval-check-output"}
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, 4)
+
+
+def _code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert {"00_quickstart", "10_supervised", "20_convergence"} <= {p.stem for p in NOTEBOOKS}
+
+
+def test_it_is_valid(notebook):
+    nbformat.validate(notebook)
+
+
+def test_it_is_thin(notebook):
+    lines = []
+    for cell in _code(notebook):
+        tree = ast.parse(cell.source)
+        assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        lines += [line for line in cell.source.splitlines() if line.strip()]
+    assert len([line for line in lines if not line.lstrip().startswith("#")]) < 60
+
+
+def test_it_begins_with_what_it_is_for_and_its_parameters(notebook):
+    assert notebook.cells[0].source.startswith("# ")
+    assert "parameters" in notebook.cells[1].metadata.tags
+
+
+def test_only_checked_cells_keep_their_output_and_every_one_has_it(notebook):
+    checked = 0
+    for cell in _code(notebook):
+        tags = set(cell.metadata.get("tags", []))
+        if tags & CHECKED:
+            assert tags >= CHECKED, "nbval compares what nbstripout keeps: both tags or none"
+            # Without a count, nbval runs the cell but never compares it.
+            assert cell.execution_count
+            assert cell.outputs
+            checked += 1
+        else:
+            assert not cell.outputs
+    assert checked
+
+
+def test_store_and_figures_are_parameters_of_every_notebook_that_uses_them():
+    for path in NOTEBOOKS:
+        if path.stem != "00_quickstart":
+            assert {"runs", "figures"} <= parameter_names(path), path.name

@@ -1,0 +1,297 @@
+"""Parameter files, notebooks and papermill."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from threading import Thread
+
+import nbformat
+import pytest
+from every_method import SIX
+
+from repeatlab.cli import ROOT
+from repeatlab.core.schema import ConfigError, read_yaml
+from repeatlab.report.notebooks import (
+    SEARCHES,
+    Job,
+    Kernels,
+    NotebookError,
+    execute,
+    execute_profile,
+    parameter_names,
+    read_job,
+    read_profile,
+)
+
+PARAMETERS = "# a comment = with a sign\nrate = 1.0  # = papermill's inspector misses this\n"
+PLACES = 'runs = "."\nfigures = "."\n'
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Return a function that lays out a project of one notebook and one parameter file."""
+
+    def make(code: str, parameters: str = "notebook: 00_small\nparameters: {rate: 1e-3}\n"):
+        notebook = nbformat.v4.new_notebook()
+        cell = nbformat.v4.new_code_cell(PARAMETERS + PLACES, metadata={"tags": ["parameters"]})
+        notebook.cells = [cell, nbformat.v4.new_code_cell(code)]
+        for directory in ("notebooks", "params/tiny"):
+            (tmp_path / directory).mkdir(parents=True)
+        nbformat.write(notebook, tmp_path / "notebooks" / "00_small.ipynb")
+        (tmp_path / "params" / "tiny" / "small.yaml").write_text(parameters)
+        return tmp_path
+
+    return make
+
+
+def _execute(root):
+    return execute_profile("tiny", root=root, runs=root / "runs", figures=root / "figures")
+
+
+def test_parameters_are_read_from_the_syntax_tree(project):
+    root = project("")
+    names = parameter_names(root / "notebooks" / "00_small.ipynb")
+    assert names == {"rate", "runs", "figures"}
+
+
+def test_a_notebook_gets_its_parameters_and_its_figures_are_named(project, caplog):
+    code = """
+import json, pathlib
+assert rate == 0.001 and pathlib.Path.cwd().name == "notebooks"
+pathlib.Path(figures).mkdir()
+entry = {"mine": {"notebook": "00_small"}, "not mine": {"notebook": "99_other"}}
+(pathlib.Path(figures) / "manifest.json").write_text(json.dumps(entry))
+"""
+    root = project(code)
+    assert _execute(root) == ["mine"]
+    executed = nbformat.read(root / "runs" / "notebooks" / "tiny" / "small.ipynb", 4)
+    assert all(cell.execution_count for cell in executed.cells)
+    assert [r.message for r in caplog.records if r.name == "papermill"] == []
+
+
+def test_a_cell_that_raises_fails_the_batch(project):
+    with pytest.raises(NotebookError, match=r"small\.yaml: ValueError: no such luck"):
+        _execute(project("raise ValueError('no such luck')"))
+
+
+def test_a_kernel_that_dies_fails_the_batch(project):
+    with pytest.raises(NotebookError, match=r"small\.yaml: DeadKernelError"):
+        _execute(project("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+
+
+MEETING = """
+import os, pathlib, signal
+signal.alarm(120)  # should nobody come
+meeting = pathlib.Path(runs) / "meeting"
+# Opening a FIFO waits for its other end.
+with open(meeting, "w" if name == "left" else "r") as end:
+    end.write("here") if name == "left" else end.read()
+"""
+
+
+def test_notebooks_run_side_by_side(project, monkeypatch):
+    root = project(MEETING)
+    (root / "params" / "tiny" / "small.yaml").unlink()
+    source = root / "notebooks" / "00_small.ipynb"
+    text = source.read_text().replace("rate = 1.0", "name = ''")
+    source.unlink()
+    (root / "runs").mkdir()
+    os.mkfifo(root / "runs" / "meeting")
+    for number, name in (("20", "left"), ("21", "right")):
+        (root / "notebooks" / f"{number}_{name}.ipynb").write_text(text)
+        (root / "params" / "tiny" / f"{name}.yaml").write_text(
+            f"notebook: {number}_{name}\nparameters: {{name: {name}}}\n"
+        )
+    monkeypatch.chdir(root)
+    places = {"runs": Path("runs"), "figures": Path("figures")}
+    assert execute_profile("tiny", root=root, **places) == []
+    assert Path.cwd() == root  # which all threads share
+    executed = sorted(path.name for path in Path("runs/notebooks/tiny").iterdir())
+    assert executed == ["left.ipynb", "right.ipynb"]
+
+
+WAITING = """
+import os, pathlib, signal
+told = pathlib.Path(runs) / "told"
+def late(*_):
+    (told.parent / "late").touch()
+    os._exit(1)
+signal.signal(signal.SIGALRM, late)
+signal.alarm(60)  # should nobody end it
+def wait():
+    told.write_text(str(os.getpid()))
+    while True:
+        signal.pause()
+"""
+DEAF = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwait()"
+STUBBORN = """
+try:
+    wait()
+except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "presses", "patience"),
+    [("wait()", 1, 600), (DEAF, 1, 0), (STUBBORN, 2, 600)],
+    ids=["interrupted", "killed in the end", "killed at the second"],
+)
+def test_ctrl_c_ends_the_kernel_and_leaves_out_the_notebooks_after_it(
+    project, monkeypatch, code, presses, patience
+):
+    root = project(WAITING + code)
+    for name in ("tall", "vast"):
+        (root / "params" / "tiny" / f"{name}.yaml").write_text("notebook: 00_small\n")
+    (root / "runs").mkdir()
+    os.mkfifo(root / "runs" / "told")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("repeatlab.report.notebooks.LEAVE_SECONDS", patience)
+    kernels = []
+
+    def press():
+        for _ in range(presses):
+            kernels.append(int((root / "runs" / "told").read_text()))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    user = Thread(target=press, daemon=True)
+    user.start()
+    with pytest.raises(KeyboardInterrupt):
+        _execute(root)
+    user.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernels[0], 0)
+    assert not (root / "runs" / "late").exists()
+    assert [path.name for path in (root / "runs" / "notebooks" / "tiny").iterdir()] == [
+        "small.ipynb"
+    ]
+
+
+def test_a_kernel_that_starts_after_ctrl_c_executes_nothing(project):
+    root = project("(__import__('pathlib').Path(runs) / 'executed').touch()")
+    (job,) = read_profile("tiny", root)
+    kernels, places = Kernels(), {"runs": root, "figures": root}
+    with kernels.ending(), pytest.raises(NotebookError, match=r"small\.yaml: .* interrupted"):
+        execute(job, output=root / "out", **places, kernels=kernels)
+    assert not (root / "executed").exists()
+
+
+def test_notebooks_of_one_group_share_a_stage_but_those_that_time_what_they_train():
+    alone = {"10_a": False, "11_b": False, "20_c": False, "21_d": False, "26_e": True}
+    jobs = [Job(Path("a.yaml"), Path(f"{n}.ipynb"), {}, alone=flag) for n, flag in alone.items()]
+    assert jobs[0].stage == jobs[1].stage
+    assert jobs[2].stage == jobs[3].stage
+    assert len({job.stage for job in jobs}) == 3
+    assert Job(Path("p.yaml"), Path("30_paper.ipynb"), {}).stage != jobs[3].stage
+
+
+STUDY = """
+parameters:
+  study:
+    name: tiny
+    tasks: {digits: {name: supervised, width: 2, batch_size: 8}}
+    methods: {standard: {}}
+    seeds: 1
+    max_updates: 2
+    evaluation: {every: 2, splits: [], test: false}
+    device: cpu
+"""
+STORED = "stored = list(pathlib.Path(runs).glob('supervised/*/summary.json'))\n"
+
+
+@pytest.mark.parametrize(("alone", "stored"), [("false", 1), ("true", 0)])
+def test_studies_are_trained_before_the_notebooks_but_for_those_alone(project, alone, stored):
+    code = f"import pathlib\n{STORED}assert len(stored) == {stored}"
+    root = project(code, f"notebook: 00_small\nalone: {alone}\n{STUDY}")
+    notebook = root / "notebooks" / "00_small.ipynb"
+    notebook.write_text(notebook.read_text().replace("rate = 1.0", "study = {}"))
+    assert _execute(root) == []
+
+
+def test_a_bad_study_is_refused_before_anything_runs(project):
+    text = STUDY.replace("max_updates: 2", "max_updates: 0")
+    root = project("raise SystemExit", f"notebook: 00_small\n{text}")
+    notebook = root / "notebooks" / "00_small.ipynb"
+    notebook.write_text(notebook.read_text().replace("rate = 1.0", "study = {}"))
+    with pytest.raises(ConfigError, match=r"small\.yaml: parameters\.study.*max_updates"):
+        _execute(root)
+    assert not (root / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (
+            "notebook: 00_small\nparameters: {rat: 1}\n",
+            "parameters.rat: 00_small.ipynb has no such",
+        ),
+        ("notebook: 00_smal\n", "notebook: unknown notebook '00_smal'; did you mean '00_small'?"),
+        ("notebok: 00_small\n", "notebok: unknown key; did you mean 'notebook'?"),
+        ("notebook: 00_small\nparameters: {runs: x}\n", "parameters.runs: given on the command"),
+        ("- 1\n", "must hold a mapping of names to values"),
+        ("a: [1\n", "not valid YAML"),
+    ],
+)
+def test_a_bad_parameter_file_is_refused_before_anything_runs(project, parameters, message):
+    root = project("raise SystemExit", parameters)
+    with pytest.raises(ConfigError) as error:
+        _execute(root)
+    assert "small.yaml: " in str(error.value)
+    assert message in str(error.value)
+    assert not (root / "runs").exists()
+
+
+def test_an_unknown_profile_names_those_that_exist(project):
+    with pytest.raises(ConfigError, match=r"no profile 'tyny' .* did you mean 'tiny'\?"):
+        read_profile("tyny", project(""))
+
+
+def test_notebooks_can_be_named():
+    chosen = read_profile("quick", ROOT, only=["20_convergence", "10_supervised"])
+    assert [job.notebook.stem for job in chosen] == ["10_supervised", "20_convergence"]
+    assert len(read_profile("quick", ROOT)) > 2
+    with pytest.raises(ConfigError, match=r"no notebook '10_supervized' .* '10_supervised'"):
+        read_profile("quick", ROOT, only=["10_supervized"])
+
+
+PARAMETER_FILES = [p for p in sorted(ROOT.glob("params/*/*.yaml")) if p.parent.name != SEARCHES]
+
+
+@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_parameter_file_fits_its_notebook_and_its_study_is_valid(path):
+    from repeatlab.studies.study import Study
+
+    job = read_job(path, ROOT)
+    if "study" in job.parameters:
+        study = Study.of(**job.parameters["study"])
+        assert study.planned()
+        assert study.name == f"{path.parent.name}-{path.stem}".replace("_", "-")
+
+
+# What a study leaves out of the comparison though its task would take it, and why.
+LEFT_OUT = {("reinforcement", "online"): "prioritized replay without its weights"}
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+@pytest.mark.parametrize("task", SIX)
+def test_every_task_has_the_complete_comparison(profile, task):
+    """What a study leaves out of params/methods.yaml means nothing on its task."""
+    from repeatlab.studies.study import Study
+
+    study = read_job(ROOT / "params" / profile / f"{task}.yaml", ROOT).parameters["study"]
+    assert [config["name"] for config in study["tasks"].values()] == [task]
+    shared = read_yaml(ROOT / "params" / "methods.yaml")
+    if profile == "paper":
+        shared |= read_yaml(ROOT / "params" / "schedules.yaml")
+    for name in shared.keys() - study["methods"].keys():
+        if (task, name) not in LEFT_OUT:
+            more = study["methods"] | {name: shared[name]}
+            with pytest.raises(ConfigError, match=f"{name}.* is not for the task {task}: "):
+                Study.of(**study | {"methods": more})
+    kept = shared.keys() & study["methods"].keys()
+    assert len(kept) >= len(shared) - 2
+    for name in kept - {"hard_mining"}:  # in reinforcement it has other settings
+        assert shared[name].items() <= study["methods"][name].items()

@@ -1,0 +1,481 @@
+"""The run store: what is written is read again, also after a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from threading import Barrier, Thread
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from repeatlab.core.files import StoreError, replacing, write_json
+from repeatlab.store.records import UPDATES, Run, RunWriter, Store, read_stream
+
+LEDGER = {"updates": 5, "fresh_batches": 3, "seconds": 1.5}
+
+
+def rows(first: int, count: int) -> dict[str, np.ndarray]:
+    """Return `count` updates from `first` on, with different values in every cell."""
+    update = np.arange(first, first + count)
+    columns = {name: update * 10.0 + place for place, name in enumerate(UPDATES.names)}
+    return columns | {
+        "update": update,
+        "fresh_batch": update // 2,
+        "repeat": update % 2,
+        "repeats": np.full(count, 2),
+    }
+
+
+def begin(store: Store, run_id: str = "abc") -> tuple[Run, RunWriter]:
+    run = store.run("task", run_id)
+    return run, store.begin(run, {"seed": 3}, {"python": "3"})
+
+
+def frame(*blocks: dict[str, np.ndarray]) -> pd.DataFrame:
+    return pd.concat([pd.DataFrame(block) for block in blocks], ignore_index=True)
+
+
+def same(found: pd.DataFrame, expected: pd.DataFrame) -> bool:
+    pd.testing.assert_frame_equal(found, expected[found.columns.tolist()], check_dtype=False)
+    return found.columns.tolist() == UPDATES.names
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_reads_back_as_written(tmp_path):
+    run, writer = begin(Store(tmp_path))
+    writer.evals(0, {"train": {"loss": 2.5, "accuracy": 0.1}}, LEDGER)
+    writer.updates(rows(0, 5))
+    writer.updates(rows(5, 2))
+    writer.evals(7, {"train": {"loss": 1.5}, "test": {"loss": 1.75}}, LEDGER | {"seconds": 2.5})
+    writer.finish("complete", {"final": {"test.loss": 1.75}, "ledger": LEDGER})
+
+    assert run.done
+    assert run.status == {"status": "complete"}
+    assert run.config == {"seed": 3}
+    assert run.summary == {"status": "complete", "final": {"test.loss": 1.75}, "ledger": LEDGER}
+    assert same(run.updates, frame(rows(0, 5), rows(5, 2)))
+    assert run.evals.to_dict("list") == {
+        "update": [0, 0, 7, 7],
+        "split": ["train", "train", "train", "test"],
+        "metric": ["loss", "accuracy", "loss", "loss"],
+        "value": [2.5, 0.1, 1.5, 1.75],
+        "fresh_batches": [3, 3, 3, 3],
+        "seconds": [1.5, 1.5, 2.5, 2.5],
+    }
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "config.json",
+        "environment.json",
+        "evals.parquet",
+        "status.json",
+        "summary.json",
+        "updates.parquet",
+    ]
+
+
+def test_a_loss_that_is_not_finite_survives(tmp_path):
+    run, writer = begin(Store(tmp_path))
+    columns = rows(0, 3)
+    columns["loss"] = np.array([1.0, np.inf, np.nan])
+    writer.updates(columns)
+    writer.finish("diverged", {}, update=2)
+    assert np.array_equal(run.updates["loss"], columns["loss"], equal_nan=True)
+    assert run.status == {"status": "diverged", "update": 2}
+
+
+def test_a_running_run_can_be_read_block_by_block(tmp_path):
+    run, writer = begin(Store(tmp_path))
+    assert run.status == {"status": "running"}
+    with pytest.raises(StoreError, match=r"updates\.arrow is missing"):
+        _ = run.updates
+    for block in range(3):
+        writer.updates(rows(4 * block, 4))
+        assert same(run.updates, frame(*(rows(4 * k, 4) for k in range(block + 1))))
+
+
+def test_columns_that_are_missing_or_do_not_fit_are_refused(tmp_path):
+    _, writer = begin(Store(tmp_path))
+    columns = rows(0, 3)
+    del columns["loss"]
+    with pytest.raises(KeyError, match="loss"):
+        writer.updates(columns)
+    with pytest.raises(pa.ArrowInvalid):
+        writer.updates(rows(0, 3) | {"repeat": np.array([0.5, 0.0, 0.0])})
+
+
+def kill_before_the_summary(writer, monkeypatch) -> None:
+    """End a run, as far as it comes before its last file is written."""
+
+    def killed(path, data):
+        if path.name == "summary.json":
+            raise KeyboardInterrupt
+        write_json(path, data)
+
+    monkeypatch.setattr("repeatlab.store.records.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.finish("complete", {})
+
+
+def test_only_the_summary_marks_a_run_as_done(tmp_path, monkeypatch):
+    run, writer = begin(Store(tmp_path))
+    assert not run.done
+    writer.updates(rows(0, 3))
+    writer.evals(3, {"train": {"loss": 1.0}}, LEDGER)
+    kill_before_the_summary(writer, monkeypatch)
+    assert run.status == {"status": "complete"}
+    assert not run.done
+    assert run.summary == {}
+    assert same(run.updates, frame(rows(0, 3)))
+
+
+def test_a_kill_between_the_two_tables_leaves_both_readable(tmp_path, monkeypatch):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 3))
+    writer.evals(3, {"train": {"loss": 1.0}}, LEDGER)
+    write_table = pa.parquet.write_table
+
+    def killed_in_the_second(table, path, **options):
+        if path.name.startswith(".evals."):
+            raise KeyboardInterrupt
+        write_table(table, path, **options)
+
+    monkeypatch.setattr("repeatlab.store.records.pq.write_table", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        writer.finish("complete", {})
+    assert not run.done
+    assert same(run.updates, frame(rows(0, 3)))
+    assert run.evals["value"].tolist() == [1.0]
+
+
+def test_begin_clears_an_earlier_attempt(tmp_path):
+    store = Store(tmp_path)
+    run, writer = begin(store)
+    writer.updates(rows(0, 3))
+    writer.finish("complete", {})
+    (run.path / "left over").write_text("x")
+    other, _ = begin(store, "other")
+
+    run, writer = begin(store)
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "config.json",
+        "environment.json",
+        "status.json",
+    ]
+    assert not run.done
+    assert run.status == {"status": "running"}
+    assert other.config == {"seed": 3}
+
+
+def test_a_failing_run_keeps_what_was_recorded(tmp_path):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 4))
+    writer.evals(4, {"train": {"loss": 1.0}}, LEDGER)
+    writer.fail(OSError("the disk is full"))
+    assert not run.done
+    assert run.status == {"status": "failed", "error": "OSError: the disk is full"}
+    assert same(run.updates, frame(rows(0, 4)))
+    assert run.evals["value"].tolist() == [1.0]
+
+
+def test_a_run_that_is_done_is_neither_interrupted_nor_failed_afterwards(tmp_path):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 3))
+    writer.finish("diverged", {}, update=2)
+    writer.close("interrupted")
+    writer.fail(RuntimeError("of another run"))
+    assert run.status == {"status": "diverged", "update": 2}
+    assert run.done
+
+
+def test_what_is_noted_of_a_run_that_is_done_changes_nothing(tmp_path):
+    """The watch of a time limit may wake in the instant in which the run ends."""
+    run, writer = begin(Store(tmp_path))
+    writer.finish("complete", {})
+    run.note("failed", error="took longer than the time limit")
+    assert run.status == {"status": "complete"}
+
+
+def test_a_run_without_its_summary_is_still_interrupted(tmp_path, monkeypatch):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 3))
+
+    def pressed(table, path, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("repeatlab.store.records.pq.write_table", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.finish("complete", {})
+    writer.close("interrupted")
+    assert run.status == {"status": "interrupted"}
+    assert not list(run.path.glob(".*"))
+
+
+# What processes that were killed have left, with a number of theirs or a random one.
+LEFT = (
+    ".checkpoint.18317",
+    ".checkpoint.pt.00ff00ff00ff00ff",
+    ".weights-000000005.pt.18349",
+    ".updates.arrow.1",
+    ".evals.parquet.0123456789abcdef",
+    ".status.json.42",
+)
+KEPT = (".notes", ".nfs00000000018c5b8400000001", ".my.json.backup", "weights-000000005.pt")
+
+
+def leave(run: Run) -> None:
+    for name in LEFT + KEPT:
+        (run.path / name).touch()
+
+
+def test_what_was_left_half_written_goes_where_a_run_goes_on(tmp_path):
+    store = Store(tmp_path)
+    run, writer = begin(store)
+    writer.updates(rows(0, 4))
+    leave(run)
+    with store.locked(run):
+        assert store.resume(run, {"updates": 4}) is not None
+    found = {path.name for path in run.path.iterdir()}
+    assert found & {*LEFT, *KEPT} == set(KEPT)
+    assert same(run.updates, frame(rows(0, 4)))
+
+
+def test_what_was_left_half_written_is_gone_before_a_run_is_done(tmp_path, monkeypatch):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 4))
+    leave(run)
+    kill_before_the_summary(writer, monkeypatch)
+    found = {path.name for path in run.path.iterdir()}
+    assert found & {*LEFT, *KEPT} == set(KEPT)
+
+
+def test_the_locks_lie_beside_the_runs(tmp_path):
+    store = Store(tmp_path)
+    run, writer = begin(store)
+    writer.updates(rows(0, 4))
+    with store.locked(run):
+        assert not list(run.path.glob(".*"))
+        store.resume(run, {"updates": 4}).finish("complete", {})
+        assert store.is_locked(run)
+
+
+def test_a_run_that_does_not_exist_reads_as_missing(tmp_path):
+    run = Store(tmp_path / "nowhere").run("task", "abc")
+    assert not run.done
+    assert run.status == {"status": "missing"}
+    assert run.config == run.summary == {}
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_shows_its_outcome_in_a_notebook(tmp_path):
+    run, writer = begin(Store(tmp_path))
+    writer.finish("complete", {"final": {"test.accuracy": 0.875}})
+    html = run._repr_html_()
+    assert "test.accuracy" in html
+    assert "0.875" in html
+    assert "complete" in html
+    assert "svg" not in html  # it has made no update
+
+
+def test_a_run_shows_its_losses_and_counts_while_it_trains_too(tmp_path):
+    run, writer = begin(Store(tmp_path))
+    writer.updates(rows(0, 4))
+    html = run._repr_html_()
+    assert "running" in html
+    first = run.updates[run.updates["repeat"] == 0]
+    assert f"first loss: {first['loss'].iloc[0]:.4g} to {first['loss'].iloc[-1]:.4g}" in html
+    assert html.count("<polyline") == 2
+
+
+# --- torn streams -------------------------------------------------------------------------------
+
+
+def test_a_stream_cut_at_any_byte_gives_its_whole_blocks(tmp_path):
+    """Cut everywhere from the schema on: a block counts from its last byte, never before."""
+    _, writer = begin(Store(tmp_path / "store"))
+    stream = next((tmp_path / "store").rglob("task/abc")) / "updates.arrow"
+    sizes = []
+    for block in range(3):
+        writer.updates(rows(4 * block, 4))
+        sizes.append(stream.stat().st_size)
+    writer.fail(RuntimeError())  # closes the stream with its end marker
+    whole = stream.read_bytes()
+    assert sizes[-1] < len(whole)
+
+    torn = tmp_path / "torn.arrow"
+    for size in [*range(0, sizes[0], 7), *range(sizes[1] - 9, len(whole) + 1)]:
+        torn.write_bytes(whole[:size])
+        # Padding may follow a block's last value: it is whole a little before its last byte.
+        certain = sum(size >= end for end in sizes)
+        possible = sum(size > start for start in [0, *sizes[:-1]])
+        try:
+            table = read_stream(torn)
+        except StoreError as error:
+            assert str(torn) in str(error)  # noqa: PT017
+            assert certain == 0
+            continue
+        blocks, rest = divmod(len(table), 4)
+        assert rest == 0
+        assert certain <= blocks <= possible
+        assert same(table.to_pandas(), frame(*(rows(4 * k, 4) for k in range(blocks))))
+    assert blocks == 3
+
+
+def test_a_killed_process_leaves_every_block_it_wrote(tmp_path):
+    code = """
+import os, sys
+import numpy as np
+from repeatlab.store.records import UPDATES, Store
+store = Store(sys.argv[1])
+writer = store.begin(store.run("task", "abc"), {}, {})
+for block in range(3):
+    writer.updates({name: np.arange(4) + 4 * block for name in UPDATES.names})
+os.kill(os.getpid(), 9)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -9
+    run = Store(tmp_path).run("task", "abc")
+    assert run.status == {"status": "running"}
+    assert not run.done
+    assert run.updates["update"].tolist() == list(range(12))
+
+
+# --- single files -------------------------------------------------------------------------------
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    write_json(path, {"status": "old"})
+
+    def killed(self, target):
+        # The new content is complete on disk at this moment, beside the old file.
+        assert json.loads(self.read_text()) == {"status": "new"}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_json(path, {"status": "new"})
+    assert json.loads(path.read_text()) == {"status": "old"}
+
+    with pytest.raises(TypeError):
+        write_json(path, {"status": object()})
+    assert json.loads(path.read_text()) == {"status": "old"}
+    write_json(path, {"status": "new"})
+    assert json.loads(path.read_text()) == {"status": "new"}
+
+
+def test_two_that_write_one_file_at_once_write_two_files(tmp_path):
+    """Two threads, or two processes that have one number in two containers."""
+    path = tmp_path / "study.json"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_many_threads_find_one_root_writable(tmp_path):
+    together, errors = Barrier(8), []
+
+    def check():
+        together.wait()
+        for _ in range(1000):
+            try:
+                Store(tmp_path).check_writable()
+            except StoreError as error:
+                errors.append(error)
+
+    threads = [Thread(target=check) for _ in range(together.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_a_root_that_cannot_be_written_is_named(tmp_path, below):
+    (tmp_path / "file").write_text("in the way")
+    root = tmp_path / "file" / below
+    store = Store(root)
+    for attempt in (store.check_writable, lambda: begin(store)):
+        with pytest.raises(StoreError) as error:
+            attempt()
+        assert str(root) in str(error.value)
+        assert "`runs`" in str(error.value)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_task_s_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "task").write_text("in the way")
+    with pytest.raises(StoreError) as error:
+        begin(Store(tmp_path))
+    assert str(tmp_path / "task" / "abc") in str(error.value)
+
+
+def test_a_writable_root_is_made_and_left_empty(tmp_path):
+    Store(tmp_path / "new" / "root").check_writable()
+    assert list((tmp_path / "new" / "root").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../up", "/etc", "a b", "-x", "a\n", "a\0"])
+def test_names_that_could_leave_the_directory_are_refused(tmp_path, name):
+    store = Store(tmp_path / "runs")
+    for use in (
+        lambda: store.run(name, "abc"),
+        lambda: store.run("task", name),
+        lambda: store.write_study(name, {}),
+        lambda: store.read_study(name),
+    ):
+        with pytest.raises(ValueError, match="must consist of letters, digits") as error:
+            use()
+        assert repr(name) in str(error.value)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_link_in_a_run_s_place_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    store = Store(tmp_path / "runs")
+    run = store.run("task", "abc")
+    run.path.parent.mkdir(parents=True)
+    run.path.symlink_to(outside)
+    with pytest.raises(StoreError, match="abc cannot be written"):
+        store.begin(run, {}, {})
+    assert [path.name for path in outside.iterdir()] == ["kept"]
+
+
+# --- studies ------------------------------------------------------------------------------------
+
+
+def test_a_study_reads_back_as_written(tmp_path):
+    store = Store(tmp_path)
+    store.write_study("first", {"runs": [1, 2]})
+    store.write_study("first", {"runs": [3]})
+    assert store.read_study("first") == {"runs": [3]}
+
+
+def test_an_unknown_study_is_answered_with_those_that_are_there(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(StoreError, match="holds no study 'third' \\(it holds: none\\)"):
+        store.read_study("third")
+    for name in ("second", "first"):
+        store.write_study(name, {})
+    with pytest.raises(StoreError, match="no study 'third' \\(it holds: first, second\\)") as error:
+        store.read_study("third")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_reading_records_needs_no_torch():
+    code = "import sys, repeatlab.store.records; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

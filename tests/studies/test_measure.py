@@ -1,0 +1,456 @@
+"""Measuring: every second goes to the part that took it, and nothing is left changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from math import inf
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+import repeatlab.studies.diagnostics.measure
+from repeatlab.analysis.frames import load
+from repeatlab.cli import ROOT, main
+from repeatlab.core.stopwatch import Stopwatch
+from repeatlab.data import gather
+from repeatlab.report.notebooks import read_profile
+from repeatlab.store.records import Store
+from repeatlab.studies.diagnostics.interleaving import Turns, in_turns
+from repeatlab.studies.diagnostics.measure import Bench, measure
+from repeatlab.studies.diagnostics.prediction import (
+    BRIEF_DELAY,
+    Measurement,
+    predict,
+    read_measurements,
+    with_prediction,
+)
+from repeatlab.studies.study import Study
+from repeatlab.tasks import TASKS, TaskConfig
+from repeatlab.tasks.reinforcement import ReinforcementConfig
+from repeatlab.tasks.replay_buffer import ReplayBuffer
+from repeatlab.tasks.supervised import Supervised, SupervisedConfig
+
+# --- a task whose parts take what a clock on paper says ----------------------------------------
+
+TAKES = {
+    "data": 11.0,
+    "forward": 5.0,
+    "backward": 10.0,
+    "zero_grad": 1.0,
+    "step": 4.0,
+    "after": 2.0,  # a moving average, say
+    "weights": 0.5,
+    "scoring": 2.0,
+    "bounds": 3.0,
+    "pick": 0.25,
+    "refresh": 7.0,
+    "resample": 6.0,
+    "waking": 9.0,
+    "cold": 100.0,
+}
+
+
+class Clock:
+    """Goes on only when somebody says what has taken its time."""
+
+    now = 0.0
+    period = inf
+    """After which it goes at half the speed for as long."""
+
+    @classmethod
+    def take(cls, what: str) -> None:
+        cls.now += TAKES[what] * (1 + int(cls.now / cls.period) % 2)
+
+
+class Passes(torch.autograd.Function):
+    @staticmethod
+    def forward(context, value):
+        Clock.take("forward")
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        Clock.take("backward")
+        return gradient.clone()
+
+
+class SlowSGD(torch.optim.SGD):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        Clock.take("zero_grad")
+        super().zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:
+        Clock.take("step")
+        super().step(closure)
+
+
+class ToyBatch(NamedTuple):
+    values: torch.Tensor
+    indices: torch.Tensor
+    index: int
+
+
+class ToyConfig(TaskConfig):
+    name: Literal["toy"] = "toy"
+    lr: float = 1e6  # would diverge at once
+    batch_size: int = 2
+    networks: int = 1
+    """Forward, backward and step of each in turn, as in a GAN."""
+    cold: int = 0
+    """Updates of a loop, the first ones, that take longer."""
+    refused: tuple[str, ...] = ("prefetch",)  # the clock on paper is not for two threads
+
+    def refusals(self) -> dict[str, str]:
+        return dict.fromkeys(self.refused, "for the test")
+
+
+class Toy:
+    Config: ClassVar[type[TaskConfig]] = ToyConfig
+    device, environment_steps = "cpu", 0
+
+    def __init__(self, config: ToyConfig, *, seed: int, device: str) -> None:
+        self.weights = [nn.Parameter(torch.ones(())) for _ in range(config.networks)]
+        self.optimizers = [SlowSGD([weight], lr=config.lr) for weight in self.weights]
+        self.batch_size, self.cold = config.batch_size, config.cold
+        self.forward_samples, self.backward_samples = 3 * self.batch_size, self.batch_size
+        self.scoring_samples = self.bound_samples = self.forward_samples
+        self.steps = 0
+
+    def fresh_batch(self, index: int) -> ToyBatch:
+        Clock.take("data")
+        STEPS_AT.append((index, self.steps))
+        return ToyBatch(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), index)
+
+    def candidates(self, index: int, block: int) -> ToyBatch:
+        return self.fresh_batch(block)
+
+    def batch_of(self, indices, index):
+        return self.fresh_batch(index)
+
+    def pick(self, blocks, picks, index):
+        Clock.take("pick")
+        return gather(blocks, picks, index)
+
+    def refresh(self, batch, visit):
+        Clock.take("refresh")
+        return batch
+
+    def resample(self, batch, visit):
+        Clock.take("resample")
+        return batch
+
+    def step(self, batch, report, weights=None):
+        for number, (weight, optimizer) in enumerate(
+            zip(self.weights, self.optimizers, strict=True)
+        ):
+            loss = Passes.apply(weight) ** 2
+            if weights is not None:
+                Clock.take("weights")
+            if number == 0:
+                report(loss.detach(), *(() if weights is None else (batch.values, batch.values)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        Clock.take("after")
+        if self.steps < 1 + self.cold:  # one was made before any loop
+            Clock.take("cold")
+        self.steps += 1
+
+    def sample_losses(self, batch):
+        Clock.take("scoring")
+        return batch.values
+
+    def gradient_bounds(self, batch):
+        Clock.take("bounds")
+        return batch.values
+
+    def pictures(self):
+        return {}
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+STEPS_AT: list[tuple[int, int]] = []  # (fresh batch made, steps before)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Return a function that measures the toy by its own clock."""
+    monkeypatch.setitem(TASKS, "toy", f"{__name__}:Toy")
+
+    def sleep(seconds: float) -> None:
+        Clock.now += seconds
+        Clock.take("waking")
+
+    monkeypatch.setattr("repeatlab.training.fresh_batches.sleep", sleep)
+
+    def run(threads: int = 1, **fields: Any) -> Measurement:
+        settings = {"device": "cpu", "threads": threads, "blocks": 4, "block_seconds": 300}
+        return measure(ToyConfig(**fields), **settings, clock=lambda: Clock.now)
+
+    return run
+
+
+def test_every_second_goes_to_the_part_that_took_it(toy):
+    found = toy()
+    assert found.parts == {
+        "data": 11,
+        "forward": 5,
+        "backward": 10,
+        "optimizer": 1 + 4 + 2,
+        "recording": 0,
+        "scoring": 2,
+        "bounds": 3,
+        "refresh": 7,
+        "resample": 6,
+    }
+    assert found.loops == {
+        "once": 22 + 11,
+        "repeated": 22 + 11 / 4,
+        "uniform": 22 + 11 + 0.5,
+        "chosen": 22 + 0.5 + 3 * (11 + 3) + 0.25,
+        "delayed": pytest.approx(22 + 11 + found.delay + 9),
+        "delayed_briefly": pytest.approx(22 + 11 + BRIEF_DELAY + 9),
+    }
+    assert found.waking == pytest.approx(9)
+    assert (found.weighting, found.selection) == (0.5, 0.25)
+    assert max(found.spread.values()) == pytest.approx(0, abs=1e-9)
+    assert found.backward_ratio == 2
+    assert found.sample_ratio == 6
+    assert (found.model.update, found.model.data) == (22, 11)
+
+
+def test_a_loop_is_timed_once_it_is_going(toy, monkeypatch):
+    warm = toy().loops
+    assert toy(cold=4).loops != warm
+    monkeypatch.setattr(repeatlab.studies.diagnostics.measure, "START_UP", 3000)
+    assert toy(cold=4).loops == pytest.approx(warm)
+
+
+@pytest.mark.parametrize(("turns", "wrong"), [(48, 0.05), (1, 0.2)])
+def test_kinds_meet_the_same_speed_by_taking_turns(toy, monkeypatch, turns, wrong):
+    """On a processor that is twice as fast for a while, about as long as a block takes."""
+    monkeypatch.setattr(Clock, "now", 0.0)
+    monkeypatch.setattr(Clock, "period", 7000)
+    clock = {"clock": lambda: Clock.now}
+    bench = Bench(ToyConfig(), device="cpu", **clock, turns=turns)
+    bench.warm_up(6000)
+    ratios = []
+    for _ in range(4):
+        bench.round()
+        loops = bench.rounds[-1]["loops"]
+        ratios.append(loops["repeated"] / loops["once"])
+    expected = (22 + 11 / 4) / (22 + 11)
+    assert (max(abs(r / expected - 1) for r in ratios) > wrong) == (turns == 1)
+
+
+def test_a_stopwatch_knows_its_turns_alone(toy):
+    seconds = {}
+
+    def loop(name: str, what: str) -> Turns[float]:
+        watch = Stopwatch(lambda: Clock.now)
+        with watch.running():
+            for _ in range(3):
+                Clock.take(what)
+                with watch.standing():
+                    yield
+        seconds[name] = watch()
+        return name
+
+    loops = {"a": loop("a", "data"), "b": loop("b", "waking")}
+    assert in_turns(loops, lambda: Clock.take("cold")) == {"a": "a", "b": "b"}
+    assert seconds == {"a": 3 * TAKES["data"], "b": 3 * TAKES["waking"]}
+
+
+def test_an_update_with_two_networks_adds_up_too(toy):
+    parts = toy(networks=2).parts
+    assert (parts["forward"], parts["backward"], parts["optimizer"]) == (10, 20, 12)
+
+
+def test_blocks_have_the_size_that_was_asked_for(toy):
+    # At N = 4 an update takes 22 + 11 / 4 seconds; whole batches of four updates each.
+    assert toy().updates == 4 * -(-300 // (4 * 33))
+
+
+def test_every_loop_begins_where_the_others_do(toy):
+    bench = Bench(ToyConfig(), device="cpu", first_batch=100, clock=lambda: Clock.now)
+    STEPS_AT.clear()
+    bench.warm_up(1)
+    bench.round()
+    bench.measurement()
+    begins = [steps for index, steps in STEPS_AT if index == 101]
+    assert min(STEPS_AT)[0] == 101
+    assert begins == 11 * [1]  # two loops to warm up, seven kinds, the singles, the FLOPs
+
+
+def weights(task: Any) -> torch.Tensor:
+    return parameters_to_vector(task.model.parameters()).detach().clone()
+
+
+def test_what_is_measured_has_learnt_a_little_and_learns_no_more(monkeypatch):
+    monkeypatch.setattr(repeatlab.studies.diagnostics.measure, "LEARNING", inf)
+    config = SupervisedConfig(width=2, batch_size=8, lr=0.1)
+    plain = Supervised(config, seed=0, device="cpu")
+    for index in range(20):
+        plain.step(plain.fresh_batch(index), lambda loss: None)
+    # As many threads as the loop above had: sums are rounded by how they are shared out.
+    bench = Bench(config, device="cpu", first_batch=20, threads=torch.get_num_threads())
+    assert torch.equal(weights(bench.task), weights(plain))
+    bench.warm_up(0.01)
+    bench.round()
+    assert torch.equal(weights(bench.task), weights(plain))
+
+
+@pytest.mark.parametrize("first", [1, 20])
+def test_what_diverges_is_measured_as_it_begins(monkeypatch, first):
+    monkeypatch.setattr(repeatlab.studies.diagnostics.measure, "LEARNING", inf)
+    config = SupervisedConfig(width=2, batch_size=8, lr=1e30)
+    bench = Bench(config, device="cpu", first_batch=first)
+    assert torch.equal(weights(bench.task), weights(Supervised(config, seed=0, device="cpu")))
+
+
+def test_measuring_leaves_nothing_behind(toy):
+    backward, threads = torch.autograd.backward, torch.get_num_threads()
+    state = torch.get_rng_state()
+    toy(threads=threads + 1)
+    assert torch.autograd.backward is backward
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- real tasks --------------------------------------------------------------------------------
+
+QUICK = {"device": "cpu", "blocks": 2, "block_seconds": 1e-4}
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "toy"])
+def test_every_task_can_be_measured(name, request):
+    fields = {"name": name} | ({"learning_starts": 40} if name == "reinforcement" else {})
+    study = Study.of(name="s", tasks={"t": fields}, methods={"standard": {}}, max_updates=1)
+    found = measure(study.tasks["t"], **QUICK)
+    assert Measurement.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert all(value > 0 for value in (*found.parts.values(), *found.loops.values()))
+    refused = study.tasks["t"].refusals()
+    assert ("chosen" in found.loops) == ("bounds" in found.parts) == ("importance" not in refused)
+    assert ("resample" in found.parts) == (name == "reinforcement")
+    assert found.loops["delayed"] > found.delay >= 0.004
+    assert ("prefetched" in found.loops) == ("prefetch" not in refused)
+    assert found.flops["backward"] > found.flops["forward"] / 3
+
+
+def test_flops_of_the_small_cnn_by_hand():
+    b = 64
+    first = 2 * b * (8 * 8) * 16 * (1 * 9)
+    second = 2 * b * (4 * 4) * 32 * (16 * 9)
+    last = 2 * b * 10 * (32 * 4)
+    found = measure(SupervisedConfig(), **QUICK)
+    # Backward: by weights and by inputs, of which the images need none.
+    assert found.flops == {
+        "forward": first + second + last,
+        "backward": 2 * (first + second + last) - first,
+    }
+
+
+def test_every_fresh_batch_is_acted_for(monkeypatch):
+    bench = Bench(ReinforcementConfig(learning_starts=40), device="cpu", first_batch=10)
+    assert bench.task.buffer.steps == 40 + 11
+    steps, add = [], ReplayBuffer.add
+
+    def counting(buffer, *args, **kwargs):
+        steps.append(buffer.steps)
+        add(buffer, *args, **kwargs)
+
+    monkeypatch.setattr(ReplayBuffer, "add", counting)
+    bench.round()
+    # Tasks are built, with their first 40 steps, and go on from where the blocks begin.
+    acted = [step for step in steps if step >= 40]
+    # N = 1 four times and slowly twice, N = 4, and one batch for what is done outside of updates
+    assert len(acted) == 4 * bench.updates + 2 * bench.waits + bench.updates / 4 + 1
+    assert min(acted) == 40 + 11
+    assert max(acted) == 40 + 11 + bench.updates - 1
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Return a function that calls `repeatlab measure` in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["repeatlab", "measure", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code, *capsys.readouterr()
+
+    return call
+
+
+STUDY = {
+    "name": "tiny",
+    "tasks": {"digits": {"name": "supervised", "lr": 5e-2}},
+    "methods": {"standard": {}, "twice": {"mapping": {"name": "constant", "repeats": 2}}},
+    "seeds": 1,
+    "max_updates": 8,
+    "evaluation": {"every": 8},
+}
+
+
+def test_the_command_writes_what_tables_then_show(tmp_path, monkeypatch, command, capsys):
+    fast = partial(measure, blocks=2, block_seconds=1e-4)
+    monkeypatch.setattr(repeatlab.studies.diagnostics.measure, "measure", fast)
+    parameters = {"notebook": "10_supervised", "parameters": {"study": STUDY}}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(parameters))
+    code, out, _ = command("tiny.yaml")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("tiny: digits")
+    (found,) = read_measurements(Store("runs")).values()
+
+    Study.of(**STUDY).run("runs", workers=0)
+    runs = with_prediction(load("runs", "tiny").runs, Store("runs"))
+    assert runs["predicted_seconds"].tolist() == [
+        pytest.approx(predict(found, {"updates": 8, "fresh_batches": batches}))
+        for batches in (8, 4)
+    ]
+    monkeypatch.setattr("sys.argv", ["repeatlab", "status", "--all"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, run in zip(lines, runs.itertuples(), strict=True):
+        assert line.endswith(
+            f"): trained {run.seconds:.3g} s, predicted {run.predicted_seconds:.3g} s"
+        )
+
+
+def test_by_default_the_quick_tasks_are_measured(monkeypatch, command):
+    example, begins = measure(SupervisedConfig(), **QUICK), {}
+
+    def fake(config, *, device, threads, first_batch):
+        begins.setdefault(config.name, set()).add(first_batch)
+        return replace(example, task=config.model_dump(mode="json"))
+
+    monkeypatch.setattr(repeatlab.studies.diagnostics.measure, "measure", fake)
+    assert command()[0] == 0
+    assert sorted(begins) == sorted(TASKS)
+    jobs = [
+        job.parameters["study"] for job in read_profile("quick", ROOT) if "study" in job.parameters
+    ]
+    assert set().union(*begins.values()) == {study["max_updates"] // 2 for study in jobs}
+    assert {m.task["name"] for m in read_measurements(Store("runs")).values()} == set(TASKS)
+
+
+def test_a_file_that_trains_nothing_is_named(tmp_path, command):
+    (tmp_path / "views.yaml").write_text("notebook: 20_convergence\nparameters: {}\n")
+    code, out, err = command("views.yaml")
+    assert (code, out) == (2, "")
+    assert err == "Error: views.yaml: parameters.study is missing: this file trains nothing\n"

@@ -1,0 +1,360 @@
+"""Predictions against sums by hand; which measurement belongs to which run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from math import exp
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from repeatlab.core.files import StoreError
+from repeatlab.cost import tau_threshold
+from repeatlab.store.records import Store
+from repeatlab.studies.diagnostics.prediction import (
+    Measurement,
+    measurement_key,
+    measurement_table,
+    predict,
+    read_measurements,
+    with_prediction,
+    write_measurement,
+)
+
+TASK = {"name": "supervised", "lr": 0.1, "batch_size": 10}
+LONG = {  # an update of 100 ms, 20 ms of data
+    "forward": 0.030,
+    "backward": 0.060,
+    "optimizer": 0.008,
+    "recording": 0.002,
+    "data": 0.020,
+    "scoring": 0.025,
+    "bounds": 0.026,
+    "refresh": 0.015,
+    "resample": 0.012,
+}
+LONG_LOOPS = {"once": 0.120, "repeated": 0.105, "uniform": 0.131, "chosen": 0.252}
+SHORT = {name: value / 100 for name, value in LONG.items()}
+LOOPS = {"once": 0.00110, "repeated": 0.00095, "uniform": 0.00120, "chosen": 0.00250}
+
+
+def measurement(parts=LONG, loops=None, **changes) -> Measurement:
+    loops = loops or (LONG_LOOPS if parts is LONG else LOOPS)
+    fields = {
+        "task": TASK,
+        "device": "cpu",
+        "threads": 1,
+        "batch_size": 10,
+        "forward_samples": 10,
+        "backward_samples": 10,
+        "scoring_samples": 10,
+        "bound_samples": 10,
+        "parts": parts,
+        "loops": loops,
+        "spread": {"once": 0.00005},
+        "flops": {"forward": 1_000, "backward": 2_000},
+        "blocks": 9,
+        "updates": 100,
+        "environment": {"processor": "this one", "device": "cpu"},
+    }
+    return Measurement(**fields | changes)
+
+
+def counts(updates: int, fresh_batches: int, scored: int = 0) -> dict[str, int]:
+    return {"updates": updates, "fresh_batches": fresh_batches, "scoring_samples": scored}
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def test_ratios_where_more_samples_go_forward_than_backward():
+    found = measurement(forward_samples=30)
+    assert found.backward_ratio == pytest.approx(2)
+    assert found.sample_ratio == pytest.approx(6)
+    # An importance update scores 30 samples too, so that tau_th has the ratio of whole updates.
+    by_hand = (3 * 0.030 + 0.030 + 0.060) / (0.030 + 0.060)
+    assert tau_threshold(3, found.backward_ratio) == pytest.approx(by_hand)
+
+
+def test_parts_that_add_up_to_an_update_are_taken_as_they_are():
+    model = measurement().model
+    assert (model.update, model.data) == (pytest.approx(0.100), pytest.approx(0.020))
+    assert model.forward * model.batch_size == pytest.approx(0.030)
+    assert model.scoring * model.batch_size == pytest.approx(0.025)
+
+
+seconds = st.floats(1e-5, 1)
+
+
+@given(seconds, seconds, seconds)
+def test_updates_take_what_whole_loops_take(repeated, data, part):
+    loops = {"once": repeated + 0.75 * data, "repeated": repeated}  # u + d / 4 = repeated
+    if 0.25 * data >= repeated:
+        return  # no such loop: the update would take no time
+    found = measurement(dict.fromkeys(SHORT, part), loops)
+    assert predict(found, counts(8, 8)) == pytest.approx(8 * loops["once"])
+    assert predict(found, counts(8, 2)) == pytest.approx(8 * loops["repeated"])
+    assert predict(found, counts(8, 4)) == pytest.approx(8 * (repeated + data / 4))
+    assert found.model.backward_ratio == found.backward_ratio
+
+
+def test_noise_makes_no_fresh_batch_cheaper_than_nothing():
+    found = measurement(SHORT, LOOPS | {"repeated": 0.00111})
+    assert found.model.data == 0
+    assert found.model.update == pytest.approx(LOOPS["once"])
+
+
+# --- predictions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ledger", "config", "expected"),
+    [
+        (counts(30, 30), {}, 30 * 0.120),
+        (counts(30, 10), {}, 30 * 0.100 + 10 * 0.020),
+        (counts(0, 0), {}, 0),
+        (counts(30, 10), {"loader": {"delay_ms": 50}}, 30 * 0.100 + 10 * 0.070),
+        # 3 updates of 100 ms take longer than a batch of 70 ms, one update does not
+        (counts(30, 10), {"loader": {"delay_ms": 50, "prefetch": True}}, 30 * 0.100),
+        (counts(30, 30), {"loader": {"delay_ms": 90, "prefetch": True}}, 30 * 0.110),
+        (counts(30, 10), {"method": {"fresh_views": True}}, 3.2 + 20 * 0.015),
+        (counts(30, 10), {"method": {"apply": "fresh_samples"}}, 3.2 + 20 * 0.012),
+        (counts(30, 10), {"method": {"apply": "step_size"}}, 3.2),
+    ],
+)
+def test_seconds_by_hand(ledger, config, expected):
+    assert predict(measurement(), ledger, config=config) == pytest.approx(expected)
+
+
+SLEPT = LOOPS | {"delayed": 0.0061, "prefetched": 0.0046}  # sleeping 4 ms a batch
+
+
+@pytest.mark.parametrize(
+    ("loader", "expected"),
+    [
+        ({}, 30 * 0.0009 + 10 * 0.0002),
+        ({"prefetch": True}, 30 * 0.0009),
+        # 6.1 = 1.1 + 4 + 1: late, or slower for having slept
+        ({"delay_ms": 50}, 30 * 0.0009 + 10 * 0.0512),
+        ({"delay_ms": 2}, 30 * 0.0009 + 10 * 0.0032),
+        # 4.6 = 0.2 + 4 + 0.4; three updates of 0.9 ms take longer than a batch of 2.6
+        ({"delay_ms": 50, "prefetch": True}, 10 * 0.0506),
+        ({"delay_ms": 2, "prefetch": True}, 30 * 0.0009),
+    ],
+)
+def test_what_waking_costs_is_paid_once_a_batch(loader, expected):
+    found = measurement(SHORT, SLEPT, delay=0.004)
+    assert found.waking == pytest.approx(0.001)
+    assert found.prefetch_waking == pytest.approx(0.0004)
+    assert predict(found, counts(30, 10), config={"loader": loader}) == pytest.approx(expected)
+
+
+@given(st.floats(1e-4, 0.01), st.floats(1e-3, 1e-2))
+def test_a_brief_sleep_is_woken_from_sooner(waking, tau):
+    """w (1 - exp(-s / tau)), read at 3 and at 100 ms."""
+
+    def expected(slept: float) -> float:
+        return waking * (1 - exp(-slept / tau))
+
+    once = 0.001
+    loops = {"once": once, "delayed": once + 0.1 + waking}
+    loops["delayed_briefly"] = once + 0.003 + expected(0.003)
+    found = measurement(SHORT, LOOPS | loops, delay=0.1)
+    for slept in (0.001, 0.003, 0.008, 1.0):
+        assert found.waking_after(slept) == pytest.approx(expected(slept), rel=1e-3)
+    assert found.delayed(0.008).waking == found.waking_after(0.008)
+
+
+def test_a_brief_sleep_costs_no_more_than_a_long_one():
+    loops = {"once": 0.001, "delayed": 0.0512, "delayed_briefly": 0.0060}
+    found = measurement(SHORT, LOOPS | loops, delay=0.050)
+    assert found.waking_after(0.001) == found.waking_after(1.0) == pytest.approx(0.0002)
+
+
+def test_a_loader_that_is_not_waited_for_wakes_nobody():
+    # Updates of 100 ms beside a sleep of 50: what is left over is noise.
+    loops = {"once": 0.120, "repeated": 0.105, "delayed": 0.168, "prefetched": 0.099}
+    found = measurement(loops=loops, delay=0.050)
+    assert (found.waking, found.prefetch_waking) == (0, 0)
+
+
+IMPORTANCE = {"name": "importance", "presample": 3, "score": "gradient_norm"}
+
+
+def chosen_by(sampler: dict, **loader) -> dict:
+    return {"method": {"sampler": sampler}, "loader": loader}
+
+
+def test_importance_sampling_takes_what_its_loops_take():
+    found = measurement(SHORT)
+    config = chosen_by(IMPORTANCE)
+    off, on = counts(8, 8), counts(8, 8, scored=3 * 8 * 10)
+    assert predict(found, off, config=config) == pytest.approx(8 * LOOPS["uniform"])
+    assert predict(found, on, config=config) == pytest.approx(8 * LOOPS["chosen"])
+    # Half and half is in the middle.
+    half = counts(8, 8, scored=3 * 4 * 10)
+    middle = 4 * (LOOPS["uniform"] + LOOPS["chosen"])
+    assert predict(found, half, config=config) == pytest.approx(middle)
+
+
+def test_a_larger_presample_is_made_scored_and_waited_for():
+    found = measurement(SHORT)
+    one = counts(1, 1, scored=5 * 10)
+    larger = IMPORTANCE | {"presample": 5}
+    expected = LOOPS["chosen"] + 2 * (found.model.data + SHORT["bounds"])
+    assert predict(found, one, config=chosen_by(larger)) == pytest.approx(expected)
+    slow = predict(found, one, config=chosen_by(larger, delay_ms=10))
+    assert slow == pytest.approx(expected + 5 * 0.010)
+    by_loss = predict(found, one, config=chosen_by(larger | {"score": "loss"}))
+    assert by_loss == pytest.approx(expected - 5 * (SHORT["bounds"] - SHORT["scoring"]))
+
+
+def test_other_samplers_pay_for_what_they_score():
+    found = measurement()
+    standard = 30 * 0.120 + 30 * 0.011  # of weights
+    hard = predict(found, counts(30, 30), config=chosen_by({"name": "hard_mining"}))
+    assert hard == pytest.approx(standard)
+    ledger = counts(30, 30, scored=60 * 10)  # two batches scored for one that is kept
+    kept = predict(found, ledger, config=chosen_by({"name": "selective", "beta": 1.0}))
+    assert kept == pytest.approx(standard + 30 * 0.020 + 60 * 0.025 + 30 * found.selection)
+
+
+def test_what_rho_loss_scores_beforehand_is_no_training_time():
+    found = measurement()
+    ledger = counts(30, 30, scored=500 + 30 * 3 * 10)
+    config = chosen_by({"name": "rho_loss", "presample": 3})
+    expected = 30 * (0.120 + 0.011) + 30 * 2 * 0.020 + 90 * 0.025 + 30 * found.selection
+    assert predict(found, ledger, config=config) == pytest.approx(expected)
+
+
+def test_a_loader_that_prefetches_waits_at_every_batch_with_few_updates():
+    """An update of 0.1 s, a batch that comes every second: at N = 5 half a second is waited for."""
+    found = measurement()
+    config = {"loader": {"delay_ms": 980, "prefetch": True}}
+    times = [predict(found, counts(n, 1), config=config) for n in (5, 20)]
+    assert times[1] == pytest.approx(20 * 0.1)
+    repeats = np.array([5, 20, 5])
+    together = predict(found, counts(30, 3), config=config, repeats=repeats)
+    assert together == pytest.approx(2 * times[0] + times[1])
+    assert together > predict(found, counts(30, 3), config=config)
+
+
+def test_a_task_that_refuses_importance_sampling_still_has_a_prediction():
+    loops = {name: LONG_LOOPS[name] for name in ("once", "repeated")}
+    found = measurement(loops=loops)
+    config = chosen_by({"name": "hard_mining", "score": "loss"})
+    assert predict(found, counts(30, 30), config=config) == pytest.approx(30 * 0.120)
+
+
+def test_a_ledger_from_before_scoring_was_counted():
+    ledger = {"updates": 30, "fresh_batches": 30}
+    assert predict(measurement(), ledger) == pytest.approx(3.6)
+
+
+# --- the store ------------------------------------------------------------------------------------
+
+
+def test_a_measurement_reads_back_as_written(tmp_path):
+    store, found = Store(tmp_path / "runs"), measurement()
+    path = write_measurement(store, found)
+    assert path == tmp_path / "runs" / "measurements" / f"{found.key}.json"
+    assert read_measurements(store) == {found.key: found}
+
+
+def test_a_new_measurement_takes_the_place_of_the_old_one(tmp_path):
+    store = Store(tmp_path)
+    write_measurement(store, measurement())
+    write_measurement(store, measurement(blocks=3))
+    assert [m.blocks for m in read_measurements(store).values()] == [3]
+
+
+def test_a_store_without_measurements(tmp_path):
+    assert read_measurements(Store(tmp_path / "absent")) == {}
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"task": {}, "unknown": 1}', "[1]"])
+def test_a_file_of_another_kind_is_named(tmp_path, text):
+    path = tmp_path / "measurements" / "0123456789abcdef.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(StoreError, match=r"0123456789abcdef\.json is no measurement"):
+        read_measurements(Store(tmp_path))
+
+
+def test_a_key_says_task_device_and_threads():
+    key = measurement_key(TASK, "cpu", 1)
+    assert len(key) == 16
+    assert key == measurement_key(dict(reversed(TASK.items())), "cpu", 1)
+    others = {
+        measurement_key(TASK | {"lr": 0.2}, "cpu", 1),
+        measurement_key(TASK, "some GPU", 1),
+        measurement_key(TASK, "cpu", 2),
+    }
+    assert len(others | {key}) == 4
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def made(store: Store, run_id: str, *, task=TASK, threads=1, processor="this one", **more):
+    """Write a finished run of 30 updates on 10 batches; return its row."""
+    run = store.run("supervised", run_id)
+    config = {"task": task, "threads": threads, "device": "auto", "method": {}, "loader": {}}
+    writer = store.begin(run, config, {"device": "cpu", "processor": processor, **more})
+    writer.finish("complete", {"ledger": counts(30, 10) | {"seconds": 3.0}})
+    return {"id": run_id, "path": str(run.path), "status": "complete", "seconds": 3.0, "last": 1}
+
+
+def test_runs_get_the_prediction_of_their_own_measurement(tmp_path):
+    store = Store(tmp_path)
+    write_measurement(store, measurement())
+    write_measurement(store, measurement(task=TASK | {"lr": 0.2}, parts=SHORT))
+    rows = [
+        made(store, "same"),
+        made(store, "other-rate", task=TASK | {"lr": 0.2}),
+        made(store, "other-task", task=TASK | {"lr": 0.3}),
+        made(store, "threads", threads=2),
+        made(store, "processor", processor="another one"),
+        made(store, "share", lockstep=8),
+        {"id": "x", "path": str(tmp_path / "supervised" / "x"), "status": "missing"},
+    ]
+    runs = pd.DataFrame(rows)
+    before = runs.copy()
+    shown = with_prediction(runs, store)
+    pd.testing.assert_frame_equal(runs, before)
+    assert shown.columns.tolist() == [
+        "id", "path", "status", "seconds", "predicted_seconds", "last"
+    ]  # fmt: skip
+    predicted = shown["predicted_seconds"]
+    assert predicted[0] == pytest.approx(3.2)
+    # 1.1 = u + d and 0.95 = u + d / 4 milliseconds: u = 0.9, d = 0.2
+    assert predicted[1] == pytest.approx(30 * 0.0009 + 10 * 0.0002)
+    assert predicted[2:].isna().all()
+
+
+def test_runs_of_which_none_is_done(tmp_path):
+    runs = pd.DataFrame([{"id": "x", "path": "nowhere", "status": "missing"}])
+    assert with_prediction(runs, Store(tmp_path))["predicted_seconds"].isna().all()
+
+
+def test_the_table_has_a_row_for_each_measurement():
+    table = measurement_table({"a": measurement(), "b": measurement(SHORT)})
+    assert table.loc["a", "backward (ms)"] == pytest.approx(60)
+    assert table.loc["b", "forward (ms)"] == pytest.approx(0.3)
+    assert table.loc["b", ["loop (ms)", "loop iqr (ms)"]].tolist() == [1.1, 0.05]
+    assert (table["k"] == 2).all()
+    assert table.loc["a", "FLOPs"] == "3e+03"
+
+
+def test_predicting_never_loads_torch():
+    code = "import sys, repeatlab.studies.diagnostics.prediction; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_json_has_nothing_that_json_lacks():
+    assert Measurement.from_json(json.loads(json.dumps(measurement().to_json()))) == measurement()
