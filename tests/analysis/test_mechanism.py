@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repeatlab.analysis.frames import Records, mechanism
+from repeatlab.analysis import mechanism
+from repeatlab.analysis.frames import Records
 from repeatlab.analysis.paired_differences import Endpoint
 from repeatlab.figures import mechanism as draw
 from repeatlab.methods.controls import spaced

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from repeatlab.analysis.frames import Records, sensitivity
+from repeatlab.analysis import sensitivity
+from repeatlab.analysis.frames import Records
 from repeatlab.figures import sensitivity as draw
 from repeatlab.store.records import Store
 

@@ -21,7 +21,7 @@ FILES = (
 def tree(tmp_path, monkeypatch):
     """Return a source tree of one commit, from which this process is as if it had started."""
     for name in FILES:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("committed\n")
     (tmp_path / ".gitignore").write_text("*_ignored.py\n")
     git(tmp_path, "init", "--quiet")

@@ -229,7 +229,14 @@ def test_the_notebook_fits_its_parameter_file(copy):
 
 
 # What the package's own tests ask of a new mapping, sampler, control, task and notebook.
-CONTRACT = ("mappings", "notebooks", "hosted", "tasks", "checks", "host_reads")
+CONTRACT = (
+    "repetition/test_mappings",
+    "package/test_notebooks",
+    "package/test_hosted",
+    "tasks/test_tasks",
+    "studies/test_checks",
+    "training/test_host_reads",
+)
 ASKED = (
     "registered or SquareRoot or 19_square_loss or square_loss and (says_why or sample_losses)"
     " or makes_exactly and ([square_loss-standard or [square_loss-linear] or [square_loss-mirrored"
@@ -238,7 +245,7 @@ ASKED = (
 
 
 def test_what_is_added_passes_the_package_s_own_tests(copy):
-    files = [f"tests/test_{name}.py" for name in CONTRACT]
+    files = [f"tests/{name}.py" for name in CONTRACT]
     told = run(copy, "-m", "pytest", *files, "-v", "-p", "no:cacheprovider", "-k", ASKED)
     passed = re.findall(r"^(.*) PASSED", told, re.MULTILINE)
     for part in (

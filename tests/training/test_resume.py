@@ -12,17 +12,11 @@ import torch
 from every_method import METHODS, REFUSED, config, tried
 
 from repeatlab.store.records import Run, Store
+from repeatlab.training import checkpoint, loop
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import (
-    STOP,
-    CheckpointPlan,
-    Interrupted,
-    Training,
-    checkpoint,
-    loop,
-)
+from repeatlab.training.training import STOP, CheckpointPlan, Interrupted, Training
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
 # What each method has to carry over a stop, beside what all have.
