@@ -1,0 +1,277 @@
+"""How many updates an arm saves: the budget that the standard arm needs for the arm's metric.
+
+The standard arm is trained at several budgets, each with its own schedule (0.5, 0.7, 1, 1.4 and 2
+T, say). Where its metric equals that of an arm at T is the arm's *equivalent budget* r T, and the
+arm has saved the share 1 - 1/r of the updates that the standard arm would have needed.
+
+The test. For every ratio r the paired differences
+
+    d_s(r) = (arm_s - other_s) - (standard_s(r T) - standard_s(T))
+
+are put to the sign flip, s over seeds; `standard_s` is interpolated between that seed's budgets,
+linearly in log T. With the standard arm as the other one this is arm_s - standard_s(r T). The
+interval holds every r that is not rejected (Fieller's construction with a sign flip in place of
+Student's t), and the p of "no difference" is that of r = 1: interval and p are one test. Where a
+difference is so large that no budget of the standard arm reaches it, a limit lies beyond the
+budgets and is infinite.
+
+Several tasks. Each task's differences are divided by the spread of its standard arm within the
+budgets beside T, which no exchange of two runs of a pair changes, so that the flip stays exact, and
+which a constant effect does not enter, so that nothing saturates. Tasks weigh alike; seeds are
+flipped as wholes, over all tasks at once, which holds whatever the correlation between tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from repeatlab.analysis.statistics import ALPHA, Interval
+
+EXACT_UP_TO = 14  # seeds whose 2^n flips are enumerated; above it RESAMPLES random ones
+RESAMPLES = 9_999
+STEPS = 200  # of the grid of ratios, on each side of 1
+MOST_TIMES = 4.0  # sooner or later than so many times is beyond what is told
+NOISE = 1e-9  # relative: spreads below are rounding, not spread
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One comparison on one task, a row per seed; more of every value is better.
+
+    Attributes:
+        arm: Shape (n,), the metric of the arm at T.
+        other: Shape (n,), that of what it is compared with at T.
+        standard: Shape (n, budgets), that of the standard arm at every budget.
+        ratios: Shape (budgets,), the budgets in units of T, increasing, 1 among them.
+        seeds: Shape (n,), which seeds the rows are.
+    """
+
+    arm: np.ndarray
+    other: np.ndarray
+    standard: np.ndarray
+    ratios: np.ndarray
+    seeds: np.ndarray
+
+    @property
+    def scale(self) -> float:
+        """The spread of the standard arm over seeds, within the budgets other than T.
+
+        Without another budget, or where those have none, that of arm and other within themselves.
+        0 where everything is equal up to rounding.
+        """
+        beside = self.standard[:, ~np.isclose(self.ratios, 1.0)]
+        spreads = (beside.T, np.stack([self.arm, self.other]))
+        size = max(np.abs(self.standard).max(), np.abs(self.arm).max(), np.abs(self.other).max())
+        for values in spreads:
+            if values.size and values.shape[-1] > 1:
+                spread = float(np.sqrt(np.var(values, axis=-1, ddof=1).mean()))
+                if spread > NOISE * size:
+                    return spread
+        return 0.0
+
+    def differences(self, log_ratios: np.ndarray) -> np.ndarray:
+        """Return d_s(r), shape (n, ratios); what is below rounding is 0, as equal runs are."""
+        knots = np.log(self.ratios)
+        shifts = np.stack([np.interp(log_ratios, knots, row) for row in self.standard])
+        at_t = np.array([np.interp(0.0, knots, row) for row in self.standard])
+        apart = (self.arm - self.other)[:, None] - (shifts - at_t[:, None])
+        size = np.abs(self.standard).max() + np.abs(self.arm).max() + np.abs(self.other).max()
+        return np.where(np.abs(apart) <= NOISE * size, 0.0, apart)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Updates saved, each as a ratio r of budgets: above 1 the arm is better.
+
+    Attributes:
+        ratio: Estimate: the equivalent budget in units of T.
+        interval: Its 95 % limits.
+        within: Its 90 % limits, by which two one-sided tests of 5 % decide on equivalence.
+        p: Two-sided, of r = 1.
+        smallest_p: The least that so many seeds could give.
+        seeds: How many.
+        tasks: How many.
+        equal: The share of pairs that are equal, to rounding.
+    """
+
+    ratio: float
+    interval: Interval
+    within: Interval
+    p: float
+    smallest_p: float
+    seeds: int
+    tasks: int
+    equal: float
+
+    def direction(self, p: float | None = None, alpha: float = ALPHA) -> int:
+        """Return 1 (better), -1 (worse) or 0 (not decided) by `p`, adjusted where there are more.
+
+        A p below 0.05 and 95 % limits that exclude 1 are the same event, but for limits beyond the
+        budgets.
+        """
+        p = self.p if p is None else p
+        if not p < alpha:
+            return 0
+        return int(self.interval.low > 1) - int(self.interval.high < 1)
+
+    def equivalent(self, margin: float) -> bool:
+        """Return whether the 90 % interval lies within `margin`, a share of updates saved."""
+        low, high = 1 - margin, 1 / (1 - margin)
+        return bool(self.within.low > low and self.within.high < high)
+
+
+def share_saved(ratio: float) -> float:
+    """Return the share of updates saved of an equivalent budget: 1 - 1/r.
+
+    >>> [round(share_saved(r), 3) for r in (0.5, 1.0, 1.25, 2.0)]
+    [-1.0, 0.0, 0.2, 0.5]
+    """
+    return 1 - 1 / ratio if ratio > 0 else -np.inf
+
+
+def saved(tasks: Mapping[str, Paired], *, seed: int = 0) -> Saved:
+    """Return the updates that an arm saves at T, over all `tasks` together.
+
+    Args:
+        tasks: The comparison on each.
+        seed: Of the random flips above `EXACT_UP_TO` seeds.
+    """
+    parts = list(tasks.values())
+    lowest = max(np.log(part.ratios[0]) for part in parts)
+    highest = min(np.log(part.ratios[-1]) for part in parts)
+    grid = _grid(lowest, highest)
+    at_one = [part.differences(np.zeros(1))[:, 0] for part in parts]
+    rows = [
+        (part.seeds, part.differences(grid) / part.scale)
+        for part in parts
+        if part.scale  # where nothing varies nothing is said
+    ]
+    return _invert(grid, rows, at_one, seed)
+
+
+def saved_until(
+    times: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], *, seed: int = 0
+) -> Saved:
+    """Return the updates that an arm saves on its way to the target, over all tasks together.
+
+    The ratio is that of the other arm's time to the arm's: above 1 the arm is there sooner. The
+    test is the sign flip of the differences of their logarithms, shifted.
+
+    Args:
+        times: Task -> (seeds, times of the arm, times of the other), each (n,), in updates; a run
+            that misses counts as the budget, so that two misses tie.
+        seed: Of the random flips.
+    """
+    grid = _grid(np.log(1 / MOST_TIMES), np.log(MOST_TIMES))
+    gains = [
+        (seeds, np.log(np.maximum(theirs, 1.0)) - np.log(np.maximum(ours, 1.0)))
+        for seeds, ours, theirs in times.values()
+    ]
+    rows = [(seeds, gain[:, None] - grid) for seeds, gain in gains]
+    return _invert(grid, rows, [gain for _, gain in gains], seed)
+
+
+def _grid(lowest: float, highest: float) -> np.ndarray:
+    """Return logarithms of ratios from `lowest` to `highest`, 0 among them."""
+    below = np.linspace(lowest, 0, STEPS, endpoint=False)
+    return np.concatenate([below, np.linspace(0, highest, STEPS + 1)])
+
+
+def _invert(
+    grid: np.ndarray,
+    rows: list[tuple[np.ndarray, np.ndarray]],
+    at_one: list[np.ndarray],
+    seed: int,
+) -> Saved:
+    """Return what the test says at every ratio of the grid, tasks alike, whole seeds flipped.
+
+    Args:
+        grid: Logarithms of ratios, shape (m,).
+        rows: Of each task that varies its seeds (n,) and its differences (n, m).
+        at_one: Of every task the differences at the ratio 1, shape (n,).
+        seed: Of the random flips.
+    """
+    labels = sorted({label for seeds, _ in rows for label in seeds.tolist()})
+    place = {label: i for i, label in enumerate(labels)}
+    summed = np.zeros((len(labels), len(grid)))
+    for seeds, differences in rows:
+        where = [place[label] for label in seeds.tolist()]
+        summed[where] += differences / (len(seeds) * len(at_one))
+    p = sign_flips(summed, seed=seed)
+    one = int(np.searchsorted(grid, 0.0))
+    unlike = int(np.count_nonzero(summed[:, one]))
+    return Saved(
+        ratio=_crossing(grid, summed.sum(axis=0)),
+        interval=_accepted(grid, p, 0.05),
+        within=_accepted(grid, p, 0.10),
+        p=float(p[one]),
+        smallest_p=max(min(1.0, 2.0 ** (1 - unlike)), _floor(unlike)),
+        seeds=max(map(len, at_one)),
+        tasks=len(at_one),
+        equal=float(np.mean(np.concatenate(at_one) == 0)),
+    )
+
+
+def sign_flips(differences: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Return the two-sided p of the sums of `differences` (n, m) under random signs, shape (m,).
+
+    Exact by all 2^n signs up to `EXACT_UP_TO` rows. Differences of 0 have no sign: they leave the
+    sums as they are.
+    """
+    signs = _signs(len(differences), seed)
+    seen = np.abs(differences.sum(axis=0)) - 1e-12 * np.abs(differences).sum(axis=0)
+    hits = np.zeros(differences.shape[1])
+    for block in np.array_split(signs, max(1, len(signs) // 4096)):
+        hits += np.count_nonzero(np.abs(block @ differences) >= seen, axis=0)
+    if len(differences) <= EXACT_UP_TO:
+        return hits / len(signs)
+    return (hits + 1) / (len(signs) + 1)
+
+
+@lru_cache(maxsize=8)
+def _signs(n: int, seed: int) -> np.ndarray:
+    """Return rows of signs (rows, n): all of them with the first sign fixed, or random ones."""
+    if n > EXACT_UP_TO:
+        return np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), size=(RESAMPLES, n))
+    # Turning all signs leaves the size of the sum: half of them are enough.
+    bits = (np.arange(2 ** max(0, n - 1))[:, None] >> np.arange(n)) & 1
+    return 1.0 - 2.0 * bits
+
+
+def _floor(n: int) -> float:
+    return 1 / (RESAMPLES + 1) if n > EXACT_UP_TO else 0.0
+
+
+def _crossing(grid: np.ndarray, means: np.ndarray) -> float:
+    """Return the ratio at which the mean difference is 0, nearest to 1; the edge if there is none.
+
+    Where nothing differs anywhere it is 1.
+    """
+    if not means.any():
+        return 1.0
+    exact = np.flatnonzero(means == 0)
+    turns = np.flatnonzero(np.sign(means[:-1]) * np.sign(means[1:]) < 0)
+    at = [grid[i] for i in exact]
+    at += [grid[i] - means[i] * (grid[i + 1] - grid[i]) / (means[i + 1] - means[i]) for i in turns]
+    if at:
+        return float(np.exp(min(at, key=abs)))
+    # Better than the standard arm at every budget, or worse.
+    return np.inf if means[np.searchsorted(grid, 0.0)] > 0 else 0.0
+
+
+def _accepted(grid: np.ndarray, p: np.ndarray, alpha: float) -> Interval:
+    """Return the hull of the ratios that the test does not reject; 0 or infinity at an edge."""
+    inside = np.flatnonzero(p >= alpha)
+    if not len(inside):
+        # Rejected at every budget: it lies beyond them, on the side of the larger p.
+        beyond = (np.exp(grid[-1]), np.inf) if p[-1] >= p[0] else (0.0, np.exp(grid[0]))
+        return Interval(*map(float, beyond), "sign flip")
+    first, last = inside[0], inside[-1]
+    # Halfway to the first that is rejected, so that a rejected 1 is never a limit.
+    low = -np.inf if first == 0 else (grid[first - 1] + grid[first]) / 2
+    high = np.inf if last == len(grid) - 1 else (grid[last] + grid[last + 1]) / 2
+    return Interval(float(np.exp(low)), float(np.exp(high)), "sign flip")

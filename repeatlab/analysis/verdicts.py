@@ -1,0 +1,383 @@
+"""The hypotheses, declared before the runs are made, and how the comparisons decide them.
+
+An effect is a ratio of budgets (`updates_saved`), all tasks pooled where a hypothesis speaks of
+all. Each comparison is *better* or *worse* (its 95 % interval excludes no effect, which is the same
+as a sign-flip p below 0.05, and Holm's adjusted p is below 0.05 too), *equivalent* (its 90 %
+interval lies within the margin of the plan: two one-sided tests of 5 %) or undecided. One-off
+charges (calibration, holdout models) are in no comparison: they are told beside it, with the
+number of runs that pay them back.
+
+A verdict is *supported*, *refuted*, *equivalent*, *inconclusive*, *not tested* where no arm in
+question repeats (its mean N is below 1.1), or *interim* until every planned seed is there.
+
+H1 and H2 say that there is an arm which is better: one that is better supports them, and only that
+every arm is worse refutes them. H3 and H4 say something of every control and of every task: one
+that fails refutes them. H5 says that settings do not differ, which equivalence alone can support.
+
+What keeps false verdicts rare. H1, H2 and H3 are one Holm family: an entry for each arm of H1 and
+of H2, and one for H3, two-sided. H4 and H5 are supported or refuted only where H2 is supported. So
+where no arm differs from another, the table says supported or refuted anywhere in at most 5 % of
+studies, whatever the number of tasks, arms and seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from repeatlab.analysis.declaration import LARGER_STEP, LEAST_DOSE, Declaration
+from repeatlab.analysis.evidence import Dose, Evidence
+from repeatlab.analysis.statistics import ALPHA, holm
+from repeatlab.analysis.updates_saved import Saved, saved, saved_until, share_saved, sign_flips
+
+SUPPORTED, REFUTED, EQUIVALENT = "supported", "refuted", "equivalent"
+INCONCLUSIVE, NOT_TESTED, INTERIM = "inconclusive", "not tested", "interim"
+BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison and what it decides.
+
+    Attributes:
+        effect: Updates saved.
+        p: The adjusted p that decides.
+        state: "better", "worse", "equivalent" or "undecided".
+        dose: Mean N of the arm over its tasks, NaN where it is none of repetition.
+    """
+
+    effect: Saved
+    p: float
+    state: str
+    dose: float = np.nan
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what it rests on, as plain numbers."""
+        effect = self.effect
+        return {
+            "saved": share_saved(effect.ratio),
+            "low": share_saved(effect.interval.low),
+            "high": share_saved(effect.interval.high),
+            "low_90": share_saved(effect.within.low),
+            "high_90": share_saved(effect.within.high),
+            "p": effect.p,
+            "p_adjusted": self.p,
+            "seeds": effect.seeds,
+            "tasks": effect.tasks,
+            "equal_pairs": effect.equal,
+            "mean_n": self.dose,
+            "state": self.state,
+        }
+
+    def __str__(self) -> str:
+        return f"{percent_saved(self.effect)}, p = {self.p:.2g}: {self.state}"
+
+
+def percent_saved(effect: Saved) -> str:
+    """Return the updates saved in words: "+4 % [-3, +10]", with limits beyond the budgets open."""
+    limits = [_percent(r) for r in (effect.interval.low, effect.interval.high)]
+    return f"{_percent(effect.ratio)} % [{', '.join(limits)}]"
+
+
+def _percent(ratio: float) -> str:
+    if ratio == 0:
+        return "-∞"
+    if not isfinite(ratio):
+        return "∞"
+    rounded = round(100 * share_saved(ratio))
+    return f"{rounded:+d}" if rounded else "0"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the runs say about a hypothesis.
+
+    Attributes:
+        hypothesis: H1 to H5.
+        claim: What it says.
+        criterion: What decides it.
+        verdict: See the module.
+        sentence: The verdict with its numbers, for people.
+        comparisons: What it rests on, by name.
+    """
+
+    hypothesis: str
+    claim: str
+    criterion: str
+    verdict: str
+    sentence: str
+    comparisons: dict[str, Comparison]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The comparisons that share one 5 %, and what the rules need beside them."""
+
+    evidence: Evidence
+    declared: Declaration
+    speed: dict[str, Comparison]
+    end: dict[str, Comparison]
+    mechanism: dict[str, Comparison]
+    mechanism_p: float
+
+
+Ruling = tuple[str, str, dict[str, Comparison]]  # verdict, what is said first, what it rests on
+
+
+def _state(effect: Saved, p: float, margin: float) -> str:
+    direction = effect.direction(p)
+    if direction:
+        return BETTER if direction > 0 else WORSE
+    return EQUIVALENT if effect.equivalent(margin) else UNDECIDED
+
+
+def _mean_dose(doses: Mapping[str, Dose]) -> float:
+    """Return the mean over tasks of E[N], tasks alike."""
+    return float(np.mean([dose.mean for dose in doses.values()])) if doses else np.nan
+
+
+def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
+    margin = declared.margin
+    dose = {arm: _mean_dose(evidence.dose.get(arm, {})) for arm in evidence.at_end}
+    tested = [arm for arm in declared.arms if dose.get(arm, 0.0) >= LEAST_DOSE]
+    speed = {a: saved_until(evidence.until[a], seed=seed) for a in tested if evidence.until[a]}
+    end = {a: saved(evidence.at_end[a], seed=seed) for a in tested if evidence.at_end[a]}
+    parts = {c: saved(found, seed=seed) for c, found in evidence.controls.items() if found}
+    mechanism_p = _mechanism_p(evidence, parts, seed)
+    family = [*(e.p for e in speed.values()), *(e.p for e in end.values()), mechanism_p]
+    adjusted = holm(family)
+
+    def decided(effects: dict[str, Saved], p: Iterable[float]) -> dict[str, Comparison]:
+        return {
+            name: Comparison(effect, float(q), _state(effect, q, margin), dose.get(name, np.nan))
+            for (name, effect), q in zip(effects.items(), p, strict=True)
+        }
+
+    return _Case(
+        evidence,
+        declared,
+        decided(speed, adjusted[: len(speed)]),
+        decided(end, adjusted[len(speed) : -1]),
+        decided(parts, [e.p for e in parts.values()]),
+        float(adjusted[-1]),
+    )
+
+
+def _mechanism_p(evidence: Evidence, parts: Mapping[str, Saved], seed: int) -> float:
+    """Return the p of H3 as a whole, two-sided: every part holds, or one of them is reversed.
+
+    To hold, each part must be significant by itself, so the largest p decides; that one is
+    reversed is the smallest p among those times the number of parts (Bonferroni). Under the null
+    either happens with at most half its p, hence p is valid for both. A larger step that does
+    better, having seen more fresh data, reverses nothing.
+    """
+    if not parts or not evidence.hardness:
+        return np.nan
+    hard_p, hard = _hardness_test(evidence, seed)
+    signs = {name: effect.ratio - 1 for name, effect in parts.items()} | {"": hard}
+    ps = {name: effect.p for name, effect in parts.items()} | {"": hard_p}
+    if all(sign > 0 for sign in signs.values()):
+        return max(ps.values())
+    reversed_ = [ps[n] for n, sign in signs.items() if sign < 0 and n != LARGER_STEP]
+    return min(1.0, min(reversed_) * len(ps)) if reversed_ else 1.0
+
+
+def _hardness_test(evidence: Evidence, seed: int) -> tuple[float, float]:
+    """Return p and mean of the rank correlations between first loss and N, tasks alike."""
+    longest = max(map(len, evidence.hardness.values()))
+    rows = np.zeros((longest, 1))
+    for values in evidence.hardness.values():
+        rows[: len(values), 0] += values / (len(values) * len(evidence.hardness))
+    return float(sign_flips(rows, seed=seed)[0]), float(rows.sum())
+
+
+# --- hypotheses -------------------------------------------------------------------------------
+
+
+def _there_is_an_arm(found: dict[str, Comparison], better: str, worse: str) -> Ruling:
+    """Judge a claim that an arm is better: one supports it, all of them worse refute it."""
+    states = [comparison.state for comparison in found.values()]
+    if not states:
+        return NOT_TESTED, f"No arm in question reaches a mean N of {LEAST_DOSE}", found
+    if BETTER in states:
+        return SUPPORTED, f"At least one arm {better}", found
+    if set(states) == {WORSE}:
+        return REFUTED, f"Every arm {worse}", found
+    if set(states) <= {EQUIVALENT, WORSE}:
+        return EQUIVALENT, "No arm makes a difference above the margin, or it is worse", found
+    return INCONCLUSIVE, f"That an arm {better} is neither shown nor excluded", found
+
+
+def _h1(case: _Case) -> Ruling:
+    return _there_is_an_arm(case.speed, "reaches the target sooner", "reaches it later")
+
+
+def _h2(case: _Case) -> Ruling:
+    return _there_is_an_arm(case.end, "ends better", "ends worse")
+
+
+def _h3(case: _Case) -> Ruling:
+    parts, real = case.mechanism, case.declared.real
+    if not parts or real not in case.evidence.dose:
+        return INCONCLUSIVE, "Runs are missing", parts
+    if _mean_dose(case.evidence.dose[real]) < LEAST_DOSE:
+        return NOT_TESTED, f"{real} does not reach a mean N of {LEAST_DOSE}", parts
+    hard = _hardness_test(case.evidence, 0)[1]
+    jointly = f"jointly p = {case.mechanism_p:.2g}, rank correlation of loss and N {hard:+.2f}"
+    if case.mechanism_p < ALPHA:
+        if hard > 0 and all(part.effect.ratio > 1 for part in parts.values()):
+            return SUPPORTED, f"{real} beats every control ({jointly})", parts
+        return REFUTED, f"A part of the claim is reversed for {real} ({jointly})", parts
+    if all(part.effect.equivalent(case.declared.margin) for part in parts.values()):
+        return EQUIVALENT, f"{real} does as well as each of its controls ({jointly})", parts
+    return INCONCLUSIVE, f"Not every part is shown for {real} ({jointly})", parts
+
+
+def _h4(case: _Case) -> Ruling:
+    cells: dict[str, Comparison] = {}
+    by_arm: dict[str, list[Comparison]] = {}
+    for arm in case.end:
+        found = {t: saved({t: p}) for t, p in case.evidence.at_end[arm].items()}
+        adjusted = holm([effect.p for effect in found.values()])
+        for (task, effect), q in zip(found.items(), adjusted, strict=True):
+            dose = case.evidence.dose[arm][task].mean
+            cell = Comparison(effect, float(q), _state(effect, q, case.declared.margin), dose)
+            cells[f"{arm}, {task}"] = cell
+            by_arm.setdefault(arm, []).append(cell)
+    better = [arm for arm, one in case.end.items() if one.state == BETTER]
+    if not cells:
+        return NOT_TESTED, f"No arm in question reaches a mean N of {LEAST_DOSE}", cells
+    if len(case.declared.goals) < 2:
+        return INCONCLUSIVE, "There is only one task", cells
+    if not better:
+        return INCONCLUSIVE, "H2 is not supported: there is no benefit to hold", cells
+    if all(any(cell.state == WORSE for cell in by_arm[arm]) for arm in better):
+        return REFUTED, "Every arm that is better over all tasks is worse on one of them", cells
+    # Every task must be significant by itself, which needs no adjustment over tasks.
+    p = holm([max(cell.effect.p for cell in by_arm[arm]) for arm in better])
+    for arm, q in zip(better, p, strict=True):
+        if q < ALPHA and all(cell.effect.direction() > 0 for cell in by_arm[arm]):
+            return SUPPORTED, f"{arm} is better on every task (jointly p = {q:.2g})", cells
+    return INCONCLUSIVE, "That an arm is better on every task is neither shown nor excluded", cells
+
+
+def _h5(case: _Case) -> Ruling:
+    effects = {f"{a} - {b}": saved(t) for (a, b), t in case.evidence.variants.items() if t}
+    adjusted = holm([effect.p for effect in effects.values()]) if effects else []
+    found = {
+        name: Comparison(effect, float(q), _state(effect, q, case.declared.margin))
+        for (name, effect), q in zip(effects.items(), adjusted, strict=True)
+    }
+    if not found:
+        return INCONCLUSIVE, "Runs are missing", found
+    if _h2(case)[0] != SUPPORTED:
+        return INCONCLUSIVE, "H2 is not supported: there is no benefit to be insensitive", found
+    if all(one.effect.equivalent(case.declared.margin) for one in found.values()):
+        return SUPPORTED, "No two settings differ by more than the margin", found
+    if any(one.state in (BETTER, WORSE) for one in found.values()):
+        return REFUTED, "Some settings differ", found
+    return INCONCLUSIVE, "That settings differ is neither shown nor excluded", found
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A claim, what decides it in words, and the same as a function of the comparisons."""
+
+    name: str
+    claim: str
+    criterion: str
+    rule: Callable[[_Case], Ruling]
+
+
+HYPOTHESES = (
+    Hypothesis(
+        "H1",
+        "Loss-driven repetition reaches the target in fewer updates.",
+        "Updates until the target, interpolated between evaluations, net of one-off charges; a run "
+        "that misses it or diverges counts as T. Supported if an arm is better than the standard "
+        "one over all tasks; refuted if every arm is worse; equivalent if none is better by more "
+        "than the margin.",
+        _h1,
+    ),
+    Hypothesis(
+        "H2",
+        "Loss-driven repetition ends better at equal updates.",
+        "The metric at T, as updates saved. Supported if an arm is better than the standard one "
+        "over all tasks; refuted if every arm is worse; equivalent if none is better by more than "
+        "the margin.",
+        _h2,
+    ),
+    Hypothesis(
+        "H3",
+        "High-loss batches get the extra updates, and this, not timing, dispersion or a larger "
+        "step, makes the difference.",
+        "Supported if within windows of training N goes with the first loss, and the arm ends "
+        "better than each of its controls, each part by itself significant; refuted if a part is "
+        "reversed (Bonferroni over the parts), other than the larger step, which has seen more "
+        "fresh data; equivalent if the arm does as well as every control.",
+        _h3,
+    ),
+    Hypothesis(
+        "H4",
+        "The benefit holds on every task.",
+        "Supported if H2 is and one of its arms is better on every task, each by itself "
+        "significant; refuted if H2 is supported and each of its arms is worse on some task (Holm "
+        "over tasks).",
+        _h4,
+    ),
+    Hypothesis(
+        "H5",
+        "The benefit is insensitive to the mapping and to t.",
+        "Supported if H2 is and no two settings differ by more than the margin; refuted if H2 is "
+        "supported and some two differ (Holm over the pairs).",
+        _h5,
+    ),
+)
+
+
+def judge(evidence: Evidence, declared: Declaration, *, seed: int = 0) -> list[Verdict]:
+    """Return the verdict of every hypothesis.
+
+    Args:
+        evidence: What `evidence.gather` returns.
+        declared: The plan that it was gathered for.
+        seed: Of the random sign flips, which serve above 14 seeds.
+    """
+    case = _case(evidence, declared, seed)
+    verdicts = []
+    for hypothesis in HYPOTHESES:
+        verdict, lead, rests = hypothesis.rule(case)
+        if evidence.lacking:
+            verdict, lead = INTERIM, f"{_progress(evidence, declared)}; so far: {lead.lower()}"
+        sentence = f"{lead}{_details(rests)}."
+        texts = hypothesis.name, hypothesis.claim, hypothesis.criterion
+        verdicts.append(Verdict(*texts, verdict, sentence, rests))
+    return verdicts
+
+
+def _progress(evidence: Evidence, declared: Declaration) -> str:
+    made = min(evidence.seeds.values(), default=0)
+    return f"{made} of {declared.seeds} seeds are complete ({len(evidence.lacking)} arms lack some)"
+
+
+def _details(rests: dict[str, Comparison]) -> str:
+    """Return what a verdict rests on: each comparison where they are few, else their states."""
+    if not rests:
+        return ""
+    if len(rests) <= 4:
+        return ": " + "; ".join(f"{name} {one}" for name, one in rests.items())
+    states = [one.state for one in rests.values()]
+    counts = [f"{states.count(s)} {s}" for s in (BETTER, WORSE, EQUIVALENT, UNDECIDED)]
+    weakest = max(rests, key=lambda name: rests[name].p)
+    return f": {', '.join(counts)} of {len(rests)}; the weakest {weakest} {rests[weakest]}"
+
+
+def verdict_table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
+    """Return one row per hypothesis: hypothesis, claim, criterion, verdict, sentence."""
+    columns = ["hypothesis", "claim", "criterion", "verdict", "sentence"]
+    return pd.DataFrame([{c: getattr(v, c) for c in columns} for v in verdicts], columns=columns)
