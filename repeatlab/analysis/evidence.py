@@ -105,9 +105,9 @@ class _Values:
         goal = declared.goals[task]
         everything = [own, *budgets.values()]
         worst = min((_worst(r, task, goal) for r in everything if len(r.runs)), default=np.nan)
-        self.arms = _finals(own, task, goal, split, worst)
+        self.arms = final_values(own, task, goal, split, worst)
         self.standard = {
-            ratio: _finals(records, task, goal, split, worst).get(declared.against, {})
+            ratio: final_values(records, task, goal, split, worst).get(declared.against, {})
             for ratio, records in budgets.items()
         }
         self.standard[1.0] = self.arms.get(declared.against, {})
@@ -147,7 +147,7 @@ class _Values:
         ]
 
 
-def _finals(
+def final_values(
     records: Records, task: str, goal: Goal, split: str, worst: float
 ) -> dict[str, dict[int, float]]:
     """Return arm -> seed -> the metric at T, more being better; `worst` where a run diverged."""
@@ -170,6 +170,19 @@ def _worst(records: Records, task: str, goal: Goal) -> float:
     values = goal.sign * rows.loc[rows["task"] == task, "value"].to_numpy(float)
     values = values[np.isfinite(values)]
     return float(values.min()) if len(values) else np.nan
+
+
+def compare_on(
+    declared: Declaration,
+    task: str,
+    own: Records,
+    budgets: Mapping[float, Records],
+    split: str,
+    arm: str,
+    other: str,
+) -> Paired | None:
+    """Return one arm against another on one task at T; None with fewer than two common seeds."""
+    return _Values(declared, task, own, budgets, split).paired(arm, other)
 
 
 def doses(records: Records, arm: str) -> dict[str, Dose]:

@@ -1,0 +1,192 @@
+"""What the store holds of a registered plan, and its verdicts side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from repeatlab.analysis.declaration import Declaration
+from repeatlab.analysis.evidence import Evidence, gather
+from repeatlab.analysis.frames import Records, load
+from repeatlab.analysis.over_tasks import OverTasks, over_tasks
+from repeatlab.analysis.updates_saved import Paired, Saved, saved, share_saved
+from repeatlab.analysis.verdicts import Verdict, judge
+from repeatlab.core.files import StoreError
+from repeatlab.store.records import Store
+
+# What stands beside the verdicts at own rates on the validation split.
+VIEWS = {
+    "own rates, validation": ("own", "validation"),
+    "own rates, test": ("own", "test"),
+    "shared rate, validation": ("shared", "validation"),
+}
+
+
+@dataclass(frozen=True)
+class PlanRecords:
+    """A registered plan and its runs.
+
+    Attributes:
+        name: The plan's.
+        digest: Its hash, as it was registered before the first run.
+        changes: What was amended since, with reasons.
+        declared: What the verdicts follow.
+        rates: Task -> arm -> what tuning chose.
+        stages: "own" and "shared" -> the arms' runs.
+        budgets: Ratio -> the standard arm's runs at that many T.
+    """
+
+    name: str
+    digest: str
+    changes: list[dict[str, str]]
+    declared: Declaration
+    rates: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    stages: Mapping[str, Records]
+    budgets: Mapping[float, Records]
+
+    def evidence(self, stage: str, split: str) -> Evidence:
+        """Return the comparisons of a stage on a split."""
+        return gather(self.declared, self.stages[stage], self.budgets, split=split)
+
+    @cached_property
+    def views(self) -> dict[str, tuple[Evidence, list[Verdict]]]:
+        """Every one of `VIEWS` -> its evidence and verdicts; the first is what counts."""
+        found = {}
+        for view, (stage, split) in VIEWS.items():
+            evidence = self.evidence(stage, split)
+            found[view] = evidence, judge(evidence, self.declared)
+        return found
+
+
+def load_plan(runs: str | Path, name: str) -> PlanRecords:
+    """Return what the store at `runs` holds of the plan `name`.
+
+    Raises:
+        StoreError: no such plan is registered there.
+    """
+    store = Store(runs)
+    content = store.read_plan(name)
+    if content is None:
+        raise StoreError(f"{runs}: no plan {name!r} is registered; `repeatlab run PLAN.yaml` does")
+    declared = Declaration.from_json(content["declaration"])
+
+    def stage(suffix: str) -> Records:
+        parts = [_records(runs, f"{name}-{task}-{suffix}") for task in declared.goals]
+        known = [part.runs for part in parts if len(part.runs)]
+        return Records(pd.concat(known, ignore_index=True)) if known else parts[0]
+
+    return PlanRecords(
+        name,
+        content["digest"],
+        content["changes"],
+        declared,
+        content.get("rates", {}),
+        {"own": stage("own"), "shared": stage("shared")},
+        {ratio: stage(f"budget-{ratio:g}") for ratio in declared.budgets if ratio != 1.0},
+    )
+
+
+def _records(runs: str | Path, study: str) -> Records:
+    try:
+        return load(runs, study)
+    except StoreError:  # this stage has not begun
+        return Records(pd.DataFrame(columns=["task", "method", "seed", "status", "path", "id"]))
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def verdicts_side_by_side(plan: PlanRecords) -> pd.DataFrame:
+    """Return one row per hypothesis: its claim, and its verdict in every view."""
+    rows: dict[str, dict[str, str]] = {}
+    for view, (_, verdicts) in plan.views.items():
+        for one in verdicts:
+            row = rows.setdefault(one.hypothesis, {"claim": one.claim})
+            row[view] = one.verdict
+    return pd.DataFrame(rows).T.rename_axis("hypothesis").reset_index()
+
+
+def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validation") -> pd.DataFrame:
+    """Return one row per arm and task: dose, rate, updates saved and fresh data saved.
+
+    Columns: task, arm, rate (in units of the task's; NaN at the shared one), mean_n, repeated
+    (share of batches visited more than once), seeds, equal_pairs, saved, low, high (share of
+    updates, 95 %), reuse, reuse_low, reuse_high (E(N): fresh batches that the standard arm needs
+    for the arm's metric, over those that the arm used), p, state by the margin.
+    """
+    evidence = plan.evidence(stage, split)
+    records = plan.stages[stage]
+    rows = []
+    for arm in (m for m in records.runs["method"].unique() if m != plan.declared.against):
+        for task in plan.declared.goals:
+            row = _arm_row(plan, evidence, records, stage, split, arm, task)
+            rows += [row] if row else []
+    return pd.DataFrame(rows)
+
+
+def _arm_row(
+    plan: PlanRecords,
+    evidence: Evidence,
+    records: Records,
+    stage: str,
+    split: str,
+    arm: str,
+    task: str,
+) -> dict[str, Any] | None:
+    from repeatlab.analysis.evidence import compare_on, doses
+
+    paired = evidence.at_end.get(arm, {}).get(task) or compare_on(
+        plan.declared, task, records, plan.budgets, split, arm, plan.declared.against
+    )
+    if paired is None:
+        return None
+    effect = saved({task: paired})
+    dose = evidence.dose.get(arm, {}).get(task) or doses(records, arm)[task]
+    choice = plan.rates.get(task, {}).get(arm) if stage == "own" else None
+    limits = effect.interval
+    return {
+        "task": task,
+        "arm": arm,
+        "rate": choice["rate"] if choice else np.nan,
+        "mean_n": dose.mean,
+        "repeated": dose.repeated,
+        "seeds": effect.seeds,
+        "equal_pairs": effect.equal,
+        "saved": share_saved(effect.ratio),
+        "low": share_saved(limits.low),
+        "high": share_saved(limits.high),
+        "reuse": effect.ratio * dose.mean,
+        "reuse_low": limits.low * dose.mean,
+        "reuse_high": limits.high * dose.mean,
+        "p": effect.p,
+        "state": _state(effect, plan.declared.margin),
+    }
+
+
+def _state(effect: Saved, margin: float) -> str:
+    if effect.direction():
+        return "better" if effect.direction() > 0 else "worse"
+    return "equivalent" if effect.equivalent(margin) else "undecided"
+
+
+def arm_over_tasks(found: Mapping[str, Paired]) -> tuple[Saved, OverTasks]:
+    """Return an arm's effect on these tasks, and on tasks like them (in log ratios of budgets).
+
+    A task's standard error is that of the normal whose 68 % limits its test gives: half the width
+    of the 95 % interval over 1.96.
+    """
+    effects, errors = [], []
+    for task, paired in found.items():
+        effect = saved({task: paired})
+        with np.errstate(divide="ignore"):
+            low, high, middle = np.log([effect.interval.low, effect.interval.high, effect.ratio])
+        known = np.isfinite([low, high, middle]).all() and high > low
+        effects.append(middle if known else np.nan)
+        errors.append((high - low) / (2 * 1.96) if known else np.nan)
+    return saved(found), over_tasks(np.array(effects), np.array(errors))

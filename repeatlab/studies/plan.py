@@ -1,0 +1,423 @@
+"""A plan: one file that declares a comparison before its first run, and the studies that follow.
+
+    name: quick
+    seeds: 8                          # counted from 0, of every arm on every task
+    margin: 0.1                       # share of updates saved below which an effect is none
+    budgets: [0.5, 0.7, 1, 1.4, 2]    # of the standard arm, in units of T
+    tuning: {rates: [0.25, 0.5, 1, 2, 4], seeds: 2}
+    methods: {include: [../methods.yaml]}
+    tasks:
+      digits:
+        task: {name: supervised, dataset: digits, lr: 0.02}
+        max_updates: 400
+        metric: accuracy
+        target: 0.9
+    judged: {arms: [linear, quantile], real: linear, controls: [windowed], variants: [linear]}
+
+Four stages, each an ordinary study of the store (`NAME-TASK-STAGE`): *tuning*, on seeds that are
+used nowhere else, gives every arm that changes N, the step or the data the same grid, trials and
+seeds, judged on the validation split; a best rate on the grid's edge widens it. *own* trains every
+arm at the rate that was best for it, a control at that of the arm whose counts it replays;
+*shared* trains them all at the task's rate; *budget-R* trains the standard arm for R T updates.
+
+The plan's digest is registered in the store before the first run. A plan that has changed since is
+refused, unless the change is amended with a reason, which every verdict then shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from repeatlab.analysis.declaration import Declaration, Goal
+from repeatlab.analysis.evidence import final_values
+from repeatlab.analysis.frames import Records, load
+from repeatlab.core.files import safe_name
+from repeatlab.core.schema import ConfigError, Model, did_you_mean, parse, read_yaml
+from repeatlab.store.records import Store
+from repeatlab.studies.cluster import Places
+from repeatlab.studies.method_files import with_included
+from repeatlab.studies.study import Report, Study, run_studies
+from repeatlab.training.config import (
+    CalibrationConfig,
+    Device,
+    EvaluationConfig,
+    LoaderConfig,
+    MethodConfig,
+    PositiveInt,
+    TaskChoice,
+)
+
+Positive = Annotated[float, Field(gt=0)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+Numbers = Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
+
+
+class Tuning(Model):
+    """How rates are chosen: the same effort for every arm."""
+
+    rates: Numbers = (0.25, 0.5, 1.0, 2.0, 4.0)
+    """In units of the task's own rate."""
+    seeds: PositiveInt = 2
+    first_seed: PositiveInt = 1000
+    """Tuning's seeds count from here: none of them is a seed of the comparison."""
+    widen: Annotated[int, Field(ge=0, le=8)] = 2
+    """How often the grid may grow by one rate on the side where the best one lies on its edge."""
+
+
+class PlannedTask(Model):
+    """One task of a plan: what is trained, for how long, and what it is judged by."""
+
+    task: TaskChoice
+    max_updates: PositiveInt
+    metric: str
+    target: float
+    seeds: PositiveInt | None = None
+    """By default the plan's."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    loader: LoaderConfig = LoaderConfig()
+    device: Device = "auto"
+    lockstep: bool = True
+    methods: dict[str, MethodConfig | None] = Field(default_factory=dict)
+    """Arms that differ on this task; null leaves one out."""
+    grids: dict[str, dict[str, tuple[Any, ...]]] = Field(default_factory=dict, strict=False)
+    """Arm -> field of its method ("mapping.t") -> values that are tried with every rate."""
+
+
+class Judged(Model):
+    """Which arms the hypotheses are about; see `repeatlab.analysis.declaration`."""
+
+    against: str = "standard"
+    arms: Names
+    real: str
+    controls: Names = ()
+    variants: Names = ()
+    window: PositiveInt = 50
+
+
+class Plan(Model):
+    """See the module."""
+
+    name: str
+    seeds: PositiveInt
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    budgets: Numbers = (0.5, 0.7, 1.0, 1.4, 2.0)
+    tuning: Tuning = Tuning()
+    methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
+    tasks: Annotated[dict[str, PlannedTask], Field(min_length=1)]
+    judged: Judged
+
+    @model_validator(mode="after")
+    def _names_what_it_has(self) -> Self:
+        safe_name("plan name", self.name)
+        judged = self.judged
+        named = [judged.against, *judged.arms, judged.real, *judged.controls, *judged.variants]
+        for name in named:
+            if name not in self.methods:
+                hint = did_you_mean(name, self.methods)
+                raise ValueError(f"judged: unknown method {name!r}; {hint}")
+        if 1.0 not in self.budgets:
+            raise ValueError("budgets must hold 1.0, the budget of all arms")
+        for label, task in self.tasks.items():
+            if max(self.tuning.first_seed, 0) < (task.seeds or self.seeds):
+                raise ValueError(f"tuning.first_seed must be above the seeds of tasks.{label}")
+            for arm in task.grids:
+                if arm not in self.arms(label):
+                    raise ValueError(f"tasks.{label}.grids: {arm!r} is no arm of this task")
+            self.study(label, "shared", self.arms(label))
+        return self
+
+    def arms(self, label: str) -> dict[str, MethodConfig]:
+        """Return the methods of one task."""
+        changed = self.tasks[label].methods
+        every = self.methods | changed
+        return {name: method for name, method in every.items() if method is not None}
+
+    def study(
+        self,
+        label: str,
+        stage: str,
+        methods: Mapping[str, MethodConfig],
+        *,
+        ratio: float = 1.0,
+        seeds: int | tuple[int, ...] | None = None,
+    ) -> Study:
+        """Return one stage of one task as a study."""
+        planned = self.tasks[label]
+        updates = max(1, round(ratio * planned.max_updates))
+        every = min(planned.evaluation.every, updates)
+        return Study(
+            name=f"{self.name}-{label}-{stage}",
+            tasks={label: planned.task},
+            methods=dict(methods),
+            seeds=seeds or planned.seeds or self.seeds,
+            max_updates=updates,
+            evaluation=planned.evaluation.model_copy(update={"every": every}),
+            calibration=planned.calibration,
+            loader=planned.loader,
+            device=planned.device,
+            lockstep=planned.lockstep,
+            plan=self.digest,
+        )
+
+    @property
+    def digest(self) -> str:
+        """The hash of all that the plan says."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def declaration(self) -> Declaration:
+        """Return the part that the verdicts follow."""
+        goals = {
+            label: Goal(task.metric, task.target, task.max_updates)
+            for label, task in self.tasks.items()
+        }
+        own = {label: task.seeds for label, task in self.tasks.items() if task.seeds}
+        return Declaration(
+            goals=goals,
+            seeds=self.seeds,
+            margin=self.margin,
+            budgets=self.budgets,
+            seeds_of=own,
+            **self.judged.model_dump(),
+        )
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Return the plan of a YAML file, with the methods that it includes.
+
+    Raises:
+        ConfigError: the file is missing or wrong; the message names each field.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    if isinstance(content.get("methods"), dict):
+        content["methods"] = with_included(content["methods"], path, "methods")
+    return parse(Plan, content, source=str(path))
+
+
+def register(plan: Plan, store: Store, *, amend: str | None = None) -> dict[str, Any]:
+    """Write the plan into the store before its first run; return what the store has of it.
+
+    Raises:
+        ConfigError: the store has this plan with other content, and no reason to `amend` it.
+    """
+    found = store.read_plan(plan.name)
+    content = plan.model_dump(mode="json")
+    if found is None:
+        found = {"changes": []}
+    elif found["digest"] != plan.digest:
+        changed = ", ".join(_differences(found["plan"], content))
+        if not amend:
+            raise ConfigError(
+                f"plan {plan.name}: it was registered as {found['digest']} and has changed since "
+                f"({changed}). Give it another name, or say why with --amend: every verdict will "
+                "then show it"
+            )
+        entry = {"from": found["digest"], "fields": changed, "reason": amend}
+        found["changes"] = [*found["changes"], entry]
+    found |= {
+        "digest": plan.digest,
+        "plan": content,
+        "declaration": asdict(plan.declaration()),
+    }
+    store.write_plan(plan.name, found)
+    return found
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Return the paths at which two plans differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        parts = [_differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys]
+        return [line for part in parts for line in part]
+    return [] if old == new else [path]
+
+
+# --- tuning -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What tuning chose for an arm.
+
+    Attributes:
+        rate: In units of the task's.
+        fields: Of its method, besides.
+        trials: Settings tried, all with the same seeds.
+        on_edge: Whether the best rate is still the grid's first or last.
+        updates: Gradient updates that the choice has cost.
+    """
+
+    rate: float
+    fields: dict[str, Any]
+    trials: int
+    on_edge: bool
+    updates: int
+
+
+def tuned_arms(plan: Plan, label: str) -> list[str]:
+    """Return the arms that are tuned: all but controls, which take their source's rate."""
+    return [name for name, method in plan.arms(label).items() if not _source(method)]
+
+
+def _source(method: MethodConfig) -> str | None:
+    return method.source if isinstance(method.source, str) else None
+
+
+def with_fields(method: MethodConfig, rate: float, fields: Mapping[str, Any]) -> MethodConfig:
+    """Return the method at another rate, with other values at dotted paths."""
+    content = method.model_dump(mode="json", exclude_unset=True)
+    content["rate"] = rate * method.rate
+    for path, value in fields.items():
+        *above, last = path.split(".")
+        inner = content
+        for name in above:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return MethodConfig.model_validate(content)
+
+
+def settings(plan: Plan, label: str, arm: str, rates: Iterable[float]) -> dict[str, tuple]:
+    """Return the name of every setting of an arm -> (rate, fields)."""
+    grids = plan.tasks[label].grids.get(arm, {})
+    found = {}
+    for rate, *values in product(rates, *grids.values()):
+        fields = dict(zip(grids, values, strict=True))
+        told = "".join(f" {key}={value}" for key, value in fields.items())
+        found[f"{arm} rate={rate:g}{told}"] = (rate, fields)
+    return found
+
+
+def tuning_study(plan: Plan, label: str, rates: Mapping[str, tuple[float, ...]]) -> Study:
+    """Return the study of every arm at each of its rates, on tuning's seeds."""
+    arms = plan.arms(label)
+    methods = {
+        name: with_fields(arms[arm], *setting)
+        for arm, grid in rates.items()
+        for name, setting in settings(plan, label, arm, grid).items()
+    }
+    first = plan.tuning.first_seed
+    seeds = tuple(range(first, first + plan.tuning.seeds))
+    return plan.study(label, "tuning", methods, seeds=seeds)
+
+
+def choose(
+    plan: Plan, label: str, rates: Mapping[str, tuple[float, ...]], records: Records
+) -> dict[str, Choice]:
+    """Return the best setting of every arm: the best mean metric on validation, over its seeds.
+
+    A setting of which a run diverged is worse than any that ended.
+    """
+    planned = plan.tasks[label]
+    goal = Goal(planned.metric, planned.target, planned.max_updates)
+    values = final_values(records, label, goal, "validation", worst=-np.inf)
+    found = {}
+    for arm, grid in rates.items():
+        known = settings(plan, label, arm, grid)
+        means = {name: np.mean(list(values[name].values())) for name in known if name in values}
+        if not means:
+            raise ConfigError(f"tasks.{label}: no run of {arm} has ended, so no rate can be chosen")
+        best = max(means, key=means.get)
+        rate, fields = known[best]
+        on_edge = len(grid) > 1 and rate in (min(grid), max(grid))
+        cost = len(known) * plan.tuning.seeds * planned.max_updates
+        found[arm] = Choice(rate, fields, len(known), on_edge, cost)
+    return found
+
+
+def wider(grid: tuple[float, ...], rate: float) -> tuple[float, ...]:
+    """Return the grid with one rate more beyond `rate`, one of its ends, as far as the last step.
+
+    >>> wider((0.5, 1.0, 2.0), 2.0), wider((0.5, 1.0, 2.0), 0.5)
+    ((0.5, 1.0, 2.0, 4.0), (0.25, 0.5, 1.0, 2.0))
+    """
+    grid = tuple(sorted(grid))
+    if rate == grid[-1]:
+        return (*grid, grid[-1] ** 2 / grid[-2])
+    return (grid[0] ** 2 / grid[1], *grid)
+
+
+# --- all stages -------------------------------------------------------------------------------
+
+
+def run_plan(
+    plan: Plan, runs: str | Path, *, places: Places | None = None, amend: str | None = None
+) -> Report:
+    """Register the plan and make what the store lacks of its stages.
+
+    A plan that was killed goes on where it stopped: rates are chosen anew from the same records.
+
+    Raises:
+        ConfigError: the plan has changed since it was registered.
+        StudyError: some runs failed.
+    """
+    store = Store(runs)
+    registered = register(plan, store, amend=amend)
+    choices = tune(plan, runs, places=places)
+    registered["rates"] = {
+        label: {arm: asdict(choice) for arm, choice in found.items()}
+        for label, found in choices.items()
+    }
+    store.write_plan(plan.name, registered)
+    return run_studies(compared(plan, choices), runs, places=places)
+
+
+def tune(
+    plan: Plan, runs: str | Path, *, places: Places | None = None
+) -> dict[str, dict[str, Choice]]:
+    """Train the grids of all tasks, widened where the best rate lies on an edge; return choices."""
+    rates = {
+        label: dict.fromkeys(tuned_arms(plan, label), plan.tuning.rates) for label in plan.tasks
+    }
+    choices: dict[str, dict[str, Choice]] = {}
+    for _ in range(plan.tuning.widen + 1):
+        studies = [tuning_study(plan, label, grids) for label, grids in rates.items()]
+        run_studies(studies, runs, places=places)
+        choices = {
+            label: choose(plan, label, rates[label], load(runs, f"{plan.name}-{label}-tuning"))
+            for label in plan.tasks
+        }
+        edges = [(k, arm) for k, found in choices.items() for arm in found if found[arm].on_edge]
+        if not edges:
+            break
+        for label, arm in edges:
+            rates[label][arm] = wider(rates[label][arm], choices[label][arm].rate)
+    return choices
+
+
+def at_own_rates(
+    plan: Plan, label: str, choices: Mapping[str, Choice]
+) -> dict[str, MethodConfig]:
+    """Return every arm of a task at the rate that was chosen for it, or for its source."""
+    found = {}
+    for name, method in plan.arms(label).items():
+        source = _source(method)
+        choice = choices[source or name]
+        found[name] = with_fields(method, choice.rate, {} if source else choice.fields)
+    return found
+
+
+def compared(plan: Plan, choices: Mapping[str, Mapping[str, Choice]]) -> list[Study]:
+    """Return the studies after tuning: at own rates, at the shared one, and the budgets."""
+    studies = []
+    for label in plan.tasks:
+        own = at_own_rates(plan, label, choices[label])
+        studies.append(plan.study(label, "own", own))
+        studies.append(plan.study(label, "shared", plan.arms(label)))
+        against = {plan.judged.against: own[plan.judged.against]}
+        studies += [
+            plan.study(label, f"budget-{ratio:g}", against, ratio=ratio)
+            for ratio in plan.budgets
+            if ratio != 1.0
+        ]
+    return studies
