@@ -201,13 +201,13 @@ def _invert(
     for seeds, differences in rows:
         where = [place[label] for label in seeds.tolist()]
         summed[where] += differences / (len(seeds) * len(at_one))
-    p = sign_flips(summed, seed=seed)
+    p, means = sign_flips(summed, seed=seed), summed.sum(axis=0)
     one = int(np.searchsorted(grid, 0.0))
     unlike = int(np.count_nonzero(summed[:, one]))
     return Saved(
-        ratio=_crossing(grid, summed.sum(axis=0)),
-        interval=_accepted(grid, p, 0.05),
-        within=_accepted(grid, p, 0.10),
+        ratio=_crossing(grid, means),
+        interval=_accepted(grid, p, means, 0.05),
+        within=_accepted(grid, p, means, 0.10),
         p=float(p[one]),
         smallest_p=max(min(1.0, 2.0 ** (1 - unlike)), _floor(unlike)),
         seeds=max(map(len, at_one)),
@@ -263,15 +263,15 @@ def _crossing(grid: np.ndarray, means: np.ndarray) -> float:
     return np.inf if means[np.searchsorted(grid, 0.0)] > 0 else 0.0
 
 
-def _accepted(grid: np.ndarray, p: np.ndarray, alpha: float) -> Interval:
+def _accepted(grid: np.ndarray, p: np.ndarray, means: np.ndarray, alpha: float) -> Interval:
     """Return the hull of the ratios that the test does not reject; 0 or infinity at an edge."""
     inside = np.flatnonzero(p >= alpha)
-    if not len(inside):
-        # Rejected at every budget: it lies beyond them, on the side of the larger p.
-        beyond = (np.exp(grid[-1]), np.inf) if p[-1] >= p[0] else (0.0, np.exp(grid[0]))
-        return Interval(*map(float, beyond), "sign flip")
-    first, last = inside[0], inside[-1]
-    # Halfway to the first that is rejected, so that a rejected 1 is never a limit.
-    low = -np.inf if first == 0 else (grid[first - 1] + grid[first]) / 2
-    high = np.inf if last == len(grid) - 1 else (grid[last] + grid[last + 1]) / 2
+    edges = np.concatenate([[-np.inf], grid, [np.inf]])
+    if not len(inside):  # between two ratios of the grid, or beyond all of them
+        above = int(np.count_nonzero(means > 0))
+        low, high = edges[above], edges[above + 1]
+    else:
+        # Halfway to the first that is rejected, so that a rejected 1 is never a limit.
+        low = (edges[inside[0]] + grid[inside[0]]) / 2
+        high = (grid[inside[-1]] + edges[inside[-1] + 2]) / 2
     return Interval(float(np.exp(low)), float(np.exp(high)), "sign flip")

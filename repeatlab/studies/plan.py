@@ -395,9 +395,7 @@ def tune(
     return choices
 
 
-def at_own_rates(
-    plan: Plan, label: str, choices: Mapping[str, Choice]
-) -> dict[str, MethodConfig]:
+def at_own_rates(plan: Plan, label: str, choices: Mapping[str, Choice]) -> dict[str, MethodConfig]:
     """Return every arm of a task at the rate that was chosen for it, or for its source."""
     found = {}
     for name, method in plan.arms(label).items():
