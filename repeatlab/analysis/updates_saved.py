@@ -23,7 +23,7 @@ flipped as wholes, over all tasks at once, which holds whatever the correlation 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,9 +31,10 @@ import numpy as np
 
 from repeatlab.analysis.statistics import ALPHA, Interval
 
-EXACT_UP_TO = 14  # seeds whose 2^n flips are enumerated; above it RESAMPLES random ones
+EXACT_UP_TO = 12  # seeds whose 2^n flips are enumerated; above it RESAMPLES random ones
 RESAMPLES = 9_999
-STEPS = 200  # of the grid of ratios, on each side of 1
+STEPS = 30  # of the grid of ratios, on each side of 1; limits are found more finely
+FINE = 12  # steps between two ratios of the grid, where a limit is
 MOST_TIMES = 4.0  # sooner or later than so many times is beyond what is told
 NOISE = 1e-9  # relative: spreads below are rounding, not spread
 
@@ -143,14 +144,14 @@ def saved(tasks: Mapping[str, Paired], *, seed: int = 0) -> Saved:
     parts = list(tasks.values())
     lowest = max(np.log(part.ratios[0]) for part in parts)
     highest = min(np.log(part.ratios[-1]) for part in parts)
-    grid = _grid(lowest, highest)
     at_one = [part.differences(np.zeros(1))[:, 0] for part in parts]
-    rows = [
-        (part.seeds, part.differences(grid) / part.scale)
-        for part in parts
-        if part.scale  # where nothing varies nothing is said
-    ]
-    return _invert(grid, rows, at_one, seed)
+    # Where nothing varies nothing is said.
+    vary = [(part.seeds, part.scale, part) for part in parts if part.scale]
+
+    def rows(grid: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(seeds, part.differences(grid) / scale) for seeds, scale, part in vary]
+
+    return _invert(_grid(lowest, highest), rows, at_one, seed)
 
 
 def saved_until(
@@ -171,7 +172,10 @@ def saved_until(
         (seeds, np.log(np.maximum(theirs, 1.0)) - np.log(np.maximum(ours, 1.0)))
         for seeds, ours, theirs in times.values()
     ]
-    rows = [(seeds, gain[:, None] - grid) for seeds, gain in gains]
+
+    def rows(grid: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(seeds, gain[:, None] - grid) for seeds, gain in gains]
+
     return _invert(grid, rows, [gain for _, gain in gains], seed)
 
 
@@ -183,31 +187,38 @@ def _grid(lowest: float, highest: float) -> np.ndarray:
 
 def _invert(
     grid: np.ndarray,
-    rows: list[tuple[np.ndarray, np.ndarray]],
+    rows: Callable[[np.ndarray], list[tuple[np.ndarray, np.ndarray]]],
     at_one: list[np.ndarray],
     seed: int,
 ) -> Saved:
-    """Return what the test says at every ratio of the grid, tasks alike, whole seeds flipped.
+    """Return what the test says of every ratio, tasks alike, whole seeds flipped.
 
     Args:
         grid: Logarithms of ratios, shape (m,).
-        rows: Of each task that varies its seeds (n,) and its differences (n, m).
+        rows: Such a grid -> of each task that varies its seeds (n,) and its differences (n, m).
         at_one: Of every task the differences at the ratio 1, shape (n,).
         seed: Of the random flips.
     """
-    labels = sorted({label for seeds, _ in rows for label in seeds.tolist()})
+    labels = sorted({label for seeds, _ in rows(grid[:1]) for label in seeds.tolist()})
     place = {label: i for i, label in enumerate(labels)}
-    summed = np.zeros((len(labels), len(grid)))
-    for seeds, differences in rows:
-        where = [place[label] for label in seeds.tolist()]
-        summed[where] += differences / (len(seeds) * len(at_one))
-    p, means = sign_flips(summed, seed=seed), summed.sum(axis=0)
-    one = int(np.searchsorted(grid, 0.0))
-    unlike = int(np.count_nonzero(summed[:, one]))
+
+    def summed(ratios: np.ndarray) -> np.ndarray:
+        total = np.zeros((len(labels), len(ratios)))
+        for seeds, differences in rows(ratios):
+            where = [place[label] for label in seeds.tolist()]
+            total[where] += differences / (len(seeds) * len(at_one))
+        return total
+
+    def p_values(ratios: np.ndarray) -> np.ndarray:
+        return sign_flips(summed(ratios), seed=seed)
+
+    values, p = summed(grid), p_values(grid)
+    means, one = values.sum(axis=0), int(np.searchsorted(grid, 0.0))
+    unlike = int(np.count_nonzero(values[:, one]))
     return Saved(
         ratio=_crossing(grid, means),
-        interval=_accepted(grid, p, means, 0.05),
-        within=_accepted(grid, p, means, 0.10),
+        interval=_accepted(grid, p, means, p_values, 0.05),
+        within=_accepted(grid, p, means, p_values, 0.10),
         p=float(p[one]),
         smallest_p=max(min(1.0, 2.0 ** (1 - unlike)), _floor(unlike)),
         seeds=max(map(len, at_one)),
@@ -263,7 +274,13 @@ def _crossing(grid: np.ndarray, means: np.ndarray) -> float:
     return np.inf if means[np.searchsorted(grid, 0.0)] > 0 else 0.0
 
 
-def _accepted(grid: np.ndarray, p: np.ndarray, means: np.ndarray, alpha: float) -> Interval:
+def _accepted(
+    grid: np.ndarray,
+    p: np.ndarray,
+    means: np.ndarray,
+    p_values: Callable[[np.ndarray], np.ndarray],
+    alpha: float,
+) -> Interval:
     """Return the hull of the ratios that the test does not reject; 0 or infinity at an edge."""
     inside = np.flatnonzero(p >= alpha)
     edges = np.concatenate([[-np.inf], grid, [np.inf]])
@@ -271,7 +288,22 @@ def _accepted(grid: np.ndarray, p: np.ndarray, means: np.ndarray, alpha: float) 
         above = int(np.count_nonzero(means > 0))
         low, high = edges[above], edges[above + 1]
     else:
-        # Halfway to the first that is rejected, so that a rejected 1 is never a limit.
-        low = (edges[inside[0]] + grid[inside[0]]) / 2
-        high = (grid[inside[-1]] + edges[inside[-1] + 2]) / 2
+        low = _limit(edges[inside[0]], grid[inside[0]], p_values, alpha)
+        high = _limit(edges[inside[-1] + 2], grid[inside[-1]], p_values, alpha)
     return Interval(float(np.exp(low)), float(np.exp(high)), "sign flip")
+
+
+def _limit(
+    rejected: float, kept: float, p_values: Callable[[np.ndarray], np.ndarray], alpha: float
+) -> float:
+    """Return where between two ratios the test begins to reject.
+
+    Halfway between the last that is kept and the first that is rejected, so that a rejected 1 is
+    never a limit.
+    """
+    if not np.isfinite(rejected):
+        return rejected
+    fine = np.linspace(kept, rejected, FINE + 1)
+    out = np.flatnonzero(p_values(fine) < alpha)
+    first = int(out[0]) if len(out) else FINE
+    return float((fine[first - 1] + fine[first]) / 2)

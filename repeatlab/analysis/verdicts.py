@@ -346,7 +346,7 @@ def judge(evidence: Evidence, declared: Declaration, *, seed: int = 0) -> list[V
     Args:
         evidence: What `evidence.gather` returns.
         declared: The plan that it was gathered for.
-        seed: Of the random sign flips, which serve above 14 seeds.
+        seed: Of the random sign flips, which serve above 12 seeds.
     """
     case = _case(evidence, declared, seed)
     verdicts = []
