@@ -32,7 +32,7 @@ import numpy as np
 from repeatlab.analysis.statistics import ALPHA, Interval
 
 EXACT_UP_TO = 12  # seeds whose 2^n flips are enumerated; above it RESAMPLES random ones
-RESAMPLES = 9_999
+RESAMPLES = 4_999
 STEPS = 30  # of the grid of ratios, on each side of 1; limits are found more finely
 FINE = 12  # steps between two ratios of the grid, where a limit is
 MOST_TIMES = 4.0  # sooner or later than so many times is beyond what is told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import nct, t
 
 from repeatlab.analysis.power import Pilot, power_table
 
@@ -14,12 +14,12 @@ def pilot(slope: float, spread: float = 1.0, hours: float = 0.5) -> Pilot:
     return Pilot(RATIOS, slope * np.log(RATIOS), spread, hours)
 
 
-def test_power_is_about_that_of_a_normal_test():
-    """One task, 20 seeds: the sign flip of paired differences of sd sqrt(2) is nearly a z test."""
-    effect = -np.log1p(-0.2) * 3
-    expected = norm.sf(1.96 - effect / np.sqrt(2 / 20))
-    table = power_table({"a": pilot(3)}, margin=0.1, share=0.2, seeds=[20], studies=150)
-    assert abs(table["power"][0] - expected) < 0.1
+def test_power_is_that_of_a_t_test():
+    """One task, 12 seeds: the sign flip of paired differences of sd sqrt(2) is nearly Student's."""
+    shift = -np.log1p(-0.25) * 3 / np.sqrt(2 / 12)
+    expected = nct.sf(t.ppf(0.975, 11), 11, shift)
+    table = power_table({"a": pilot(3)}, margin=0.1, share=0.25, seeds=[12], studies=200)
+    assert abs(table["power"][0] - expected) < 0.11  # three standard errors of 200 studies
 
 
 def test_more_seeds_find_more_and_cost_more():
