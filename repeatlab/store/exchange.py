@@ -1,0 +1,217 @@
+"""Results that travel: the runs of studies as a few Parquet files, and back into a store.
+
+    DIR/
+        runs.parquet      one row per run: task, id, configuration, environment, summary (JSON)
+        updates.parquet   one row per update of every run
+        evals.parquet     one row per evaluated metric
+        sampler.parquet, pictures.parquet   where runs have such
+        studies.json      the studies: which runs they consist of; plans.json likewise
+        digests.json      SHA-256 of each of these files, written last
+
+An import makes the runs the store's own, done: nothing is trained, and every table, figure and
+verdict is what it was where they were made. A run that the store already has stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from repeatlab.core.files import StoreError, damaged, digest_of, read_json, replacing, write_json
+from repeatlab.store.records import Run, RunWriter, Store
+
+FORMAT = 1
+TABLES = ("updates", "evals", "sampler")
+BLOCK = 250  # runs that are held at once
+# Numbers that grow or repeat are stored as differences or by what they share.
+ENCODINGS = {"use_dictionary": True, "compression": "zstd", "compression_level": 12}
+
+
+def export(store: Store, studies: Sequence[str], to: str | Path) -> int:
+    """Write the runs of `studies` that are done, with their plans, into `to`; return how many.
+
+    Raises:
+        StoreError: a study is not in the store, or a run is damaged; the message names it.
+    """
+    to = Path(to)
+    to.mkdir(parents=True, exist_ok=True)
+    manifests = {name: store.read_study(name) for name in studies}
+    ids = dict.fromkeys(
+        tuple(run["run"]) for study in manifests.values() for run in study["runs"]
+    )
+    runs = [run for key in ids if (run := store.run(*key)).done]
+    written = [_write(to / "runs.parquet", (_described(block) for block in _blocks(runs)))]
+    for name in TABLES:
+        tables = (_stacked(name, block, first) for first, block in _numbered(runs))
+        written.append(_write(to / f"{name}.parquet", tables))
+    written.append(_write(to / "pictures.parquet", (_pictures(b) for b in _blocks(runs))))
+    names = {study.get("study", {}).get("plan") for study in manifests.values()} - {None}
+    plans = {n: p for n, p in store.plans().items() if p["digest"] in names}
+    for name, content in (("studies", manifests), ("plans", plans)):
+        write_json(to / f"{name}.json", content)
+        written.append(to / f"{name}.json")
+    digests = {path.name: digest_of(path) for path in written if path is not None}
+    write_json(to / "digests.json", {"format": FORMAT, "runs": len(runs), "files": digests})
+    return len(runs)
+
+
+def _blocks(runs: list[Run]) -> Iterator[list[Run]]:
+    for first in range(0, len(runs), BLOCK):
+        yield runs[first : first + BLOCK]
+
+
+def _numbered(runs: list[Run]) -> Iterator[tuple[int, list[Run]]]:
+    for first in range(0, len(runs), BLOCK):
+        yield first, runs[first : first + BLOCK]
+
+
+def _described(runs: Iterable[Run]) -> pa.Table:
+    rows = [
+        {
+            "task": run.path.parent.name,
+            "run": run.path.name,
+            "config": json.dumps(run.config),
+            "environment": json.dumps(run.environment),
+            "summary": json.dumps({k: v for k, v in run.summary.items() if k != "files"}),
+        }
+        for run in runs
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def _stacked(name: str, runs: list[Run], first: int) -> pa.Table | None:
+    """Return one table of several runs, with the run's number in front."""
+    tables = []
+    for number, run in enumerate(runs, first):
+        if f"{name}.parquet" in run.summary["files"]:
+            table = run.table(name)
+            column = pa.array([number] * len(table), pa.int32())
+            tables.append(table.add_column(0, "run", column))
+    return pa.concat_tables(tables, promote_options="permissive") if tables else None
+
+
+def _pictures(runs: list[Run]) -> pa.Table | None:
+    rows = [
+        {"run": run.path.name, "pictures": (run.path / "pictures.npz").read_bytes()}
+        for run in runs
+        if "pictures.npz" in run.summary["files"]
+    ]
+    return pa.Table.from_pylist(rows) if rows else None
+
+
+def _write(path: Path, tables: Iterable[pa.Table | None]) -> Path | None:
+    """Write tables one after the other as one file; return its path, None without any."""
+    filled = [table for table in tables if table is not None and len(table)]
+    if not filled:
+        return None
+    with replacing(path) as temporary:
+        pq.write_table(
+            pa.concat_tables(filled, promote_options="permissive"), temporary, **ENCODINGS
+        )
+    return path
+
+
+# --- back -------------------------------------------------------------------------------------
+
+
+def import_runs(store: Store, source: str | Path) -> int:
+    """Put the runs of an export into `store`, done; return how many it did not have.
+
+    Raises:
+        StoreError: the directory is no export, or a file of it is damaged; nothing is imported
+            then, and the message names the file.
+    """
+    source = Path(source)
+    _check(source)
+    store.check_writable()
+    described = pq.read_table(source / "runs.parquet").to_pylist()
+    tables = {
+        name: pq.read_table(source / f"{name}.parquet")
+        for name in TABLES
+        if (source / f"{name}.parquet").exists()
+    }
+    starts = {name: _row_ranges(table, len(described)) for name, table in tables.items()}
+    pictures = {}
+    if (source / "pictures.parquet").exists():
+        rows = pq.read_table(source / "pictures.parquet").to_pylist()
+        pictures = {row["run"]: row["pictures"] for row in rows}
+    new = 0
+    for number, row in enumerate(described):
+        run = store.run(row["task"], row["run"])
+        with store.locked(run):
+            if run.done:
+                continue
+            parts = {}
+            for name, table in tables.items():
+                begin, end = starts[name][number]
+                if end > begin:
+                    parts[name] = _without_empty(table.slice(begin, end - begin))
+            _restore(store, run, row, parts, pictures.get(row["run"]))
+            new += 1
+    for name, study in read_json(source / "studies.json").items():
+        store.write_study(name, study)
+    for name, plan in read_json(source / "plans.json").items():
+        store.write_plan(name, plan)
+    return new
+
+
+def _check(source: Path) -> None:
+    """Raise unless `source` is a whole export."""
+    path = source / "digests.json"
+    if not path.exists():
+        raise StoreError(f"{path} is missing: {source} is no export, or one that was cut short")
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        said = content.get("format")
+        raise StoreError(f"{path}: format must be {FORMAT}; not {said!r}")
+    for name, digest in content["files"].items():
+        file = source / name
+        if not file.exists():
+            raise StoreError(f"{file} is missing")
+        if digest_of(file) != digest:
+            raise damaged(file)
+
+
+def _row_ranges(table: pa.Table, runs: int) -> list[tuple[int, int]]:
+    """Return where the rows of each run begin and end: they stand together, run by run."""
+    counts = pc.value_counts(table["run"].combine_chunks())
+    found = {item["values"]: item["counts"] for item in counts.to_pylist()}
+    ranges, begin = [], 0
+    for number in range(runs):
+        end = begin + found.get(number, 0)
+        ranges.append((begin, end))
+        begin = end
+    return ranges
+
+
+def _without_empty(table: pa.Table) -> pa.Table:
+    """Return one run's rows without the columns that only other runs have."""
+    kept = [
+        name
+        for name in table.column_names
+        if name != "run" and table[name].null_count < len(table)
+    ]
+    return table.select(kept)
+
+
+def _restore(
+    store: Store, run: Run, row: dict[str, Any], parts: dict[str, pa.Table], images: bytes | None
+) -> None:
+    writer = store.begin(run, json.loads(row["config"]), {})
+    write_json(run.path / "environment.json", json.loads(row["environment"]))
+    if images is not None:
+        (run.path / "pictures.npz").write_bytes(images)
+    for name, table in parts.items():
+        writer.rewrite(name, table)
+    summary = json.loads(row["summary"])
+    _finish(writer, summary)
+
+
+def _finish(writer: RunWriter, summary: dict[str, Any]) -> None:
+    writer.finish(summary.pop("status"), summary)
