@@ -167,20 +167,20 @@ def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
 
 @cli.command()
 @RUNS
-@click.option("--remove", is_flag=True, help="Delete damaged runs, so that they are made again.")
+@click.option("--remove", is_flag=True, help="Delete what is damaged, so that it is made again.")
 def verify(runs: Path, remove: bool) -> None:
-    """Read every run of a store that is done, and name those that are damaged."""
+    """Hold a store's studies, and every file of a run that is done, to their digests."""
     from repeatlab.studies import verification
 
     if not runs.is_dir():
         raise StoreError(f"{runs} is not there: name the run store with --runs")
     store = Store(runs)
+    count = len(list(runs.glob("*/*/summary.json")))
     found = list(verification.damaged(store))
     for damage in found:
-        click.echo(f"damaged: {damage.run.path}: {damage.reason}")
+        click.echo(f"damaged: {damage.reason}")
         if remove:
-            verification.remove(store, damage.run)
-    count = len(list(runs.glob("*/*/summary.json"))) + (len(found) if remove else 0)
+            verification.remove(store, damage.path)
     click.echo(f"{count} runs read, {len(found)} damaged{' and removed' if remove else ''}")
     sys.exit(1 if found and not remove else 0)
 

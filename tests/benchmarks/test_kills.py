@@ -178,7 +178,7 @@ def _tear_one(run: Run, torn: dict[str, int]) -> int:
         torn["checkpoints"] += 1
         return 1
     rows = len(run.updates)
-    if not torn["records"] and rows == states[0]["rows"]["updates"]:
+    if not torn["records"] and rows == states[0]["rows"]["updates"]["rows"]:
         stream = run.path / "updates.arrow"
         stream.write_bytes(stream.read_bytes()[:-40])
         assert len(run.updates) < rows

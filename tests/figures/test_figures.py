@@ -11,8 +11,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from IPython.core.formatters import DisplayFormatter
 from PIL import Image
@@ -22,7 +20,6 @@ from repeatlab.analysis.frames import Records
 from repeatlab.analysis.paired_differences import PAIR_COLUMNS
 from repeatlab.analysis.target_times import algoperf_scores, kaplan_meier, performance_profile
 from repeatlab.cli import ROOT
-from repeatlab.core.files import write_json
 from repeatlab.core.schema import read_yaml
 from repeatlab.figures import (
     COLOURS,
@@ -49,7 +46,7 @@ from repeatlab.figures.convergence import (
 from repeatlab.figures.intervals import interval_rows
 from repeatlab.figures.smoothness import roughness, roughness_of_tasks, total_variation
 from repeatlab.figures.viewpoints import look_at, stack
-from repeatlab.store.records import UPDATES, Store
+from repeatlab.store.records import Store
 
 RECORDS = Records(
     pd.DataFrame({"id": ["b", "a", "c"], "status": ["complete", "diverged", "missing"]})
@@ -425,15 +422,13 @@ def test_total_variation_over_range(values, expected):
 
 def _store(root, losses: dict[tuple[str, int], list[float] | None], *, repeats: int = 1) -> None:
     """Write a store with one study of one task, whose runs have these first losses."""
-    planned = []
+    store, planned = Store(root), []
     for number, ((method, seed), values) in enumerate(losses.items()):
         planned.append(
             {"task": "t", "method": method, "seed": seed, "run": ["x", f"{number:016x}"]}
         )
         if values is None:
             continue
-        path = root / "x" / f"{number:016x}"
-        path.mkdir(parents=True)
         n = len(values) * repeats
         columns = {
             "update": np.arange(n),
@@ -445,15 +440,11 @@ def _store(root, losses: dict[tuple[str, int], list[float] | None], *, repeats: 
             "lr": np.full(n, 0.1),
             "seconds": np.arange(n),
         }
-        pq.write_table(pa.table(columns, schema=UPDATES), path / "updates.parquet")
-        write_json(path / "config.json", {})
-        write_json(path / "status.json", {"status": "complete"})
+        writer = store.begin(store.run(*planned[-1]["run"]), {}, {})
+        writer.updates(columns)
         memory = {"peak_memory_bytes": 2**21 if method == "linear" else None}
-        write_json(
-            path / "summary.json", {"status": "complete", "ledger": {}, "final": {}, **memory}
-        )
-    (root / "studies").mkdir(parents=True)
-    write_json(root / "studies" / "s.json", {"name": "s", "max_updates": 8, "runs": planned})
+        writer.finish("complete", {"ledger": {}, "final": {}, **memory})
+    store.write_study("s", {"name": "s", "max_updates": 8, "runs": planned})
 
 
 VIEWS = [
