@@ -17,7 +17,6 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,6 +24,7 @@ from matplotlib.lines import Line2D
 from repeatlab.analysis.frames import Records
 from repeatlab.core.environment import commit
 from repeatlab.core.files import replacing, safe_name, write_json
+from repeatlab.core.locks import hold
 
 # A hue for each family of methods, from light to dark within it: hues that colour-blind readers
 # tell apart, and shades that stay apart in grey. With so many methods line style and marker differ
@@ -317,7 +317,7 @@ def save_figure(
         "commit": commit(),
     }
     # Another notebook may be entering its own at the same time.
-    with FileLock(directory / ".manifest.lock"):
+    with hold(directory / ".manifest.lock"):
         manifest = read_manifest(directory) | {name: entry}
         write_json(directory / "manifest.json", dict(sorted(manifest.items())))
     plt.close(figure)
