@@ -338,7 +338,7 @@ def with_prediction(runs: pd.DataFrame, store: Store) -> pd.DataFrame:
 
 def _predicted(run: Run, measurements: Mapping[str, Measurement]) -> float:
     config = run.config
-    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    environment = run.environment
     key = measurement_key(config["task"], environment["device"], config["threads"])
     measurement = measurements.get(key)
     if measurement is None or "lockstep" in environment:
