@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 from scipy.special import stdtrit  # not scipy.stats, which takes a second to import
 
+from repeatlab.core.html_view import rows_table
 from repeatlab.store.records import Run, Store
 
 RUN_KEYS = ["task", "method", "seed"]
@@ -53,6 +54,19 @@ class Records:
     """
 
     runs: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"Records({', '.join(f'{name}={value!r}' for name, value in self._shown().items())})"
+
+    def _repr_html_(self) -> str:
+        return rows_table(self._shown())
+
+    def _shown(self) -> dict[str, int | str]:
+        """Return what a reader wants to know first: how many runs of what, and how they ended."""
+        runs = self.runs
+        named = {f"{key}s": ", ".join(runs[key].unique()) for key in ("task", "method")}
+        seeds = {"seeds": runs["seed"].nunique()}
+        return {"runs": len(runs)} | runs["status"].value_counts().to_dict() | named | seeds
 
     @property
     def run_ids(self) -> list[str]:
@@ -132,7 +146,7 @@ def load(runs: str | Path, studies: str | Sequence[str]) -> Records:
                     "seed": planned["seed"],
                     "id": run.path.name,
                     "path": str(run.path),
-                    "status": run.status["status"] if summary else _unfinished(run),
+                    "status": run.status["status"],
                     "max_updates": study["max_updates"],
                     **summary.get("ledger", {}),
                     **summary.get("final", {}),
@@ -154,12 +168,6 @@ def together(records: Mapping[str, Records]) -> Records:
         frames.append(study.runs.assign(task=study.runs["task"].map(names)))
     empty = pd.DataFrame(columns=[*RUN_KEYS, "id", "path", "status"])
     return Records(pd.concat(frames, ignore_index=True) if frames else empty)
-
-
-def _unfinished(run: Run) -> str:
-    """Return the status of a run without a summary: it is not done, whatever it says."""
-    status = run.status["status"]
-    return "interrupted" if status in ("complete", "diverged") else status
 
 
 # --- learning curves --------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def mixed(small_study, tmp_path):
     store = Store(tmp_path)
     first, second = (store.run(*run["run"]) for run in store.read_study("small")["runs"][:2])
     (first.path / "summary.json").unlink()
+    first.note("interrupted")
     for file in second.path.iterdir():
         file.unlink()
     return load(tmp_path, "small")
