@@ -121,7 +121,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
             raise StoreError(f"{path} has no digest: it is damaged, or of an earlier version")
         before, end = text[: -len(_END) - 64], text[-len(_END) - 64 :]
         if sha256(before).hexdigest().encode() + _END != end:
-            raise damaged(path)
+            raise not_whole(path)
         del data["sha256"]
     return data
 
@@ -152,7 +152,7 @@ def read_sealed(path: Path) -> memoryview:
     whole = memoryview(read_bytes(path))
     content, digest = whole[:-32], whole[-32:]
     if sha256(content).digest() != digest:
-        raise damaged(path)
+        raise not_whole(path)
     return content
 
 
@@ -181,5 +181,5 @@ def digest_of(path: Path) -> str:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def damaged(path: Path) -> StoreError:
+def not_whole(path: Path) -> StoreError:
     return StoreError(f"{path} is damaged: its content does not fit its digest")

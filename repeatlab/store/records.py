@@ -38,8 +38,8 @@ import pyarrow.parquet as pq
 
 from repeatlab.core.files import (
     StoreError,
-    damaged,
     digest_of,
+    not_whole,
     not_written,
     read_bytes,
     read_json,
@@ -118,7 +118,7 @@ class Store:
                 path = run.path / f"{name}.arrow"
                 content = read_bytes(path)[: mark["bytes"]]
                 if sha256(content).hexdigest() != mark["sha256"]:
-                    raise damaged(path)
+                    raise not_whole(path)
                 tables[name] = pa.ipc.open_stream(content).read_all()
         except StoreError as error:
             logging.getLogger(__name__).warning("%s; the run goes on from what lies before", error)
@@ -311,7 +311,7 @@ class Run:
             raise StoreError(f"{self.path / 'summary.json'} is of the run {summary['run']}")
         for name, digest in summary["files"].items():
             if digest_of(self.path / name) != digest:
-                raise damaged(self.path / name)
+                raise not_whole(self.path / name)
         _ = self.config  # it may have been damaged before the end
 
     def _file(self, name: str) -> Path | None:
@@ -323,7 +323,7 @@ class Run:
         if digest is None:
             return None
         if digest_of(path) != digest:
-            raise damaged(path)
+            raise not_whole(path)
         return path
 
     def _json(self, name: str) -> dict[str, Any]:

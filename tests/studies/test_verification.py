@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from time import process_time
 
 import pandas as pd
 import pytest
@@ -49,6 +51,19 @@ def flip(path: Path, place: int = -1) -> None:
     content = bytearray(path.read_bytes())
     content[place if place >= 0 else len(content) // 2] ^= 4
     path.write_bytes(content)
+
+
+def test_the_states_of_ten_thousand_runs_take_less_than_five_seconds(store):
+    """Of this process, told from three hundred: the machine may have other things to do."""
+    planned = store.read_study("small")["runs"][0]
+    number, kind = 300, planned["run"][0]
+    for copy in range(number):
+        shutil.copytree(first(store).path, store.run(kind, f"copy{copy}").path)
+    runs = [planned | {"run": [kind, f"copy{copy}"]} for copy in range(number)]
+    store.write_study("many", {"runs": runs})
+    begin = process_time()
+    assert summary_table(store, ["many"])["complete"].tolist() == [number]
+    assert (process_time() - begin) / number * 10_000 < 5
 
 
 def test_a_whole_store_has_no_damage(store):
