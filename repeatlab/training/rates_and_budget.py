@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from repeatlab.cost import Ledger
+from repeatlab.cost import Ledger, cost_units
 from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import Mapping
 from repeatlab.training.config import BudgetConfig, RunConfig
@@ -138,7 +138,8 @@ class Budget:
     def spent(self, ledger: Ledger, updates: int, scored: int, seconds: float) -> float:
         """Return what is spent after `updates`, with what was prepared (see `ledger`) before."""
         if self._by_cost:
-            return updates * self._update + scored + ledger.prepared_units(self._k)
+            prepared = cost_units(vars(ledger), self._k, parts=("calibration_", "holdout_"))
+            return updates * self._update + scored + prepared
         return seconds + ledger.calibration_seconds + ledger.holdout_seconds
 
     def unused(self, updates: int, spent: float) -> dict[str, float]:
