@@ -221,6 +221,11 @@ class Run:
         return self.table("updates").to_pandas()
 
     @property
+    def fresh_batches(self) -> pd.DataFrame:
+        """One row per fresh batch: the columns of the function `fresh_batches`."""
+        return fresh_batches(self.updates)
+
+    @property
     def evals(self) -> pd.DataFrame:
         """One row per (update, split, metric) with `value` and the ledger's columns."""
         return self.table("evals").to_pandas()
@@ -279,9 +284,47 @@ class Run:
             updates = self.updates
         except StoreError:
             return rows_table(rows)
-        first = updates[updates["repeat"] == 0]
-        curves = small_curve("first loss", first["loss"]) + small_curve("N", first["repeats"])
+        batches = fresh_batches(updates)
+        curves = small_curve("first loss", batches["loss"]) + small_curve("N", batches["repeats"])
         return rows_table(rows) + curves
+
+
+def fresh_batches(updates: pd.DataFrame) -> pd.DataFrame:
+    """Return what became of each fresh batch of a run, in the order in which they were drawn.
+
+    Visits that lie apart are put together here.
+
+    Args:
+        updates: Rows of one run, with the columns of `UPDATES`.
+
+    Returns:
+        One row per fresh batch:
+
+        - `fresh_batch`: its index, from 0;
+        - `update`: the number of its first visit, from 0;
+        - `repeats`: N, the visits planned for it; 0 where its loss was not finite;
+        - `visits`: the updates made on it: fewer than N where the run ended before;
+        - `loss`: at its first visit, before any update on it; maybe not finite, in the last row;
+        - `last_loss`: before the last update on it: `loss` where there was one at most;
+        - `lr`: the learning rate of the first visit;
+        - `seconds`: of training, up to the end of the first visit.
+    """
+    batch = updates["fresh_batch"].to_numpy()
+    order = np.lexsort((updates["repeat"].to_numpy(), batch))
+    starts = np.flatnonzero(np.diff(batch[order], prepend=-1))
+    losses = updates["loss"].to_numpy()[order]
+    # A loss that is not finite ends a run: in a batch it is the last one.
+    visits = np.add.reduceat(np.isfinite(losses).astype(np.int64), starts)
+    first = updates.iloc[order[starts]].reset_index(drop=True)
+    return pd.DataFrame(
+        {
+            **first[["fresh_batch", "update", "repeats"]],
+            "visits": visits,
+            "loss": first["loss"],
+            "last_loss": losses[starts + np.maximum(visits, 1) - 1],
+            **first[["lr", "seconds"]],
+        }
+    )
 
 
 def read_stream(path: Path) -> pa.Table:

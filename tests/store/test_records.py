@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from repeatlab.core.files import StoreError, replacing, write_json
-from repeatlab.store.records import UPDATES, Run, RunWriter, Store, read_stream
+from repeatlab.store.records import UPDATES, Run, RunWriter, Store, fresh_batches, read_stream
 
 LEDGER = {"updates": 5, "fresh_batches": 3, "seconds": 1.5}
 
@@ -97,6 +99,39 @@ def test_a_running_run_can_be_read_block_by_block(tmp_path):
     for block in range(3):
         writer.updates(rows(4 * block, 4))
         assert same(run.updates, frame(*(rows(4 * k, 4) for k in range(block + 1))))
+
+
+@st.composite
+def visited(draw) -> tuple[list[dict], pd.DataFrame]:
+    """Return visits to batches in any order that keeps each batch's own, and their records."""
+    counts = draw(st.lists(st.integers(1, 4), min_size=0, max_size=8))
+    batches = draw(st.permutations([index for index, n in enumerate(counts) for _ in range(n)]))
+    made = draw(st.integers(0, len(batches)))
+    rows, visits = [], [0] * len(counts)
+    for update, batch in enumerate(batches[:made]):
+        loss = draw(st.floats(-10, 10))
+        if update == made - 1 and draw(st.booleans()):
+            loss = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+        row = (update, batch, visits[batch], counts[batch], loss, 0.1 * update, 2.0 * update)
+        rows.append(dict(zip(UPDATES.names, row, strict=True)))
+        visits[batch] += 1
+    return rows, pa.Table.from_pylist(rows, UPDATES).to_pandas()
+
+
+@given(visited())
+def test_fresh_batches_are_what_a_plain_loop_over_the_visits_finds(visits):
+    rows, updates = visits
+    expected = {}
+    for row in rows:
+        batch = expected.setdefault(row["fresh_batch"], row | {"visits": 0})
+        if np.isfinite(row["loss"]):
+            batch |= {"visits": batch["visits"] + 1, "last_loss": row["loss"]}
+        batch.setdefault("last_loss", row["loss"])
+    found = fresh_batches(updates)
+    columns = ["fresh_batch", "update", "repeats", "visits", "loss", "last_loss", "lr", "seconds"]
+    assert found.columns.tolist() == columns
+    rows = [[expected[batch][name] for name in columns] for batch in sorted(expected)]
+    assert np.array_equal(found.to_numpy(float), np.array(rows).reshape(-1, 8), equal_nan=True)
 
 
 def test_columns_that_are_missing_or_do_not_fit_are_refused(tmp_path):
@@ -287,8 +322,9 @@ def test_a_run_shows_its_losses_and_counts_while_it_trains_too(tmp_path):
     writer.updates(rows(0, 4))
     html = run._repr_html_()
     assert "running" in html
-    first = run.updates[run.updates["repeat"] == 0]
-    assert f"first loss: {first['loss'].iloc[0]:.4g} to {first['loss'].iloc[-1]:.4g}" in html
+    losses = run.fresh_batches["loss"]
+    assert losses.tolist() == run.updates["loss"][run.updates["repeat"] == 0].tolist()
+    assert f"first loss: {losses.iloc[0]:.4g} to {losses.iloc[-1]:.4g}" in html
     assert html.count("<polyline") == 2
 
 
