@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 
 from repeatlab.core.environment import describe, pick_device
 from repeatlab.core.seeding import derive
-from repeatlab.core.signals import held_back
+from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.cost import spent_on
 from repeatlab.store.records import Run, RunWriter, Store
 from repeatlab.tasks import TASKS, Task, load_task, precision
@@ -23,7 +24,7 @@ from repeatlab.training.data_parallel import SilentWriter, Team, TeamBroken, cur
 from repeatlab.training.distillation import distilled_task, teacher_runs
 from repeatlab.training.fresh_batches import Source
 from repeatlab.training.prerequisites import prerequisites, source_run
-from repeatlab.training.training import STOP, CheckpointPlan, Interrupted, Training
+from repeatlab.training.training import CheckpointPlan, Training
 
 # Of the runs that are about to be made: what is open while they are.
 Watch = Callable[[Sequence[RunConfig]], AbstractContextManager]
@@ -35,27 +36,33 @@ def train(
     *,
     plan: CheckpointPlan | None = None,
     watch: Watch = nullcontext,
+    stop: Stop | None = None,
 ) -> Run:
     """Make the run that `config` describes, unless the store has it, and return its record.
 
     A run that was begun goes on from its last checkpoint, with the same records as if it had never
     stopped. Where another process is at it, this one waits for that one's end. A non-finite loss
-    ends the run as `diverged` with its data kept. Ctrl-C, once, and `training.STOP` make it leave a
-    checkpoint and raise. Any other error marks it `failed` and is raised. A run of several
-    `processes` is trained inside `together`.
+    ends the run as `diverged` with its data kept. `stop` makes it leave a checkpoint and raise. Any
+    other error marks it `failed` and is raised. A run of several `processes` is trained inside
+    `together`.
 
     Args:
         config: The run.
         runs: The run store, or its directory.
         plan: When checkpoints are written.
         watch: Makes what is entered when the run is this process's, and left at its end.
+        stop: Asks the run to stop; by default the first Ctrl-C, SIGTERM or SIGHUP does.
 
     Raises:
         StoreError: the store cannot be written.
-        Interrupted: `training.STOP` was set.
+        Interrupted: `stop` was set.
+        KeyboardInterrupt: Ctrl-C, where no `stop` is given; SystemExit for the other signals.
         ValueError: it asks for another number of processes than there are.
         TeamBroken: it failed on one of several processes.
     """
+    if stop is None:
+        with held_back() as stop:
+            return train(config, runs, plan=plan, watch=watch, stop=stop)
     store = runs if isinstance(runs, Store) else Store(runs)
     run = store.run(config.task.name, config.run_id)
     if run.done:
@@ -64,20 +71,20 @@ def train(
     store.check_writable()
     device = pick_device(config.device)
     precision.check_device(config.task, device)
-    make_needs(config, store, watch=watch)
-    with store.locked(run, waiting=leave_if_stopped), watch([config]), interrupted_at_an_update():
+    make_needs(config, store, watch=watch, stop=stop)
+    with store.locked(run, waiting=partial(leave_if_stopped, stop)), watch([config]):
         if not run.done:
-            _train(config, store, run, device=device, plan=plan)
+            _train(config, store, run, device=device, plan=plan, stop=stop)
     return run
 
 
-def make_needs(config: RunConfig, store: Store, *, watch: Watch = nullcontext) -> None:
+def make_needs(config: RunConfig, store: Store, *, stop: Stop, watch: Watch = nullcontext) -> None:
     """Make the runs that this one needs, while its own lock is free.
 
     Who holds a run never waits for what it needs, so that no two processes wait for each other.
     """
     for needed in (*prerequisites(config), *teacher_runs(config)):
-        train(needed, store, watch=watch)
+        train(needed, store, watch=watch, stop=stop)
 
 
 def together(lead: Callable[[], Any]) -> Any:
@@ -111,10 +118,10 @@ def _follow(team: Team) -> None:
         plan = CheckpointPlan(**job["plan"])
         parts = {"calibration": job["calibration"], "source": source, "plan": plan, "team": team}
         try:
-            with interrupted_at_an_update(), torch_settings(config):
+            with held_back() as stop, torch_settings(config):
                 task = build_task(config, pick_device(config.device))
-                Training(config, task, SilentWriter(), **parts).run(job["state"])
-        except Interrupted as error:
+                Training(config, task, SilentWriter(), **parts, stop=stop).run(job["state"])
+        except Interrupted as error:  # by another of the processes
             raise KeyboardInterrupt(str(error)) from error
 
 
@@ -130,7 +137,13 @@ def _check_processes(config: RunConfig, team: Team | None) -> None:
 
 
 def _train(
-    config: RunConfig, store: Store, run: Run, *, device: str, plan: CheckpointPlan | None
+    config: RunConfig,
+    store: Store,
+    run: Run,
+    *,
+    device: str,
+    plan: CheckpointPlan | None,
+    stop: Stop,
 ) -> None:
     teachers = [
         _completed(needed, store, "distillation needs its teachers")
@@ -146,7 +159,7 @@ def _train(
                 if teachers
                 else build_task(config, device)
             )
-            training = Training(config, task, writer, **parts, team=team)
+            training = Training(config, task, writer, **parts, team=team, stop=stop)
             if team is None:
                 training.run(state)
             else:
@@ -236,22 +249,14 @@ def _resumed(
     return None, None
 
 
-def leave_if_stopped() -> None:
+def leave_if_stopped(stop: Stop) -> None:
     """See whether there is a stop while no update is made.
 
     Raises:
-        Interrupted: `training.STOP` was set.
+        Interrupted: it was set.
     """
-    if STOP.is_set():
+    if stop.is_set():
         raise Interrupted("it was stopped while another process was at the run")
-
-
-def interrupted_at_an_update() -> AbstractContextManager[None]:
-    """Let the first Ctrl-C stop the run at an update, with a checkpoint; the second, at once.
-
-    Where it comes too late for the run, which has come to its end, it is passed on all the same.
-    """
-    return held_back(pressed=STOP.set, over=STOP.clear)  # nobody asks the next run to stop
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from repeatlab.core.environment import pick_device
+from repeatlab.core.signals import Interrupted, Stop
 from repeatlab.cost import Ledger
 from repeatlab.repetition.mappings import Constant, Mapping
 from repeatlab.repetition.repeater import BatchRepeater, NonFiniteLoss
@@ -35,12 +35,6 @@ from repeatlab.training.label_noise import NoiseLog
 from repeatlab.training.rates_and_budget import Budget, Rates, StepSize
 
 FLUSH_UPDATES = 500
-# Set to make every run of this process write a checkpoint after its update and leave.
-STOP = Event()
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop; it has left a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +64,10 @@ class Training:
         source: Source | None = None,
         plan: CheckpointPlan | None = None,
         team: Team | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.config, self.task, self.writer = config, task, writer
-        self.plan = plan or CheckpointPlan()
+        self.plan, self.stop = plan or CheckpointPlan(), stop or Stop()
         self.calibration = calibration
         method = config.method
         self.team, self.leads = team, team is None or team.leads
@@ -123,7 +118,7 @@ class Training:
         """Make all updates, or those that are left after `state`, and finish the record.
 
         Raises:
-            Interrupted: `STOP` was set.
+            Interrupted: `stop` was set; a checkpoint is left.
         """
         self.begin(state)
         visit = self.visit()
@@ -157,11 +152,11 @@ class Training:
 
         Raises:
             NonFiniteLoss: a loss on CUDA, when it is read.
-            Interrupted: `STOP` was set.
+            Interrupted: `stop` was set; a checkpoint is left.
         """
         repeater, clock, seconds = self.repeater, self.clock, self.seconds
         moving, budget, rates = self.rates.moving, self.config.budget, self.rates
-        left, stop = self._until_pause(), STOP.is_set
+        left, stop = self._until_pause(), self.stop.is_set
         if self.team is not None:
             stop = self.team.sometimes_any(stop)
         start = clock() - self.elapsed
@@ -245,7 +240,7 @@ class Training:
                 self.repeater.stop()
                 self._flush()
         waited = perf_counter() - self.saved_at >= plan.seconds
-        stop = self.team.any(STOP.is_set()) if self.team else STOP.is_set()
+        stop = self.team.any(self.stop.is_set()) if self.team else self.stop.is_set()
         if self.leads and (waited or stop or (plan.updates and done % plan.updates == 0)):
             checkpoint.save(self.writer.path, self.state_dict())
             self.saved_at = perf_counter()

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from repeatlab.cli import cli
 from repeatlab.core.schema import parse
+from repeatlab.core.signals import Interrupted, Stop
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
 from repeatlab.studies.lockstep import group as groups_module
@@ -31,7 +32,7 @@ from repeatlab.training import checkpoint, training
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import CheckpointPlan, Interrupted
+from repeatlab.training.training import CheckpointPlan
 
 T = 23
 METHODS: dict[str, dict[str, Any]] = {
@@ -317,7 +318,7 @@ def test_an_arm_s_seconds_are_its_share_of_the_time(tmp_path):
 
 
 def stop_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the group set `training.STOP` after so many steps."""
+    """Press Ctrl-C after so many steps."""
     steps = 0
     make = StackedOptimizer.step
 
@@ -326,7 +327,7 @@ def stop_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
         make(self)
         steps += 1
         if steps == updates:
-            training.STOP.set()
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(StackedOptimizer, "step", step)
 
@@ -336,11 +337,8 @@ def test_a_stopped_group_goes_on_together_or_one_by_one(tmp_path, monkeypatch, a
     names = ["standard", "cosine", "random", "linear", "until", "fresh_views"]
     runs = [c for c in configs(methods=names) if c.max_updates == T]
     stop_after(13, monkeypatch)
-    try:
-        with pytest.raises(Interrupted):
-            train_group(runs, tmp_path / "stopped")
-    finally:
-        training.STOP.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train_group(runs, tmp_path / "stopped")
     monkeypatch.undo()
     for config in runs:
         run = at(tmp_path / "stopped", config)
@@ -358,14 +356,13 @@ def test_a_stopped_group_goes_on_together_or_one_by_one(tmp_path, monkeypatch, a
 def test_a_checkpoint_holds_its_own_arm_alone(tmp_path, monkeypatch):
     runs = configs(methods=["standard", "cosine", "fixed3", "random"], seeds=5)
     stop_after(5, monkeypatch)
-    try:
-        with pytest.raises(Interrupted):
-            run_all(runs, tmp_path / "together")
-        monkeypatch.undo()
-        with pytest.raises(Interrupted):
-            train(runs[0], tmp_path / "alone")
-    finally:
-        training.STOP.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs, tmp_path / "together")
+    monkeypatch.undo()
+    stop = Stop()
+    stop.set()
+    with pytest.raises(Interrupted):
+        train(runs[0], tmp_path / "alone", stop=stop)
     sizes = [
         (at(tmp_path / store, runs[0]).path / checkpoint.CURRENT).stat().st_size
         for store in ("together", "alone")

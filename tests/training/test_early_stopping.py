@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from math import nan
 from typing import Any
 
@@ -21,7 +22,7 @@ from repeatlab.training import weights
 from repeatlab.training.config import RunConfig
 from repeatlab.training.early_stopping import EarlyStopping, Patience
 from repeatlab.training.loop import build_task, torch_settings, train
-from repeatlab.training.training import STOP, CheckpointPlan, Interrupted, Training
+from repeatlab.training.training import CheckpointPlan, Training
 
 T, EVERY, BATCH = 60, 4, 16
 REPEATS = {
@@ -274,23 +275,19 @@ def test_a_run_stopped_in_its_waiting_is_the_unbroken_run(
             make(batch)
             made.append(self.repeater.updates)
             if self.repeater.updates in stops:
-                STOP.set()
+                signal.raise_signal(signal.SIGINT)
 
         return counted
 
     monkeypatch.setattr(Training, "visit", visit)
     interrupted = 0
-    try:
-        while True:
-            STOP.clear()
-            try:
-                resumed = train(run, tmp_path)
-                break
-            except Interrupted:
-                interrupted += 1
-    finally:
-        STOP.clear()
-    assert interrupted == 3  # at its end there is nothing to interrupt
+    while True:
+        try:
+            resumed = train(run, tmp_path)
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == 4  # at its end there is nothing to interrupt, and it is told all the same
     assert made == list(range(1, end + 1))
     same_record(unbroken, resumed)
 

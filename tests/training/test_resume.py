@@ -12,17 +12,11 @@ import torch
 from every_method import METHODS, REFUSED, config, tried
 
 from repeatlab.store.records import Run, Store
+from repeatlab.training import checkpoint, loop
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import (
-    STOP,
-    CheckpointPlan,
-    Interrupted,
-    Training,
-    checkpoint,
-    loop,
-)
+from repeatlab.training.training import CheckpointPlan, Training
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
 # What each method has to carry over a stop, beside what all have.
@@ -84,13 +78,12 @@ def stopping(monkeypatch):
             make(batch)
             left[0] -= 1
             if left[0] == 0:
-                STOP.set()
+                signal.raise_signal(signal.SIGINT)
 
         return counted
 
     monkeypatch.setattr(Training, "visit", visit)
-    yield lambda updates: left.__setitem__(0, updates)
-    STOP.clear()
+    return lambda updates: left.__setitem__(0, updates)
 
 
 @pytest.mark.parametrize(("name", "method"), tried(STATEFUL))
@@ -103,9 +96,8 @@ def test_a_run_stopped_at_updates_is_the_unbroken_run(name, method, stopping, tm
         train(needed, tmp_path / "stopped")
     for updates in (1, 2, 1):  # after update 1, 3 and 4: in mid-repeat and between batches
         stopping(updates)
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             train(run, tmp_path / "stopped")
-        STOP.clear()
         directory = Store(tmp_path / "stopped").run(name, run.run_id)
         assert directory.status == {"status": "interrupted"}
         assert not directory.done
@@ -248,6 +240,5 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_handler_as_it_was(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt, match="after update 4"):
         train(run, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGINT) is before
-    assert not STOP.is_set()
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "stopped"))
     assert len(updates) == 4 + 7 + 3

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from repeatlab.core.environment import pick_device
 from repeatlab.core.files import write_json
+from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.core.stopwatch import Stopwatch
 from repeatlab.data import Batch, TrainStream
 from repeatlab.repetition.repeater import NonFiniteLoss
@@ -21,7 +22,7 @@ from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.training import loop
 from repeatlab.training.config import RunConfig
-from repeatlab.training.training import CheckpointPlan, Interrupted
+from repeatlab.training.training import CheckpointPlan
 
 # Of fresh batches that arms of one seed share: one that was dropped is made again.
 SHARED_BYTES = 2**25
@@ -35,6 +36,7 @@ def train_group(
     *,
     plan: CheckpointPlan | None = None,
     watch: loop.Watch = nullcontext,
+    stop: Stop | None = None,
 ) -> dict[str, str | None]:
     """Make these runs in lock-step, and return by run id why one has failed, or None.
 
@@ -48,23 +50,26 @@ def train_group(
         runs: The run store, or its directory.
         plan: When checkpoints are written.
         watch: As of `loop.train`.
+        stop: As of `loop.train`.
 
     Raises:
         StoreError: the store cannot be written.
-        Interrupted: `training.STOP` was set; every run has left a checkpoint.
+        Interrupted: `stop` was set; every run has left a checkpoint.
     """
+    if stop is None:
+        with held_back() as stop:
+            return train_group(configs, runs, plan=plan, watch=watch, stop=stop)
     store = runs if isinstance(runs, Store) else Store(runs)
     store.check_writable()
-    group = Group(store, pick_device(configs[0].device), plan=plan)
+    group = Group(store, pick_device(configs[0].device), plan=plan, stop=stop)
     for config in configs:
-        loop.make_needs(config, store, watch=watch)
+        loop.make_needs(config, store, watch=watch, stop=stop)
     with ExitStack() as held:
         # In one order everywhere: two processes with common runs wait, and never for each other.
         for config in sorted(configs, key=lambda config: config.run_id):
             run = store.run(config.task.name, config.run_id)
-            held.enter_context(store.locked(run, waiting=loop.leave_if_stopped))
+            held.enter_context(store.locked(run, waiting=partial(loop.leave_if_stopped, stop)))
         held.enter_context(watch(configs))
-        held.enter_context(loop.interrupted_at_an_update())
         with loop.torch_settings(configs[0]):
             group.open(configs)
             group.train()
@@ -101,14 +106,17 @@ class Group:
         store: Where their records are.
         device: Where they train.
         plan: When checkpoints are written.
+        stop: Asks them to stop.
 
     Attributes:
         arms: Those that are not done.
         outcomes: Run id to why it has failed, or None.
     """
 
-    def __init__(self, store: Store, device: str, *, plan: CheckpointPlan | None = None) -> None:
-        self.store, self.device, self.plan = store, device, plan
+    def __init__(
+        self, store: Store, device: str, *, plan: CheckpointPlan | None, stop: Stop
+    ) -> None:
+        self.store, self.device, self.plan, self.stop = store, device, plan, stop
         self.arms: list[Arm] = []
         self.outcomes: dict[str, str | None] = {}
         self._clock = Stopwatch()
@@ -135,7 +143,7 @@ class Group:
             write_json(run.path / "environment.json", {**run.environment, "lockstep": arms})
             task = self._build_task(config)
             parts = {"calibration": opened.calibration, "source": opened.source}
-            arm = Arm(config, task, opened.writer, plan=self.plan, **parts)
+            arm = Arm(config, task, opened.writer, plan=self.plan, stop=self.stop, **parts)
             arm.start(opened.state, self._clock)
         except BaseException as error:
             opened.writer.fail(error)
