@@ -1,20 +1,17 @@
-"""How fast a run goes and what ends it: learning rates, step sizes, the budget."""
+"""How fast a run goes and what ends it: learning rates and the budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf, isfinite
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from repeatlab.cost import Ledger, cost_units
-from repeatlab.repetition.loss_stats import LossStats
-from repeatlab.repetition.mappings import Mapping
 from repeatlab.training.config import BudgetConfig, RunConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from repeatlab.tasks import Task
@@ -81,37 +78,6 @@ class Rates:
     def _factor(self, position: int) -> float:
         factor = self._schedule(position, self._total) if self._schedule else 1.0
         return factor * self._warm_up(position) if self._warm_up else factor
-
-
-class StepSize:
-    """N as a factor on the learning rate of the only update on each batch.
-
-    One step at N times the rate goes where N steps go to first order, without the gradients in
-    between: the control for "repetition is only a larger learning rate". The host waits for every
-    loss before the optimizer's step.
-    """
-
-    def __init__(self, mapping: Mapping) -> None:
-        self._mapping = mapping
-        self.stats = LossStats(mapping.window)
-
-    def __call__(self, loss: Tensor, of_run: LossStats) -> int:
-        """Return N for the batch's loss, 1 if that is not finite; `of_run` knows the index."""
-        value = float(loss.detach())
-        if not isfinite(value):
-            return 1
-        self.stats.index, self.stats.progress = of_run.index, of_run.progress
-        repeats = self._mapping(value, self.stats)
-        self.stats.observe(value)
-        return repeats
-
-    def state_dict(self) -> dict:
-        """Return the losses that the mapping looks back on."""
-        return self.stats.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict()`."""
-        self.stats.load_state_dict(state)
 
 
 class Budget:

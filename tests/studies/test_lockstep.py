@@ -21,18 +21,18 @@ from repeatlab.core.schema import parse
 from repeatlab.core.signals import Interrupted, Stop
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
-from repeatlab.studies.lockstep import group as groups_module
 from repeatlab.studies.lockstep import groups, train_group
+from repeatlab.studies.lockstep.kinds import KINDS
 from repeatlab.studies.lockstep.network import StackedMLP
 from repeatlab.studies.lockstep.optimizers import StackedOptimizer
 from repeatlab.studies.scheduling import with_needs
 from repeatlab.studies.study import Study, run_studies
 from repeatlab.tasks.models import mlp, small_cnn
-from repeatlab.training import checkpoint, training
+from repeatlab.training import checkpoint
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import CheckpointPlan
+from repeatlab.training.training import CheckpointPlan, Training
 
 T = 23
 METHODS: dict[str, dict[str, Any]] = {
@@ -285,14 +285,14 @@ def test_agents_that_go_back_to_their_best_weights_are_tested_with_them(tmp_path
 def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch):
     runs = configs(methods=["standard", "cosine", "fixed3", "random"], seeds=1)
     broken = runs[2].run_id
-    evaluate = training.Training._evaluate
+    pause = Training.pause
 
-    def failing(self: Any) -> None:
-        if self.config.run_id == broken and self.ledger.updates:
+    def failing(self: Training) -> None:
+        pause(self)
+        if self.config.run_id == broken:
             raise OSError("no space left")
-        evaluate(self)
 
-    monkeypatch.setattr(training.Training, "_evaluate", failing)
+    monkeypatch.setattr(Training, "pause", failing)
     outcomes = run_all(runs, tmp_path)
     assert outcomes.pop(broken) == "OSError: no space left"
     assert set(outcomes.values()) == {None}
@@ -513,7 +513,8 @@ def test_a_group_that_fails_as_a_whole_is_made_one_by_one(tmp_path, monkeypatch)
     def broken(tasks: Any) -> Any:
         raise RuntimeError("no memory")
 
-    monkeypatch.setitem(groups_module.STACKS, "supervised", broken)
+    kind = KINDS["supervised"]._replace(stack=broken)
+    monkeypatch.setitem(KINDS, "supervised", kind)
     small = study(methods=["standard", "cosine", "linear", "random"], seeds=1)
     report = run_studies([small], tmp_path, places=Places(workers=0))
     assert set(report.status.values()) == {"complete"}

@@ -193,7 +193,7 @@ def test_every_task_comes_back_to_the_weights_that_the_best_evaluation_saw(task,
     made = train(run, tmp_path)
     assert made.summary["ledger"]["updates"] == 4
     final = made.summary["final"]
-    with torch_settings(run):
+    with torch_settings(run.threads, run.seed):
         fresh = build_task(run, "cpu")  # never trained
         for split in ("validation", "test"):
             seen = fresh.evaluate(split)

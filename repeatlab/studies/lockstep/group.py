@@ -16,12 +16,13 @@ from repeatlab.data import Batch, TrainStream
 from repeatlab.repetition.repeater import NonFiniteLoss
 from repeatlab.store.records import Store
 from repeatlab.studies.lockstep.arm import Arm
-from repeatlab.studies.lockstep.kinds import STACKS, Stack
+from repeatlab.studies.lockstep.kinds import KINDS, Stack
 from repeatlab.tasks import Task
 from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.training import loop
 from repeatlab.training.config import RunConfig
+from repeatlab.training.stand_ins import StandIn
 from repeatlab.training.training import CheckpointPlan
 
 # Of fresh batches that arms of one seed share: one that was dropped is made again.
@@ -70,7 +71,7 @@ def train_group(
             run = store.run(config.task.name, config.run_id)
             held.enter_context(store.locked(run, waiting=partial(loop.leave_if_stopped, stop)))
         held.enter_context(watch(configs))
-        with loop.torch_settings(configs[0]):
+        with loop.torch_settings(configs[0].threads, configs[0].seed):
             group.open(configs)
             group.train()
     if "interrupted" in group.outcomes.values():
@@ -78,7 +79,15 @@ def train_group(
     return group.outcomes
 
 
-def _shared(stream: TrainStream) -> Callable[[int], Batch]:
+class SharedBatches(StandIn):
+    """A task whose fresh batches come from the memory of all arms of its seed."""
+
+    def __init__(self, task: DatasetTask, fresh_batch: Callable[[int], Batch]) -> None:
+        super().__init__(task)
+        self.fresh_batch = fresh_batch
+
+
+def _remembering(stream: TrainStream) -> Callable[[int], Batch]:
     """Return `stream.fresh_batch` with a memory: a batch is a function of (seed, index)."""
     size = 4 * stream.batch_size * stream.data.images[0].numel()
 
@@ -142,9 +151,18 @@ class Group:
         try:
             write_json(run.path / "environment.json", {**run.environment, "lockstep": arms})
             task = self._build_task(config)
-            parts = {"calibration": opened.calibration, "source": opened.source}
-            arm = Arm(config, task, opened.writer, plan=self.plan, stop=self.stop, **parts)
-            arm.start(opened.state, self._clock)
+            arm = Arm(
+                config,
+                task,
+                opened.writer,
+                calibration=opened.calibration,
+                source=opened.source,
+                plan=self.plan,
+                stop=self.stop,
+                clock=self._clock,
+                through=self._sharing(task),
+            )
+            arm.start(opened.state)
         except BaseException as error:
             opened.writer.fail(error)
             raise
@@ -155,13 +173,20 @@ class Group:
         parts = {} if self._data is None else {"data": self._data}
         if config.seed in self._beginnings:
             parts["beginning"] = self._beginnings[config.seed]
-        task = loop.build_task(config, self.device, **parts)
+        kind = KINDS[config.task.name].task
+        task = loop.build_task(config, self.device, kind=kind, **parts)
         if isinstance(task, Reinforcement):
             self._beginnings.setdefault(config.seed, task.actor.state_dict())
         if isinstance(task, DatasetTask):
             self._data = task.data
-            task.fresh_batch = self._batches.setdefault(config.seed, _shared(task.stream))
         return task
+
+    def _sharing(self, task: Task) -> Task | StandIn:
+        """Return what stands for a task whose fresh batches others of its seed see, too."""
+        if not isinstance(task, DatasetTask):
+            return task
+        known, stream = self._batches, task.stream
+        return SharedBatches(task, known.setdefault(stream.seed, _remembering(stream)))
 
     def train(self) -> None:
         """Make all updates that are left, and close every run at its end."""
@@ -245,7 +270,7 @@ class Group:
         if not self.arms:
             return
         self._clock.arms = len(self.arms)
-        self._stack = STACKS[self.arms[0].config.task.name]([arm.task for arm in self.arms])
+        self._stack = KINDS[self.arms[0].config.task.name].stack([arm.task for arm in self.arms])
         for place, arm in enumerate(self.arms):
             if arm.batch is not None:
                 self._stack.stage(place, arm.batch)
