@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from repeatlab.tasks import Task
@@ -12,6 +11,7 @@ from repeatlab.training.config import EvaluationConfig
 from repeatlab.training.data_parallel import Alone, Team
 from repeatlab.training.early_stopping import Patience
 from repeatlab.training.recorder import Recorder
+from repeatlab.training.stand_ins import StandIn
 
 Metrics = dict[str, dict[str, float]]  # by split and name
 
@@ -21,11 +21,9 @@ class Evaluator:
 
     Args:
         settings: What is evaluated, and what is kept.
-        task: What is trained.
         recorder: Of the run.
-        directory: Where weights are kept.
+        through: The task, or what stands for it, for evaluations.
         team: The processes that train it; process 0 evaluates.
-        evaluate: The task's `evaluate`, or what stands for it.
 
     Attributes:
         last: The metrics of the last evaluation.
@@ -36,16 +34,12 @@ class Evaluator:
     def __init__(
         self,
         settings: EvaluationConfig,
-        task: Task,
         recorder: Recorder,
-        *,
-        directory: Path | None,
+        through: Task | StandIn,
         team: Team | Alone,
-        evaluate: Callable[[str], dict[str, float]],
     ) -> None:
-        self.settings = settings
-        self._task, self._recorder, self._team = task, recorder, team
-        self._directory, self._evaluate = directory, evaluate
+        self._settings, self._recorder, self._team = settings, recorder, team
+        self._task, self._evaluate = recorder.task, through.evaluate
         rule = settings.early_stopping
         self.patience = Patience(rule) if rule else None
         self._restores = rule is not None and rule.restore_best
@@ -59,7 +53,7 @@ class Evaluator:
 
     def evaluate(self) -> None:
         """Evaluate every split, and keep these weights where they may be asked for."""
-        splits, updates = self.settings.splits, self._recorder.ledger.updates
+        splits, updates = self._settings.splits, self._recorder.ledger.updates
         if self._team.leads:
             self.last = {split: self._evaluate(split) for split in splits}
         self.last = self._team.broadcast(self.last)
@@ -76,8 +70,10 @@ class Evaluator:
             kept = self.patience.at_best
             if kept:
                 self.best = {"weights": weights.copied(self._task), "metrics": self.last}
-        if self.settings.keep and kept:
-            weights.keep(self._directory, self._task, update=updates, last=self.settings.keep)
+        if self._settings.keep and kept:
+            weights.keep(
+                self._recorder.directory, self._task, update=updates, last=self._settings.keep
+            )
 
     def final(self) -> Metrics:
         """Return the metrics at the end, test split included, with the weights that go with it."""
@@ -85,7 +81,7 @@ class Evaluator:
         if self.best:
             weights.restore(self._task, self.best["weights"])
             final = dict(self.best["metrics"])
-        if self.settings.test:
+        if self._settings.test:
             final["test"] = self._evaluate("test")
             self._recorder.evaluation({"test": final["test"]})
         return final

@@ -46,11 +46,6 @@ def start_sampler(
     )
 
 
-def is_spaced(config: RunConfig) -> bool:
-    """Whether the run's repeats come later than right after each other."""
-    return getattr(config.method.mapping, "control", None) == "spaced"
-
-
 class FreshBatches:
     """A run's fresh batches as a loader without end, and what is known of those it has yielded.
 

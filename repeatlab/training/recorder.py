@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +12,9 @@ from repeatlab.store.records import RunWriter
 from repeatlab.tasks import Task
 from repeatlab.training.data_parallel import SilentWriter
 from repeatlab.training.label_noise import NoiseLog
-from repeatlab.training.updates import Updates
+
+if TYPE_CHECKING:
+    from repeatlab.training.updates import Updates
 
 
 class Recorder:
@@ -24,6 +26,8 @@ class Recorder:
         calibration: t and what it cost, where the method asked for it.
 
     Attributes:
+        task: What is trained.
+        directory: Where the record is; None where nothing is written.
         ledger: What was spent so far.
         noise: Where updates went, on a task with wrong labels.
         recorded: Visits written so far.
@@ -32,7 +36,7 @@ class Recorder:
     def __init__(
         self, task: Task, writer: RunWriter | SilentWriter, calibration: Mapping[str, Any]
     ) -> None:
-        self._task, self._writer = task, writer
+        self.task, self.directory, self._writer = task, writer.path, writer
         costs = {k: v for k, v in calibration.items() if k.startswith("calibration_")}
         self.ledger = Ledger(environment_steps=task.environment_steps, **costs)
         self.ledger.charge(getattr(task, "pretraining", {}))
@@ -49,20 +53,18 @@ class Recorder:
         self.recorded += len(rows["update"])
         # The loss that ends a diverged run went forward, but drove no update.
         lost = int((~np.isfinite(rows["loss"])).sum())
-        self._count(updates, self.recorded + updates.repeater.held, lost)
-
-    def _count(self, made: Updates, forwards: int, lost: int) -> None:
-        ledger, task, sampler = self.ledger, self._task, made.sampler
+        forwards = self.recorded + updates.repeater.held
+        ledger, task, sampler = self.ledger, self.task, updates.sampler
         ledger.updates = forwards - lost
         ledger.forward_samples = forwards * task.forward_samples
         ledger.backward_samples = ledger.updates * task.backward_samples
         ledger.scoring_samples = sampler.scored
-        ledger.fresh_batches = made.batches.handed_out
+        ledger.fresh_batches = updates.batches.handed_out
         ledger.passed_batches = sampler.drawn(ledger.fresh_batches) - ledger.fresh_batches
-        ledger.distinct_samples = made.batches.distinct()
+        ledger.distinct_samples = updates.batches.distinct()
         ledger.environment_steps = task.environment_steps
-        ledger.seconds = made.elapsed
-        ledger.host_reads = made.repeater.host_reads + sampler.host_reads
+        ledger.seconds = updates.elapsed
+        ledger.host_reads = updates.repeater.host_reads + sampler.host_reads
         ledger.skipped_steps = getattr(task, "skipped_steps", 0)
 
     def evaluation(self, metrics: Mapping[str, Mapping[str, float]]) -> None:

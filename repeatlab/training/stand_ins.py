@@ -9,15 +9,11 @@ from typing import Any
 
 from repeatlab.tasks import Task
 
-# What is done for a run, by the names of a task's methods; an update's own parts are its own.
+# A task's methods that make fresh batches, and those that a run calls besides its steps.
+BATCHES = ("fresh_batch", "candidates", "batch_of")
 PARTS = {
-    "fresh_batch": "data",
-    "candidates": "data",
-    "batch_of": "data",
-    "refresh": "data",
-    "resample": "data",
-    "sample_losses": "scoring",
-    "gradient_bounds": "scoring",
+    **dict.fromkeys((*BATCHES, "refresh", "resample"), "data"),
+    **dict.fromkeys(("sample_losses", "gradient_bounds"), "scoring"),
     "evaluate": "evaluation",
 }
 
@@ -39,20 +35,13 @@ class SlowTask(StandIn):
         super().__init__(task)
         self._delay = delay
 
-    def fresh_batch(self, index: int) -> Any:
-        """See `Task`."""
-        sleep(self._delay)
-        return self.task.fresh_batch(index)
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.task, name)
+        return partial(self._late, found) if name in BATCHES else found
 
-    def candidates(self, index: int, block: int) -> Any:
-        """See `Task`."""
+    def _late(self, make: Callable[..., Any], *given: Any) -> Any:
         sleep(self._delay)
-        return self.task.candidates(index, block)
-
-    def batch_of(self, indices: Any, index: int) -> Any:
-        """See `Task`."""
-        sleep(self._delay)
-        return self.task.batch_of(indices, index)
+        return make(*given)
 
 
 class ObservedTask(StandIn):

@@ -25,6 +25,8 @@ from repeatlab.training.updates import Updates
 from repeatlab.training.visits import Source
 
 FLUSH_UPDATES = 500
+# What has a state of its own; the task's is loaded first, for the others' sake.
+PARTS = ("task", "updates", "recorder", "evaluator")
 
 
 @dataclass(frozen=True)
@@ -82,27 +84,12 @@ class Training:
         self.calibration = calibration
         self.plan, self.team = plan or CheckpointPlan(), team or Alone()
         self.stop, through = stop or Stop(), through or task
+        self.clock = clock or perf_counter
         self.recorder = Recorder(task, writer, calibration)
-        self.updates = Updates(
-            config,
-            task,
-            through=through,
-            ledger=self.recorder.ledger,
-            t=calibration.get("t"),
-            source=source,
-            seen=self.recorder.noise.fresh_batch,
-            team=self.team,
-            clock=clock,
-        )
+        run = (self.recorder, through, self.team)
+        self.updates = Updates(config, *run, t=calibration.get("t"), source=source)
+        self.evaluator = Evaluator(config.evaluation, *run)
         self.repeater = self.updates.repeater
-        self.evaluator = Evaluator(
-            config.evaluation,
-            task,
-            self.recorder,
-            directory=writer.path,
-            team=self.team,
-            evaluate=through.evaluate,
-        )
         self._saved_at = perf_counter()
         self._cuda = pick_device(config.device) == "cuda"
         if self._cuda:
@@ -143,11 +130,20 @@ class Training:
             NonFiniteLoss: a loss on CUDA, when it is read.
             Interrupted: `stop` was set; a checkpoint is left.
         """
-        return self.updates.coming(
-            until_pause=self._until_pause,
-            stop=self.team.sometimes_any(self.stop.is_set),
-            pause=self.pause,
-        )
+        clock, updates, moving = self.clock, self.updates, self.updates.rates.moving
+        stop = self.team.sometimes_any(self.stop.is_set)
+        left, start = self._until_pause(), clock() - updates.elapsed
+        for batch in self.repeater:
+            if moving:
+                updates.set_rates(clock() - start)
+            yield batch
+            left -= 1
+            if updates.ended(clock() - start) or not left or stop():
+                if self._cuda:
+                    torch.cuda.synchronize()
+                updates.elapsed = updates.seconds[-1] = clock() - start
+                self.pause()
+                left, start = self._until_pause(), clock() - updates.elapsed
 
     def _until_pause(self) -> int:
         done, every, saves = self.repeater.updates, self.config.evaluation.every, self.plan.updates
@@ -208,7 +204,7 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on; only right after a flush."""
         return {
-            **{name: part.state_dict() for name, part in self._parts().items()},
+            **{name: getattr(self, name).state_dict() for name in PARTS},
             "rows": self.writer.synced(),
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -216,15 +212,10 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()` of a run with this configuration."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         if self.evaluator.exhausted or self.updates.spent() >= self.updates.budget.limit:
             self.repeater.stop()
         torch.set_rng_state(state["random"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_random"])
-
-    def _parts(self) -> dict[str, Any]:
-        """Return what has a state of its own, by name; the task's first, for the others' sake."""
-        names = ("task", "updates", "recorder", "evaluator")
-        return {name: getattr(self, name) for name in names}

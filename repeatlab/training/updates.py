@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 
-from repeatlab.cost import Ledger
 from repeatlab.methods.sampling.running import Selection
 from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.tasks import Task
 from repeatlab.training.config import RunConfig
 from repeatlab.training.data_parallel import Alone, Team
-from repeatlab.training.fresh_batches import (
-    AsTheyCome,
-    FreshBatches,
-    SpacedBatches,
-    is_spaced,
-    start_sampler,
-)
+from repeatlab.training.fresh_batches import AsTheyCome, FreshBatches, SpacedBatches, start_sampler
 from repeatlab.training.rates_and_budget import Budget, Rates
-from repeatlab.training.stand_ins import SlowTask
-from repeatlab.training.visits import Source, build_mapping, kind_of_visits
+from repeatlab.training.recorder import Recorder
+from repeatlab.training.stand_ins import SlowTask, StandIn
+from repeatlab.training.visits import Source, build_mapping, is_spaced, kind_of_visits
+
+# Those of its parts that have a state.
+PARTS = ("repeater", "batches", "rates", "sampler", "visits")
 
 
 class Updates:
-    """The updates of one run.
+    """The updates of one run, and what they need.
 
     Args:
         config: The run.
-        task: What is trained.
+        recorder: Of its task, with a ledger of what was spent before the first update.
         through: The task, or what stands for it, for batches and steps.
-        ledger: Where what was spent before the first update stands.
+        team: The processes that share every batch.
         t: The mapping's, where it was calibrated.
         source: What the method replays, if anything.
-        seen: Called with the indices of every fresh batch.
-        team: The processes that share every batch.
-        clock: What seconds are read from.
 
     Attributes:
         sampler: What chooses the samples of fresh batches.
@@ -56,28 +48,24 @@ class Updates:
     def __init__(
         self,
         config: RunConfig,
-        task: Task,
+        recorder: Recorder,
+        through: Task | StandIn,
+        team: Team | Alone,
         *,
-        through: Task,
-        ledger: Ledger,
         t: float | None,
         source: Source | None,
-        seen: Callable[[torch.Tensor], None],
-        team: Team | Alone,
-        clock: Callable[[], float] | None,
     ) -> None:
-        self.config, self._ledger, self._clock = config, ledger, clock or perf_counter
-        method, loader = config.method, config.loader
+        task, method, loader = recorder.task, config.method, config.loader
+        self.config, self._ledger = config, recorder.ledger
         self._task, joined = team.sharing(through)
         slow = SlowTask(self._task, loader.delay_ms / 1000) if loader.delay_ms else self._task
         self.sampler = start_sampler(config, slow, kind=type(task), progress=self.share)
-        options = {"prefetch": loader.prefetch, "seen": seen}
-        if is_spaced(config):
-            self.batches: FreshBatches = SpacedBatches(
-                slow, source.counts, gap=method.mapping.gap, **options
-            )
-        else:
-            self.batches = FreshBatches(slow, self.sampler, **options)
+        options = {"prefetch": loader.prefetch, "seen": recorder.noise.fresh_batch}
+        self.batches = (
+            SpacedBatches(slow, source.counts, gap=method.mapping.gap, **options)
+            if is_spaced(config)
+            else FreshBatches(slow, self.sampler, **options)
+        )
         mapping = build_mapping(config, t=t, source=source)
         self.visits = kind_of_visits(method)(mapping, self._task, self.batches)
         # Under a budget a source may have made fewer updates: its trace ends there.
@@ -95,41 +83,19 @@ class Updates:
         self.seconds: list[float] = []
         self.elapsed = 0.0
 
-    def coming(
-        self,
-        *,
-        until_pause: Callable[[], int],
-        stop: Callable[[], bool],
-        pause: Callable[[], None],
-    ) -> Iterator[Any]:
-        """Yield the batch of every update that is left, to be made before the next is asked for.
+    def set_rates(self, seconds: float) -> None:
+        """Set the rates of the next update: by its number, or by what is spent after `seconds`."""
+        total = self.config.max_updates
+        by_share = self.config.budget is not None
+        self.rates.set(int(self.share(seconds) * total) if by_share else self.repeater.updates)
 
-        Args:
-            until_pause: Returns how many updates there are until the next pause.
-            stop: Asked after every update; True brings the pause forward.
-            pause: Called between two updates, outside the clock.
-
-        Raises:
-            NonFiniteLoss: a loss on CUDA, when it is read.
-        """
-        clock, rates, seconds, limit = self._clock, self.rates, self.seconds, self.budget.limit
-        moving, limited = rates.moving, self.config.budget is not None
-        left, start = until_pause(), clock() - self.elapsed
-        for batch in self.repeater:
-            if moving:
-                rates.set(self._position(clock() - start))
-            yield batch
-            seconds.append(clock() - start)
-            left -= 1
-            if limited and self.spent(seconds[-1]) >= limit:
-                self.repeater.stop()
-                left = 0
-            if not left or stop():
-                if torch.cuda.is_available() and self.config.device != "cpu":
-                    torch.cuda.synchronize()
-                self.elapsed = seconds[-1] = clock() - start
-                pause()
-                left, start = until_pause(), clock() - self.elapsed
+    def ended(self, seconds: float) -> bool:
+        """Take in that an update has ended after `seconds`; return whether the budget has, too."""
+        self.seconds.append(seconds)
+        spent = self.config.budget is not None and self.spent(seconds) >= self.budget.limit
+        if spent:
+            self.repeater.stop()
+        return spent
 
     def visit(self) -> Callable[[Any], None]:
         """Return what makes one update on a batch, as lean as the method allows."""
@@ -168,12 +134,6 @@ class Updates:
             seconds = self.seconds[-1] if self.seconds else self.elapsed
         return min(1.0, self.spent(seconds) / self.budget.limit)
 
-    def _position(self, seconds: float) -> int:
-        """Return where the learning-rate schedule is: the update, or the spent share of T."""
-        if self.config.budget is None:
-            return self.repeater.updates
-        return int(self.share(seconds) * self.config.max_updates)
-
     def drain(self) -> dict[str, np.ndarray]:
         """Return the rows of the updates since the last call, and forget them."""
         rows = self.repeater.drain()
@@ -189,16 +149,12 @@ class Updates:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on; only right after `drain`."""
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
         return parts | {"seconds": list(self.seconds), "elapsed": self.elapsed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, after the task's."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.rates.rebind(self._task.optimizers)
         self.seconds[:], self.elapsed = state["seconds"], state["elapsed"]
-
-    def _parts(self) -> dict[str, Any]:
-        names = ("repeater", "batches", "rates", "sampler", "visits")
-        return {name: getattr(self, name) for name in names}

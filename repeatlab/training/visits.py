@@ -16,7 +16,7 @@ from repeatlab.repetition.mappings import Constant, Mapping, Trace
 from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.tasks import Task
 from repeatlab.training.config import MethodConfig, RunConfig, TraceConfig
-from repeatlab.training.fresh_batches import FreshBatches, is_spaced
+from repeatlab.training.fresh_batches import FreshBatches
 from repeatlab.training.rates_and_budget import Rates
 
 
@@ -30,6 +30,11 @@ class Source(NamedTuple):
 
     counts: np.ndarray
     losses: np.ndarray
+
+
+def is_spaced(config: RunConfig) -> bool:
+    """Whether the run's repeats come later than right after each other."""
+    return getattr(config.method.mapping, "control", None) == "spaced"
 
 
 def build_mapping(

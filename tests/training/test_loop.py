@@ -31,7 +31,7 @@ from repeatlab.repetition.mappings import Constant
 from repeatlab.store.records import Run, Store
 from repeatlab.tasks.models import small_cnn
 from repeatlab.tasks.supervised import Supervised
-from repeatlab.training import loop, training, updates
+from repeatlab.training import loop, training
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.fresh_batches import FreshBatches
@@ -570,7 +570,7 @@ def test_the_clock_counts_updates_and_never_an_evaluation(tmp_path, monkeypatch,
             now[0] += 1000
             return super().evaluate(split)
 
-    monkeypatch.setattr(updates, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "perf_counter", lambda: now[0])
     monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
     run = train_watched(run_config(METHODS["fixed 3"]), tmp_path, Clocked).run
     assert run.updates["seconds"].tolist() == list(range(1, T + 1))

@@ -20,7 +20,7 @@ from repeatlab.repetition.mappings import Linear, LinearRepeats, Mapping, Trace
 from repeatlab.store.records import Run
 from repeatlab.tasks import TASKS, load_task
 from repeatlab.tasks.supervised import Supervised
-from repeatlab.training import loop, training, updates
+from repeatlab.training import loop, training
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
 from repeatlab.training.rates_and_budget import Budget, Rates
@@ -207,7 +207,7 @@ def clock(monkeypatch) -> Clock:
             return super().evaluate(split)
 
     monkeypatch.setattr(loop, "load_task", lambda target: Timed)
-    monkeypatch.setattr(updates, "perf_counter", ticking)
+    monkeypatch.setattr(training, "perf_counter", ticking)
     monkeypatch.setattr(rho, "perf_counter", ticking)
     return ticking
 

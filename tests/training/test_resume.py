@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(killed_run, tmp_path, mon
     )
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "killed"))
     # The kill fell right after update 5, whose checkpoint had not begun.
-    assert [state["repeater"]["updates"] for state in states] == [4]
+    assert [state["updates"]["repeater"]["updates"] for state in states] == [4]
     assert not list(directory.path.glob("checkpoint*")) + list(directory.path.glob("*.arrow"))
 
 
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(killed_run, tmp_pat
     else:
         path.write_bytes(spoilt[damage])
     states = list(checkpoint.load(directory.path))
-    assert [state["repeater"]["updates"] for state in states] == [3]
+    assert [state["updates"]["repeater"]["updates"] for state in states] == [3]
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "killed"))
 
 
