@@ -12,8 +12,7 @@ from repeatlab.core.environment import pick_device
 from repeatlab.core.files import write_json
 from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.core.stopwatch import Stopwatch
-from repeatlab.data import Batch, TrainStream
-from repeatlab.repetition.repeater import NonFiniteLoss
+from repeatlab.data import Batch
 from repeatlab.store.records import Store
 from repeatlab.studies.lockstep.arm import Arm
 from repeatlab.studies.lockstep.kinds import KINDS, Stack
@@ -80,26 +79,25 @@ def train_group(
 
 
 class SharedBatches(StandIn):
-    """A task whose fresh batches come from the memory of all arms of its seed."""
+    """A task whose fresh batches all arms of its seed share: they are functions of (seed, index).
 
-    def __init__(self, task: DatasetTask, fresh_batch: Callable[[int], Batch]) -> None:
+    Args:
+        task: The task.
+        other: What stands for the task of another of these arms; None for the first one.
+    """
+
+    def __init__(self, task: DatasetTask, other: SharedBatches | None = None) -> None:
         super().__init__(task)
-        self.fresh_batch = fresh_batch
+        stream = task.stream
+        size = 4 * stream.batch_size * stream.data.images[0].numel()
+        remembering = lru_cache(maxsize=1 + SHARED_BYTES // (TOGETHER * size))
+        made = remembering(lambda number: stream.fresh_batches(number * TOGETHER, TOGETHER))
+        self.together: Callable[[int], list[Batch]] = other.together if other else made
 
-
-def _remembering(stream: TrainStream) -> Callable[[int], Batch]:
-    """Return `stream.fresh_batch` with a memory: a batch is a function of (seed, index)."""
-    size = 4 * stream.batch_size * stream.data.images[0].numel()
-
-    @lru_cache(maxsize=1 + SHARED_BYTES // (TOGETHER * size))
-    def together(number: int) -> list[Batch]:
-        return stream.fresh_batches(number * TOGETHER, TOGETHER)
-
-    def fresh_batch(index: int) -> Batch:
+    def fresh_batch(self, index: int) -> Batch:
+        """See `Task`."""
         number, place = divmod(index, TOGETHER)
-        return together(number)[place]
-
-    return fresh_batch
+        return self.together(number)[place]
 
 
 def _rates(config: RunConfig) -> str:
@@ -130,9 +128,8 @@ class Group:
         self.outcomes: dict[str, str | None] = {}
         self._clock = Stopwatch()
         self._data: Any = None
-        self._batches: dict[int, Callable[[int], Any]] = {}
+        self._batches: dict[int, SharedBatches] = {}
         self._beginnings: dict[int, dict[str, Any]] = {}
-        self._gone: set[Arm] = set()
         self._stack: Stack | None = None
 
     def open(self, configs: Sequence[RunConfig]) -> None:
@@ -150,7 +147,7 @@ class Group:
         opened = loop.open_run(config, self.store, run, device=self.device)
         try:
             write_json(run.path / "environment.json", {**run.environment, "lockstep": arms})
-            task = self._build_task(config)
+            task, through = self._build_task(config)
             arm = Arm(
                 config,
                 task,
@@ -160,16 +157,17 @@ class Group:
                 plan=self.plan,
                 stop=self.stop,
                 clock=self._clock,
-                through=self._sharing(task),
+                through=through,
             )
-            arm.start(opened.state)
+            arm.begin(opened.state)
+            arm.life = arm.lived()
         except BaseException as error:
             opened.writer.fail(error)
             raise
         self.arms.append(arm)
 
-    def _build_task(self, config: RunConfig) -> Task:
-        """Return the run's task, which shares what is equal in all: data, how an agent begins."""
+    def _build_task(self, config: RunConfig) -> tuple[Task, Task | StandIn]:
+        """Return the run's task and what stands for it, with what is equal in all arms shared."""
         parts = {} if self._data is None else {"data": self._data}
         if config.seed in self._beginnings:
             parts["beginning"] = self._beginnings[config.seed]
@@ -177,16 +175,11 @@ class Group:
         task = loop.build_task(config, self.device, kind=kind, **parts)
         if isinstance(task, Reinforcement):
             self._beginnings.setdefault(config.seed, task.actor.state_dict())
-        if isinstance(task, DatasetTask):
-            self._data = task.data
-        return task
-
-    def _sharing(self, task: Task) -> Task | StandIn:
-        """Return what stands for a task whose fresh batches others of its seed see, too."""
-        if not isinstance(task, DatasetTask):
-            return task
-        known, stream = self._batches, task.stream
-        return SharedBatches(task, known.setdefault(stream.seed, _remembering(stream)))
+            return task, task
+        self._data = task.data
+        sharing = SharedBatches(task, self._batches.get(config.seed))
+        self._batches[config.seed] = sharing
+        return task, sharing
 
     def train(self) -> None:
         """Make all updates that are left, and close every run at its end."""
@@ -194,83 +187,54 @@ class Group:
             with self._clock.running():
                 self._regroup()
                 while self.arms:
-                    self._next_batches()
+                    for place, arm in enumerate(self.arms):
+                        batch = self._go_on(arm)
+                        if batch is not None and batch is not arm.batch:
+                            arm.batch = batch
+                            self._stack.stage(place, batch)
                     self._regroup()
                     if self.arms:
-                        self._report(self._stack.losses())
+                        for arm, loss in zip(self.arms, self._stack.losses(), strict=True):
+                            self._go_on(arm, loss)
                         self._stack.step()
                         self._regroup()
-        except KeyboardInterrupt:
-            for arm in self._under_way:
-                arm.writer.close("interrupted")
-            raise
         except BaseException as error:
-            for arm in self._under_way:
-                arm.writer.fail(error)
+            for arm in self.arms:
+                if arm.life is None:
+                    continue
+                if isinstance(error, KeyboardInterrupt):
+                    arm.writer.close("interrupted")
+                else:
+                    arm.writer.fail(error)
             raise
 
-    @property
-    def _under_way(self) -> list[Arm]:
-        """The arms that have not left."""
-        return [arm for arm in self.arms if arm not in self._gone]
-
-    def _next_batches(self) -> None:
-        """Bring every arm to the batch of its next update, by way of a pause where one is due."""
-        stage = self._stack.stage
-        for place, arm in enumerate(self.arms):
-            try:
-                batch = next(arm.coming)
-                if batch is not arm.batch:
-                    arm.batch = batch
-                    stage(place, batch)
-            except StopIteration:
-                self._close(arm)
-            except NonFiniteLoss as error:
-                self._close(arm, error)
-            except Interrupted:
-                arm.writer.close("interrupted")
-                self._leave(arm, "interrupted")
-            except Exception as error:
-                self._fail(arm, error)
-
-    def _report(self, losses: Sequence[float]) -> None:
-        for arm, loss in zip(self.arms, losses, strict=True):
-            try:
-                arm.report(loss)
-            except NonFiniteLoss as error:
-                self._close(arm, error)
-            except Exception as error:
-                self._fail(arm, error)
-
-    def _close(self, arm: Arm, error: NonFiniteLoss | None = None) -> None:
-        """End a run, complete or diverged, before the others' next update."""
+    def _go_on(self, arm: Arm, loss: float | None = None) -> Any:
+        """Let a run live until it waits for the others; return its batch, if it has come to one."""
+        outcome = None
         try:
-            with self._clock.standing():
-                arm.end(error)
-        except Exception as failure:
-            self._fail(arm, failure)
-        else:
-            self._leave(arm, None)
-
-    def _fail(self, arm: Arm, error: Exception) -> None:
-        with suppress(OSError):  # where it cannot be written, the caller still hears of it
-            arm.writer.fail(error)
-        self._leave(arm, f"{type(error).__name__}: {error}")
-
-    def _leave(self, arm: Arm, outcome: str | None) -> None:
-        self.outcomes[arm.config.run_id] = outcome
-        self._gone.add(arm)
+            return arm.life.send(loss)
+        except StopIteration:
+            pass
+        except Interrupted:
+            arm.writer.close("interrupted")
+            outcome = "interrupted"
+        except Exception as error:
+            with suppress(OSError):  # where it cannot be written, the caller still hears of it
+                arm.writer.fail(error)
+            outcome = f"{type(error).__name__}: {error}"
+        arm.life, self.outcomes[arm.config.run_id] = None, outcome
+        return None
 
     def _regroup(self) -> None:
         """Stack the networks of the arms that are left, if any has gone, and at the beginning."""
-        if self._stack is not None and not self._gone:
+        left = [arm for arm in self.arms if arm.life is not None]
+        if self._stack is not None and len(left) == len(self.arms):
             return
-        self.arms = [arm for arm in self.arms if arm not in self._gone]
-        self._gone.clear()
-        if not self.arms:
+        self.arms = left
+        if not left:
             return
-        self._clock.arms = len(self.arms)
-        self._stack = KINDS[self.arms[0].config.task.name].stack([arm.task for arm in self.arms])
-        for place, arm in enumerate(self.arms):
+        self._clock.arms = len(left)
+        self._stack = KINDS[left[0].config.task.name].stack([arm.task for arm in left])
+        for place, arm in enumerate(left):
             if arm.batch is not None:
                 self._stack.stage(place, arm.batch)
