@@ -130,7 +130,6 @@ def test_a_run_ends_where_its_own_losses_say_and_is_the_longer_run_until_then(me
         "best": series.min(),
         "best_update": series.idxmin(),
         "unused_updates": T - end,
-        "unused_cost_units": (T - end) * BATCH * 3,  # a backward counts two forwards
     }
     assert stopped.summary["final"]["validation.loss"] == series[end]
     assert list(damaged(store)) == []
