@@ -256,6 +256,22 @@ def test_early_stopping_ends_one_arm_alone(best, tmp_path):
     assert min(lengths) < T
 
 
+def test_nothing_of_an_agent_or_classifier_is_replaced(tmp_path, monkeypatch):
+    """What lock-step does in a task's place it does in a subclass, or in what stands for it."""
+    tasks = []
+    end = Training.end
+    monkeypatch.setattr(
+        Training, "end", lambda self, error=None: (tasks.append(self.task), end(self, error))[1]
+    )
+    names = ["standard", "cosine", "random", "fixed3"]
+    agents = {"tasks": {"agent": AGENT}, "max_updates": 6, "evaluation": {"every": 3}}
+    for runs in (configs(methods=names, seeds=1), configs(methods=names, seeds=1, **agents)):
+        run_all(runs, tmp_path)
+    assert {type(task).__name__ for task in tasks} == {"Supervised", "AgentInStep"}
+    for task in tasks:
+        assert not [name for name in vars(task) if callable(getattr(type(task), name, None))]
+
+
 def test_agents_that_go_back_to_their_best_weights_are_tested_with_them(tmp_path):
     """All end after the same update, and are tested one after another."""
     rule = {"patience": 99, "metric": "return", "mode": "max", "restore_best": True}
