@@ -15,13 +15,14 @@ from threading import Lock, Timer
 from typing import Any
 
 from repeatlab.core.files import StoreError
+from repeatlab.core.signals import Interrupted, Stop
 from repeatlab.store.records import Store
 from repeatlab.studies.warm_imports import import_libraries
 from repeatlab.training.config import RunConfig
 
 TIME_LIMIT_EXIT = 124
-# Held by the job that is under way in this process, and whose study it is.
-_turn, _study = Lock(), None
+# Held by the job that is under way in this process; what stops it, by its study's token.
+_turn, _stops = Lock(), {}
 # Studies that are told to leave: by the token of their call, so that no other's runs stop.
 _left: set[str] = set()
 
@@ -60,15 +61,14 @@ def train_job(
     """
     from repeatlab.training.data_parallel import TeamBroken
     from repeatlab.training.loop import train
-    from repeatlab.training.training import Interrupted
 
     run = RunConfig.from_json(config)
     import_libraries()
-    with _in_turn(study) as left:
-        if left:
+    with _in_turn(study) as stop:
+        if stop is not None and stop.is_set():
             return "interrupted"
         try:
-            train(run, runs, watch=partial(_ending_after, limit, runs))
+            train(run, runs, watch=partial(_ending_after, limit, runs), stop=stop)
         except Interrupted:
             return "interrupted"
         except TeamBroken:
@@ -91,17 +91,16 @@ def group_job(
     returned, and its runs are to be made one by one.
     """
     from repeatlab.studies.lockstep.group import train_group
-    from repeatlab.training.training import Interrupted
 
     found = [RunConfig.from_json(config) for config in configs]
     import_libraries()
     interrupted = {run.run_id: "interrupted" for run in found}
-    with _in_turn(study) as left:
-        if left:
+    with _in_turn(study) as stop:
+        if stop is not None and stop.is_set():
             return interrupted
         try:
             watch = partial(_ending_after, limit and limit * len(found), runs)
-            return train_group(found, runs, watch=watch)
+            return train_group(found, runs, watch=watch, stop=stop)
         except Interrupted:
             return interrupted
         except Exception:
@@ -109,22 +108,19 @@ def group_job(
 
 
 @contextmanager
-def _in_turn(study: str | None) -> Iterator[bool]:
-    """Wait for this process's other job, and tell whether the study has been left meanwhile."""
-    global _study
+def _in_turn(study: str | None) -> Iterator[Stop | None]:
+    """Wait for this process's other job, and yield what stops this one."""
     with _turn:
         if study is None:  # in the study's own process, which knows by itself
-            yield False
+            yield None
             return
-        from repeatlab.training.training import STOP
-
-        _study = study
-        STOP.clear()
+        stop = _stops[study] = Stop()
+        if study in _left:
+            stop.set()
         try:
-            yield study in _left
+            yield stop
         finally:
-            _study = None
-            STOP.clear()
+            del _stops[study]
 
 
 @contextmanager
@@ -153,7 +149,5 @@ def _ending_after(limit: float | None, runs: str, configs: Sequence[RunConfig]) 
 def stop_training(study: str) -> None:
     """Make the study's run in this process leave a checkpoint and end, and begin no other."""
     _left.add(study)
-    if _study == study:
-        from repeatlab.training.training import STOP
-
-        STOP.set()
+    if study in _stops:
+        _stops[study].set()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from repeatlab.tasks.optimization import Descent
+
 TASKS: dict[str, str] = {
     "supervised": "repeatlab.tasks.supervised:Supervised",
     "semisupervised": "repeatlab.tasks.semisupervised:SemiSupervised",
@@ -78,6 +80,7 @@ class Task(Protocol):
     Attributes:
         Config: The task's configuration model.
         optimizers: Every optimizer of the task; the loop sets their learning rates.
+        descents: What moves weights with them, each with a `lap` for who times an update.
         batch_size: b, the samples of a fresh batch.
         device: Where batches are.
         forward_samples: Samples that go forward in one update.
@@ -90,6 +93,7 @@ class Task(Protocol):
 
     Config: ClassVar[type[TaskConfig]]
     optimizers: Sequence[Optimizer]
+    descents: Sequence[Descent]
     batch_size: int
     device: Any
     forward_samples: int

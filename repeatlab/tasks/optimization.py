@@ -20,7 +20,7 @@ once per update, and so N times on a batch repeated N times; BatchNorm's statist
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from math import inf
@@ -230,6 +230,10 @@ class OptimizationConfig(PrecisionConfig):
     """Of the average of the weights that is evaluated; 0 evaluates the weights themselves."""
 
 
+def _nobody(part: str) -> None:
+    """Stand for somebody who asks what takes the time."""
+
+
 class Descent:
     """One update of some weights for each call with their loss.
 
@@ -241,11 +245,13 @@ class Descent:
 
     Attributes:
         optimizer: Of these weights.
+        lap: Called with "forward", "optimizer" or "backward" at the end of each of these parts.
     """
 
     def __init__(
         self, weights: Iterable[Tensor], config: Any, precision: Precision, *, device: str
     ) -> None:
+        self.lap: Callable[[str], None] = _nobody
         settings = config.optimizer.build()
         self.optimizer: Optimizer = settings.make(weights, lr=config.lr, device=device)
         self._clip_norm = config.clip_norm
@@ -260,16 +266,21 @@ class Descent:
 
     def __call__(self, loss: Tensor) -> None:
         """Go backward from the 0-d loss, clip, and move the weights."""
+        self.lap("forward")
         self.optimizer.zero_grad()
-        if self._scaler is not None:
+        self.lap("optimizer")
+        if self._scaler is None:
+            loss.backward()
+            self.lap("backward")
+            self._clip()
+            self.optimizer.step()
+        else:
             self._scaled(loss, self._scaler)
-            return
-        loss.backward()
-        self._clip()
-        self.optimizer.step()
+        self.lap("optimizer")
 
     def _scaled(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
         scaler.scale(loss).backward()
+        self.lap("backward")
         if self._clip_norm is not None:
             scaler.unscale_(self.optimizer)
             self._clip()

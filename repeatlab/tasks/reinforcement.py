@@ -159,7 +159,7 @@ class Reinforcement:
         self.target = deepcopy(self.model).requires_grad_(False)
         self.precision = Precision.of(config, device)
         self.descent = Descent(self.model.parameters(), config, self.precision, device=device)
-        self.optimizer = self.descent.optimizer
+        self.descents, self.optimizer = [self.descent], self.descent.optimizer
         self.optimizers = [self.optimizer]
         self.batch_size = config.batch_size
         self.forward_samples = 3 * config.batch_size

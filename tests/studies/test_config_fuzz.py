@@ -27,8 +27,8 @@ from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS
 from repeatlab.training.config import RunConfig, TraceConfig
-from repeatlab.training.fresh_batches import build_mapping
 from repeatlab.training.loop import train
+from repeatlab.training.visits import build_mapping
 
 TASK_NAMES = ("supervised", "semisupervised", "selfsupervised", "reinforcement", "unsupervised")
 TASK_NAMES += ("generative",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from repeatlab.training import weights
 from repeatlab.training.config import RunConfig
 from repeatlab.training.distillation import teacher_runs
 from repeatlab.training.loop import train
-from repeatlab.training.training import STOP, Interrupted, Training
+from repeatlab.training.training import Training
 
 T, BATCH, TEACHER_UPDATES = 12, 16, 20
 TEMPERATURE, SHARE = 3.0, 0.8
@@ -246,16 +247,13 @@ def test_a_stopped_run_is_the_unbroken_run_and_its_teachers_are_made_once(
         def stopped(batch):
             make(batch)
             if self.config.run_id == run.run_id and self.repeater.updates == 5:
-                STOP.set()
+                signal.raise_signal(signal.SIGINT)
 
         return stopped
 
     monkeypatch.setattr(Training, "visit", visit)
-    try:
-        with pytest.raises(Interrupted):
-            train(run, tmp_path)
-    finally:
-        STOP.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path)
     assert len(list((tmp_path / "supervised").glob("*/summary.json"))) == 2
     resumed = train(run, tmp_path)
     assert resumed.updates["loss"].equals(unbroken.updates["loss"])

@@ -34,8 +34,9 @@ from repeatlab.tasks.supervised import Supervised
 from repeatlab.training import loop, training
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.fresh_batches import FreshBatches, build_mapping
+from repeatlab.training.fresh_batches import FreshBatches
 from repeatlab.training.loop import train
+from repeatlab.training.visits import build_mapping
 
 T = 23
 EVERY = 10

@@ -16,14 +16,15 @@ from repeatlab.data import load_splits
 from repeatlab.methods.sampling import rho
 from repeatlab.methods.sampling.history import RunningHardMining, RunningOnlineSelection
 from repeatlab.repetition.loss_stats import LossStats
-from repeatlab.repetition.mappings import Linear, LinearRepeats, Trace
+from repeatlab.repetition.mappings import Linear, LinearRepeats, Mapping, Trace
 from repeatlab.store.records import Run
 from repeatlab.tasks import TASKS, load_task
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training import loop, training
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.rates_and_budget import Budget, Rates, StepSize
+from repeatlab.training.rates_and_budget import Budget, Rates
+from repeatlab.training.visits import LongSteps
 
 BATCH = 16
 T = 100
@@ -399,27 +400,30 @@ def test_a_schedule_alone_is_a_function_of_the_update(optimizers):
 # --- N as a step size -----------------------------------------------------------------------------
 
 
+def long_steps(mapping: Mapping) -> LongSteps:
+    return LongSteps(mapping, task=None, batches=None)
+
+
 def test_a_step_size_is_what_the_mapping_says_of_the_loss():
-    scale = StepSize(Linear(t=0.5))
-    losses = [0.2, 1.0, 1.6, 9.0]
-    assert [scale(torch.tensor(loss), LossStats()) for loss in losses] == [1, 2, 3, 5]
+    steps = long_steps(Linear(t=0.5))
+    assert [steps.factor(loss, LossStats()) for loss in (0.2, 1.0, 1.6, 9.0)] == [1, 2, 3, 5]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_scales_nothing(bad):
-    scale = StepSize(Linear(t=0.5))
-    assert scale(torch.tensor(bad), LossStats()) == 1
-    assert scale.stats.count == 0
+    steps = long_steps(Linear(t=0.5))
+    assert steps.factor(bad, LossStats()) == 1
+    assert steps.stats.count == 0
 
 
 def test_a_step_size_knows_where_the_run_is():
     of_run = LossStats()
-    scale = StepSize(Trace(counts=(4, 2, 5)))
+    steps = long_steps(Trace(counts=(4, 2, 5)))
     found = []
     for of_run.index in (2, 0, 1):
-        found.append(scale(torch.tensor(1.0), of_run))
+        found.append(steps.factor(1.0, of_run))
     assert found == [5, 4, 2]
-    scale, found = StepSize(LinearRepeats(high=5, low=1)), []
+    steps, found = long_steps(LinearRepeats(high=5, low=1)), []
     for of_run.progress in (0.0, 0.5, 0.99):
-        found.append(scale(torch.tensor(1.0), of_run))
+        found.append(steps.factor(1.0, of_run))
     assert found == [5, 3, 1]

@@ -19,7 +19,7 @@ from repeatlab.training import checkpoint, loop
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import STOP, CheckpointPlan, Interrupted, Training
+from repeatlab.training.training import CheckpointPlan, Training
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
 # What each method has to carry over a stop, beside what all have.
@@ -81,13 +81,12 @@ def stopping(monkeypatch):
             make(batch)
             left[0] -= 1
             if left[0] == 0:
-                STOP.set()
+                signal.raise_signal(signal.SIGINT)
 
         return counted
 
     monkeypatch.setattr(Training, "visit", visit)
-    yield lambda updates: left.__setitem__(0, updates)
-    STOP.clear()
+    return lambda updates: left.__setitem__(0, updates)
 
 
 @pytest.mark.parametrize(("name", "method"), tried(STATEFUL))
@@ -100,9 +99,8 @@ def test_a_run_stopped_at_updates_is_the_unbroken_run(name, method, stopping, tm
         train(needed, tmp_path / "stopped")
     for updates in (1, 2, 1):  # after update 1, 3 and 4: in mid-repeat and between batches
         stopping(updates)
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             train(run, tmp_path / "stopped")
-        STOP.clear()
         directory = Store(tmp_path / "stopped").run(name, run.run_id)
         assert directory.status == {"status": "interrupted"}
         assert not directory.done
@@ -164,7 +162,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(killed_run, tmp_path, mon
     )
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "killed"))
     # The kill fell right after update 5, whose checkpoint had not begun.
-    assert [state["repeater"]["updates"] for state in states] == [4]
+    assert [state["updates"]["repeater"]["updates"] for state in states] == [4]
     assert not list(directory.path.glob("checkpoint*")) + list(directory.path.glob("*.arrow"))
 
 
@@ -180,7 +178,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(killed_run, tmp_pat
     else:
         path.write_bytes(spoilt[damage])
     states = list(checkpoint.load(directory.path))
-    assert [state["repeater"]["updates"] for state in states] == [3]
+    assert [state["updates"]["repeater"]["updates"] for state in states] == [3]
     assert [str(path) in message for message in caplog.messages] == [True] * (damage != "missing")
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "killed"))
 
@@ -288,6 +286,5 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_handler_as_it_was(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt, match="after update 4"):
         train(run, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGINT) is before
-    assert not STOP.is_set()
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "stopped"))
     assert len(updates) == 4 + 7 + 3

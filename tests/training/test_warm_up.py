@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from repeatlab.methods.schedules import WarmUp
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.training import STOP, Interrupted, Training
+from repeatlab.training.training import Training
 
 T, BATCH, LR = 24, 32, 0.02
 
@@ -178,16 +179,13 @@ def test_the_rate_is_restored_on_resume(method, tmp_path, monkeypatch):
         def stopped(batch):
             make(batch)
             if self.repeater.updates == 7:
-                STOP.set()
+                signal.raise_signal(signal.SIGINT)
 
         return stopped
 
     monkeypatch.setattr(Training, "visit", visit)
-    try:
-        with pytest.raises(Interrupted):
-            train(run, tmp_path / "stopped")
-    finally:
-        STOP.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "stopped")
     resumed = train(run, tmp_path / "stopped")
     assert resumed.updates["lr"].equals(unbroken.updates["lr"])
     assert resumed.updates["loss"].equals(unbroken.updates["loss"])
