@@ -163,8 +163,9 @@ class SearchReport:
         search: What was looked for.
         trials: All trials, in the order in which they were proposed.
         cost: How many runs the trials have made, with those that these needed, and the sums of
-            `COUNTED` over them. Diverged ones count, and those that the store had before; a run
-            that several trials share counts once.
+            `COUNTED` over them: `repeatlab.cost.cost_units(cost, k)` is what they come to. Diverged
+            ones count, and those that the store had before; a run that several trials share counts
+            once.
     """
 
     search: Search

@@ -17,7 +17,7 @@ from repeatlab import tasks
 from repeatlab.analysis.frames import load
 from repeatlab.cli import ROOT, main
 from repeatlab.core.schema import ConfigError, parse, read_yaml
-from repeatlab.cost import Ledger
+from repeatlab.cost import Ledger, cost_units
 from repeatlab.store.records import Store
 from repeatlab.studies.search import Search, run_search, run_searches
 from repeatlab.studies.search_space import Choices, Range, Trial
@@ -454,6 +454,7 @@ def test_the_cost_sums_the_ledgers_and_counts_a_shared_run_once(tmp_path):
         "environment_steps": 0,
         "seconds": 2.0,
     }
+    assert cost_units(report.cost, 2.0) == 400
 
 
 def test_teachers_that_trials_share_count_once(tmp_path):
