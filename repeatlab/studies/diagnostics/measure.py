@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from math import ceil, inf, isfinite, nan
 from pathlib import Path
@@ -29,6 +28,7 @@ from repeatlab.studies.diagnostics.prediction import (
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS, Task, TaskConfig, load_task
 from repeatlab.training.config import EvaluationConfig, MethodConfig, RunConfig
+from repeatlab.training.loop import torch_settings
 from repeatlab.training.stand_ins import ObservedTask, StandIn
 from repeatlab.training.training import Training
 
@@ -130,7 +130,7 @@ class Bench:
         self.device, self._clock, self._first = pick_device(device), clock, first_batch + 1
         self.rounds: list[dict[str, dict[str, float]]] = []
         self.updates, self.lead = REPEATS, 0
-        with self._settings():
+        with torch_settings(self.threads, self.seed):
             self.task = self._learnt()
             self._start = deepcopy(self.task.state_dict())
             self._observed = _freeze(self._build())  # it goes on telling what it does
@@ -148,7 +148,7 @@ class Bench:
         if "fresh_samples" not in refused:
             work["resample"] = lambda batch: self.task.resample(batch, 1)
         loops, parts = {}, {}
-        with self._settings():
+        with torch_settings(self.threads, self.seed):
             for kind in kinds[:: -1 if len(self.rounds) % 2 else 1]:
                 loops[kind] = self._loop(kind)
             parts |= self._parts()
@@ -166,7 +166,7 @@ class Bench:
             medians[group] = {name: float(np.median(values)) for name, values in times.items()}
             quarters = {name: np.percentile(values, [25, 75]) for name, values in times.items()}
             spread |= {name: float(high - low) for name, (low, high) in quarters.items()}
-        with self._settings():
+        with torch_settings(self.threads, self.seed):
             flops = self._flops()
         return Measurement(
             task=self.config.model_dump(mode="json"),
@@ -184,17 +184,6 @@ class Bench:
             environment=environment,
             **medians,
         )
-
-    @contextmanager
-    def _settings(self) -> Iterator[None]:
-        """Number of threads and random state of the measurement, and then those from before."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            with torch.random.fork_rng():
-                yield
-        finally:
-            torch.set_num_threads(before)
 
     def _loop(self, kind: str, watch: Watch | None = None) -> float:
         """Return the seconds of an update in a loop as a run's is once it is going.
