@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -68,16 +66,6 @@ def test_the_parts_by_hand():
     assert MODEL.free_repeats() == pytest.approx(2.5)
     # 2 * (0.1 + 10 ms) + 40 ms
     assert MODEL.importance_update(2) == pytest.approx(0.26)
-
-
-def test_waking_comes_on_top_of_waiting():
-    model = replace(MODEL, waking=0.03, prefetch_waking=0.02)
-    assert model.update == MODEL.update
-    assert model.fresh_batch(3) == pytest.approx(0.25)
-    assert model.fresh_batch(2, prefetch=True) == pytest.approx(0.12)
-    assert model.fresh_batch(4, prefetch=True) == pytest.approx(0.16)  # nothing is waited for
-    assert model.run(30, 10) == pytest.approx(2.5)
-    assert model.free_repeats() == pytest.approx(3)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1, 2, 3])
