@@ -22,7 +22,7 @@ from repeatlab.core.signals import Interrupted, Stop
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
 from repeatlab.studies.lockstep import groups, train_group
-from repeatlab.studies.lockstep.kinds import KINDS
+from repeatlab.studies.lockstep.kinds import STACKS, SupervisedStack
 from repeatlab.studies.lockstep.network import StackedMLP
 from repeatlab.studies.lockstep.optimizers import StackedOptimizer
 from repeatlab.studies.scheduling import with_needs
@@ -526,11 +526,11 @@ def test_what_one_study_trains_one_by_one_no_other_trains_in_step(tmp_path):
 
 
 def test_a_group_that_fails_as_a_whole_is_made_one_by_one(tmp_path, monkeypatch):
-    def broken(tasks: Any) -> Any:
-        raise RuntimeError("no memory")
+    class Broken(SupervisedStack):
+        def __init__(self, tasks: Any) -> None:
+            raise RuntimeError("no memory")
 
-    kind = KINDS["supervised"]._replace(stack=broken)
-    monkeypatch.setitem(KINDS, "supervised", kind)
+    monkeypatch.setitem(STACKS, "supervised", Broken)
     small = study(methods=["standard", "cosine", "linear", "random"], seeds=1)
     report = run_studies([small], tmp_path, places=Places(workers=0))
     assert set(report.status.values()) == {"complete"}

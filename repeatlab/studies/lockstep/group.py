@@ -15,7 +15,7 @@ from repeatlab.core.stopwatch import Stopwatch
 from repeatlab.data import Batch
 from repeatlab.store.records import Store
 from repeatlab.studies.lockstep.arm import Arm
-from repeatlab.studies.lockstep.kinds import KINDS, Stack
+from repeatlab.studies.lockstep.kinds import STACKS, Stack
 from repeatlab.tasks import Task
 from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.tasks.reinforcement import Reinforcement
@@ -171,7 +171,7 @@ class Group:
         parts = {} if self._data is None else {"data": self._data}
         if config.seed in self._beginnings:
             parts["beginning"] = self._beginnings[config.seed]
-        kind = KINDS[config.task.name].task
+        kind = STACKS[config.task.name].task
         task = loop.build_task(config, self.device, kind=kind, **parts)
         if isinstance(task, Reinforcement):
             self._beginnings.setdefault(config.seed, task.actor.state_dict())
@@ -234,7 +234,7 @@ class Group:
         if not left:
             return
         self._clock.arms = len(left)
-        self._stack = KINDS[left[0].config.task.name].stack([arm.task for arm in left])
+        self._stack = STACKS[left[0].config.task.name]([arm.task for arm in left])
         for place, arm in enumerate(left):
             if arm.batch is not None:
                 self._stack.stage(place, arm.batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,18 @@ NOTHING = (torch.empty(0),) * 5
 
 
 class Stack(Protocol):
-    """The networks of some arms of one task, and the batches that they are at."""
+    """The networks of some arms of one task, and the batches that they are at.
+
+    Made of these arms' tasks. A task that is to go in lock-step gets one of its own here, and in
+    `plan` what may differ among its runs.
+
+    Attributes:
+        task: What each arm trains: the task's class, or a subclass that asks the stack.
+    """
+
+    task: ClassVar[type[Task]]
+
+    def __init__(self, tasks: Sequence[Any]) -> None: ...
 
     def stage(self, arm: int, batch: Any) -> None:
         """Put a batch in the place of the one that an arm was at."""
@@ -43,6 +54,8 @@ class SupervisedStack:
     Args:
         tasks: The arms' tasks, each with an MLP.
     """
+
+    task = Supervised
 
     def __init__(self, tasks: Sequence[Supervised]) -> None:
         self._network = StackedMLP([task.model for task in tasks])
@@ -82,6 +95,33 @@ class SupervisedStack:
         self._optimizer.step()
 
 
+class AgentInStep(Reinforcement):
+    """An agent that asks the networks of all arms, where one of its own would ask its own.
+
+    Attributes:
+        stack: These networks; None before they are stacked.
+        arm: Its number among them.
+    """
+
+    stack: ReinforcementStack | None = None
+    arm = 0
+
+    def fetch(self, indices: Tensor, index: int) -> Transitions:
+        """Return a batch that is read from the buffer only when it is staged."""
+        return Transitions(*NOTHING, indices, index)
+
+    def greedy_action(self, seen: np.ndarray) -> int:
+        """See `Reinforcement`."""
+        return (
+            self.stack.greedy_action(self.arm, seen) if self.stack else super().greedy_action(seen)
+        )
+
+    def play(self, split: str) -> Played:
+        """See `Reinforcement`."""
+        played = self.stack.play(self.arm, split) if self.stack else None
+        return played or super().play(split)
+
+
 class ReinforcementStack:
     """DQN agents: the mean Huber loss of each arm's TD errors.
 
@@ -91,6 +131,8 @@ class ReinforcementStack:
     Args:
         tasks: The arms' tasks.
     """
+
+    task = AgentInStep
 
     def __init__(self, tasks: Sequence[AgentInStep]) -> None:
         self._tasks = tasks
@@ -162,46 +204,7 @@ class ReinforcementStack:
         return greedy_episodes(config, split, values, device=device, agents=arms)
 
 
-class AgentInStep(Reinforcement):
-    """An agent that asks the networks of all arms, where one of its own would ask its own.
-
-    Attributes:
-        stack: These networks; None before they are stacked.
-        arm: Its number among them.
-    """
-
-    stack: ReinforcementStack | None = None
-    arm = 0
-
-    def fetch(self, indices: Tensor, index: int) -> Transitions:
-        """Return a batch that is read from the buffer only when it is staged."""
-        return Transitions(*NOTHING, indices, index)
-
-    def greedy_action(self, seen: np.ndarray) -> int:
-        """See `Reinforcement`."""
-        return (
-            self.stack.greedy_action(self.arm, seen) if self.stack else super().greedy_action(seen)
-        )
-
-    def play(self, split: str) -> Played:
-        """See `Reinforcement`."""
-        played = self.stack.play(self.arm, split) if self.stack else None
-        return played or super().play(split)
-
-
-class Kind(NamedTuple):
-    """How the runs of a task go in step.
-
-    Attributes:
-        task: What each of them trains.
-        stack: What makes their updates together.
-    """
-
-    task: type[Task]
-    stack: type[Stack]
-
-
-KINDS: dict[str, Kind] = {
-    "supervised": Kind(Supervised, SupervisedStack),
-    "reinforcement": Kind(AgentInStep, ReinforcementStack),
+STACKS: dict[str, type[Stack]] = {
+    "supervised": SupervisedStack,
+    "reinforcement": ReinforcementStack,
 }
