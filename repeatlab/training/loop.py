@@ -22,8 +22,8 @@ from repeatlab.training.calibration import calibrate, calibration_run
 from repeatlab.training.config import RunConfig
 from repeatlab.training.data_parallel import Alone, SilentWriter, Team, TeamBroken, current_team
 from repeatlab.training.distillation import distilled_task, teacher_runs
+from repeatlab.training.one_run import CheckpointPlan, Training
 from repeatlab.training.prerequisites import prerequisites, source_run
-from repeatlab.training.training import CheckpointPlan, Training
 from repeatlab.training.visits import Source
 
 # Of the runs that are about to be made: what is open while they are.

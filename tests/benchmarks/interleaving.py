@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 from typing import TypeVar
 
 from repeatlab.core.stopwatch import Stopwatch
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 
 T = TypeVar("T")
 # What makes some updates, yields, and goes on when it has the turn again; at its end it returns.

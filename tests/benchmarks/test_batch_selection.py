@@ -44,7 +44,7 @@ from repeatlab.studies.diagnostics.measure import measure
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS, UPDATES, BATCH = 3, 1500, 64

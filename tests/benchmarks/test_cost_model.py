@@ -28,8 +28,8 @@ from repeatlab.studies.diagnostics.measure import Bench
 from repeatlab.studies.diagnostics.prediction import predict
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import build_task, open_run, train
+from repeatlab.training.one_run import Training
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import Training
 
 SIX = (
     "supervised",

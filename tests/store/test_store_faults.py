@@ -29,7 +29,7 @@ from repeatlab.studies.study import StudyError, run_study
 from repeatlab.studies.verification import damaged, run_state, study_states
 from repeatlab.training import checkpoint, loop
 from repeatlab.training.loop import train
-from repeatlab.training.training import CheckpointPlan, Training
+from repeatlab.training.one_run import CheckpointPlan, Training
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_last_one_goes_
             save(directory, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr("repeatlab.training.training.checkpoint.save", full)
+        patch.setattr("repeatlab.training.one_run.checkpoint.save", full)
         with pytest.raises(StoreError, match=r"checkpoint\.pt cannot be written: No space left"):
             train(supervised(), tmp_path / "store", plan=EVERY_UPDATE)
     assert run.status["status"] == "failed"

@@ -31,8 +31,8 @@ from repeatlab.tasks.models import mlp, small_cnn
 from repeatlab.training import checkpoint
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
+from repeatlab.training.one_run import CheckpointPlan, Training
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import CheckpointPlan, Training
 
 T = 23
 METHODS: dict[str, dict[str, Any]] = {

@@ -41,7 +41,7 @@ from repeatlab.training.data_parallel import (
     losses_with_gradients,
 )
 from repeatlab.training.loop import together, train
-from repeatlab.training.training import CheckpointPlan, Training
+from repeatlab.training.one_run import CheckpointPlan, Training
 
 TIMEOUT = 60  # seconds until a hanging rank fails its test
 EVERY_UPDATE = CheckpointPlan(updates=1)

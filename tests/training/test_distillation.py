@@ -24,7 +24,7 @@ from repeatlab.training import weights
 from repeatlab.training.config import RunConfig
 from repeatlab.training.distillation import teacher_runs
 from repeatlab.training.loop import train
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 
 T, BATCH, TEACHER_UPDATES = 12, 16, 20
 TEMPERATURE, SHARE = 3.0, 0.8

@@ -81,7 +81,7 @@ def held_to(row: Any, predicted: np.ndarray) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_weights_at_the_end_are_those_of_the_run_s_own_state(task, tmp_path, monkeypatch):
-    from repeatlab.training.training import Training
+    from repeatlab.training.one_run import Training
 
     ended = []
     finish = Training._finish

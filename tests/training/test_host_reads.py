@@ -24,7 +24,7 @@ from repeatlab.tasks import TASKS
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 from repeatlab.training.weights import networks
 
 T, BATCH = 12, 16

@@ -20,7 +20,7 @@ from repeatlab.repetition.mappings import Linear, LinearRepeats, Mapping, Trace
 from repeatlab.store.records import Run
 from repeatlab.tasks import TASKS, load_task
 from repeatlab.tasks.supervised import Supervised
-from repeatlab.training import loop, training
+from repeatlab.training import loop, one_run
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
 from repeatlab.training.rates_and_budget import Budget, Rates
@@ -207,7 +207,7 @@ def clock(monkeypatch) -> Clock:
             return super().evaluate(split)
 
     monkeypatch.setattr(loop, "load_task", lambda target: Timed)
-    monkeypatch.setattr(training, "perf_counter", ticking)
+    monkeypatch.setattr(one_run, "perf_counter", ticking)
     monkeypatch.setattr(rho, "perf_counter", ticking)
     return ticking
 
@@ -218,7 +218,7 @@ def seconds(budget: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("flush", [500, 3])
 def test_seconds_of_training_end_a_run(tmp_path, clock, monkeypatch, flush):
-    monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
+    monkeypatch.setattr(one_run, "FLUSH_UPDATES", flush)
     evaluation = {"splits": ["train"], "every": 4, "test": True}
     run = train(run_config(evaluation=evaluation, **seconds(5.0)), tmp_path)
     assert run.summary["ledger"]["updates"] == 10

@@ -18,8 +18,8 @@ from repeatlab.store.records import Run, Store
 from repeatlab.training import checkpoint, loop
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
+from repeatlab.training.one_run import CheckpointPlan, Training
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import CheckpointPlan, Training
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
 # What each method has to carry over a stop, beside what all have.

@@ -15,8 +15,8 @@ from repeatlab.tasks import TASKS, Task, load_task
 from repeatlab.training import stand_ins
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
+from repeatlab.training.one_run import Training
 from repeatlab.training.stand_ins import ObservedTask, SlowTask
-from repeatlab.training.training import Training
 
 T = 6
 

@@ -14,7 +14,7 @@ from repeatlab.methods.schedules import WarmUp
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 
 T, BATCH, LR = 24, 32, 0.02
 

@@ -29,8 +29,8 @@ from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS, Task, TaskConfig, load_task
 from repeatlab.training.config import EvaluationConfig, MethodConfig, RunConfig
 from repeatlab.training.loop import torch_settings
+from repeatlab.training.one_run import Training
 from repeatlab.training.stand_ins import ObservedTask, StandIn
-from repeatlab.training.training import Training
 
 # A loop runs so long, in seconds, before it is timed: it is slower at first.
 LEAD_IN = 0.02

@@ -9,7 +9,7 @@ import torch
 
 from repeatlab.core.stopwatch import Stopwatch
 from repeatlab.repetition.repeater import NonFiniteLoss
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 
 
 class Arm(Training):

@@ -21,8 +21,8 @@ from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.training import loop
 from repeatlab.training.config import RunConfig
+from repeatlab.training.one_run import CheckpointPlan
 from repeatlab.training.stand_ins import StandIn
-from repeatlab.training.training import CheckpointPlan
 
 # Of fresh batches that arms of one seed share: one that was dropped is made again.
 SHARED_BYTES = 2**25
