@@ -1,0 +1,156 @@
+"""The random states that an order may be drawn from: the process's, and those inside a loader."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+States = dict[str, Any]
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# A loader, its batch sampler, that one's sampler, what this holds; longer containers hold data.
+_DEPTH, _MOST_ITEMS = 4, 16
+_DATA = (torch.Tensor, torch.nn.Module, np.ndarray, type, ModuleType, *_KINDS)
+
+
+def parts_of(loader: Any) -> dict[str, Any]:
+    """Return the loader and what it is made of, by path: samplers, data set, loaders within."""
+    found, level = {"": loader}, {"": loader}
+    seen = {id(loader)}
+    for _ in range(_DEPTH):
+        below = {}
+        for path, owner in level.items():
+            for name, value in _contents(owner):
+                holds = hasattr(value, "__dict__") or isinstance(value, (list, tuple, dict))
+                # A loader's live iterator is no part of it: it is what the parts make.
+                if holds and id(value) not in seen and name != "_iterator":
+                    seen.add(id(value))
+                    below[f"{path}.{name}"] = value
+        level = {path: value for path, value in below.items() if not isinstance(value, _DATA)}
+        found |= level
+    return found
+
+
+def _contents(owner: Any) -> list[tuple[Any, Any]]:
+    """Return names and values of what `owner` holds, properties left alone."""
+    if isinstance(owner, (list, tuple, dict)):
+        items = owner.items() if isinstance(owner, dict) else enumerate(owner)
+        return list(items) if len(owner) <= _MOST_ITEMS else []
+    return list(getattr(owner, "__dict__", {}).items())
+
+
+def states_within(loader: Any) -> States:
+    """Return the states of the generators that a loader and its parts hold, and their `epoch`.
+
+    What counts its epochs in an attribute of that name draws its order from it.
+    """
+    states = {}
+    for path, owner in parts_of(loader).items():
+        for name, value in _contents(owner):
+            if isinstance(value, _KINDS):
+                states[f"{path}.{name}"] = _state(value)
+            elif name == "epoch" and type(value) is int:
+                states[f"{path}.{name}"] = value
+    return states
+
+
+def restore_within(loader: Any, states: States) -> None:
+    """Restore `states_within`; a generator that is still to be made is made."""
+    parts = parts_of(loader)
+    for place, state in states.items():
+        path, _, name = place.rpartition(".")
+        owner = parts.get(path)
+        values = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+        if name not in values:
+            continue
+        if type(state) is int:
+            values[name] = state
+            continue
+        if values[name] is None:
+            values[name] = _generator(state)
+        if isinstance(values[name], _KINDS):
+            _set(values[name], state)
+
+
+def process_states() -> States:
+    """Return the states of the process's own generators: torch's on the CPU, `random`, numpy's."""
+    return {
+        "torch": torch.get_rng_state(),
+        "random": random.getstate(),
+        "numpy": _plain(np.random.get_state(legacy=False)),  # noqa: NPY002 - that very state
+        "rank": _rank(),
+    }
+
+
+def restore_process(states: States) -> None:
+    """Restore `process_states`, unless another rank saved them: ranks draw apart."""
+    if states["rank"] == _rank():
+        torch.set_rng_state(states["torch"].cpu())
+        random.setstate(states["random"])
+        np.random.set_state(_arrays(states["numpy"]))  # noqa: NPY002
+
+
+@contextmanager
+def kept_process_states() -> Iterator[None]:
+    """Leave the process's random states as they were found."""
+    states = process_states()
+    try:
+        yield
+    finally:
+        restore_process(states)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _state(generator: Any) -> Any:
+    """Return a generator's state as tensors, numbers, tuples and dicts of them."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.SystemRandom):
+        return None
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return _plain(generator.get_state(legacy=False))
+    return _plain(generator.bit_generator.state)
+
+
+def _set(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_arrays(state))
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = _arrays(state)
+    elif state is not None:
+        generator.setstate(state)
+
+
+def _generator(state: Any) -> Any:
+    """Return a new generator of the kind that a state is of."""
+    if isinstance(state, torch.Tensor):
+        return torch.Generator()
+    if isinstance(state, dict) and "gauss" not in state:
+        return np.random.Generator(getattr(np.random, state["bit_generator"])())
+    return random.Random() if isinstance(state, tuple) else None
+
+
+def _plain(state: Any) -> Any:
+    """Replace arrays by tensors, which a checkpoint of plain types can hold."""
+    if isinstance(state, dict):
+        return {name: _plain(value) for name, value in state.items()}
+    return torch.from_numpy(state.astype(np.int64)) if isinstance(state, np.ndarray) else state
+
+
+def _arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {name: _arrays(value) for name, value in state.items()}
+    return state.cpu().numpy().astype(np.uint64) if isinstance(state, torch.Tensor) else state
