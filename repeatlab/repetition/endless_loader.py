@@ -14,6 +14,7 @@ from repeatlab.repetition.grouped import Grouped, groups
 from repeatlab.repetition.random_states import (
     States,
     kept_process_states,
+    packed,
     parts_of,
     process_states,
     restore_process,
@@ -120,8 +121,8 @@ class EndlessLoader:
                 "position": self.position,
                 "held": False,
                 "passes": self._begun,
-                "start": self._skipping.states if self._skipping else self._start,
-                "now": states_within(self._loader) if drawn else {},
+                "start": packed(self._skipping.states if self._skipping else self._start),
+                "now": packed(states_within(self._loader)) if drawn else {},
                 "own": self._state,
             }
         return state | {"position": state["position"] - 1, "held": True} if held else state

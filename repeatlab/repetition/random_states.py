@@ -72,28 +72,41 @@ def restore_within(loader: Any, states: States) -> None:
         if type(state) is int:
             values[name] = state
             continue
-        if values[name] is None:
+        if values[name] is None and state is not None:
             values[name] = _generator(state)
         if isinstance(values[name], _KINDS):
             _set(values[name], state)
 
 
-def process_states() -> States:
+def process_states(*, of_torch_alone: bool = False) -> States:
     """Return the states of the process's own generators: torch's on the CPU, `random`, numpy's."""
-    return {
-        "torch": torch.get_rng_state(),
-        "random": random.getstate(),
-        "numpy": _plain(np.random.get_state(legacy=False)),  # noqa: NPY002 - that very state
-        "rank": _rank(),
-    }
+    states = {"torch": torch.get_rng_state(), "rank": _rank()}
+    if not of_torch_alone:
+        states["random"] = random.getstate()
+        states["numpy"] = np.random.get_state(legacy=False)  # noqa: NPY002 - that very state
+    return states
 
 
 def restore_process(states: States) -> None:
     """Restore `process_states`, unless another rank saved them: ranks draw apart."""
-    if states["rank"] == _rank():
-        torch.set_rng_state(states["torch"].cpu())
-        random.setstate(states["random"])
+    if states["rank"] != _rank():
+        return
+    torch.set_rng_state(states["torch"].cpu())
+    if "random" in states:
+        random.setstate(_python_state(states["random"]))
         np.random.set_state(_arrays(states["numpy"]))  # noqa: NPY002
+
+
+def packed(state: Any) -> Any:
+    """Return states with tensors for arrays and long tuples, as a checkpoint holds them best."""
+    if isinstance(state, dict):
+        return {name: packed(value) for name, value in state.items()}
+    if isinstance(state, np.ndarray):
+        return torch.from_numpy(state.astype(np.int64))
+    if isinstance(state, (tuple, list)):
+        long = len(state) > _MOST_ITEMS
+        return torch.tensor(state) if long else type(state)(map(packed, state))
+    return state
 
 
 @contextmanager
@@ -111,16 +124,15 @@ def _rank() -> int:
 
 
 def _state(generator: Any) -> Any:
-    """Return a generator's state as tensors, numbers, tuples and dicts of them."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.SystemRandom):
-        return None
+        return None  # it has none
     if isinstance(generator, random.Random):
         return generator.getstate()
     if isinstance(generator, np.random.RandomState):
-        return _plain(generator.get_state(legacy=False))
-    return _plain(generator.bit_generator.state)
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
 
 
 def _set(generator: Any, state: Any) -> None:
@@ -131,26 +143,27 @@ def _set(generator: Any, state: Any) -> None:
     elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = _arrays(state)
     elif state is not None:
-        generator.setstate(state)
+        generator.setstate(_python_state(state))
 
 
 def _generator(state: Any) -> Any:
     """Return a new generator of the kind that a state is of."""
     if isinstance(state, torch.Tensor):
         return torch.Generator()
-    if isinstance(state, dict) and "gauss" not in state:
-        return np.random.Generator(getattr(np.random, state["bit_generator"])())
-    return random.Random() if isinstance(state, tuple) else None
-
-
-def _plain(state: Any) -> Any:
-    """Replace arrays by tensors, which a checkpoint of plain types can hold."""
-    if isinstance(state, dict):
-        return {name: _plain(value) for name, value in state.items()}
-    return torch.from_numpy(state.astype(np.int64)) if isinstance(state, np.ndarray) else state
+    if isinstance(state, tuple):
+        return random.Random()
+    if "gauss" in state:
+        return np.random.RandomState()
+    return np.random.Generator(getattr(np.random, state["bit_generator"])())
 
 
 def _arrays(state: Any) -> Any:
+    """Return a numpy state in its own types."""
     if isinstance(state, dict):
         return {name: _arrays(value) for name, value in state.items()}
     return state.cpu().numpy().astype(np.uint64) if isinstance(state, torch.Tensor) else state
+
+
+def _python_state(state: tuple[Any, Any, Any]) -> tuple[Any, ...]:
+    version, numbers, gauss = state
+    return version, tuple(numbers.tolist() if torch.is_tensor(numbers) else numbers), gauss

@@ -16,7 +16,7 @@ from repeatlab.repetition.held_batch import changed, view
 from repeatlab.repetition.loss_reader import LossReader
 from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import Constant, as_count
-from repeatlab.repetition.random_states import process_states, restore_process
+from repeatlab.repetition.random_states import packed, process_states, restore_process
 from repeatlab.repetition.visit_log import NonFiniteLoss, VisitLog
 
 
@@ -413,7 +413,7 @@ class BatchRepeater:
             "loader": self._loader.state_dict(held=unfinished),
             "stats": self.stats.state_dict(),
             "held": self._visits.losses[len(self._visits.losses) - self.held :],
-            "random": process_states(),
+            "random": packed(process_states()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

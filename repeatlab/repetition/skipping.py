@@ -59,6 +59,9 @@ class Skipping:
         self.replay: tuple[list[States], int, int] | None = None
         batched = loader.batch_sampler is not None
         self._sampler: Iterable[Any] = loader.batch_sampler if batched else loader.sampler
+        parts = self._sampler, getattr(self._sampler, "sampler", None)
+        modules = {type(part).__module__.partition(".")[0] for part in parts if part is not None}
+        self._of_torch = modules == {"torch"}  # whose samplers draw from torch alone
         options = {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
         options |= {"batch_sampler": self} if batched else {"sampler": self, "batch_size": None}
         self.loader: DataLoader = DataLoader(loader.dataset, **options)
@@ -90,7 +93,8 @@ class Skipping:
         yield from indices
 
     def _states(self) -> States:
-        return {"process": process_states(), "within": states_within(self._given)}
+        process = process_states(of_torch_alone=self._of_torch)
+        return {"process": process, "within": states_within(self._given)}
 
     def _restore(self, states: States) -> None:
         restore_process(states["process"])
