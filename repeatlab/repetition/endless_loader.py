@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -66,7 +65,7 @@ class EndlessLoader:
         if not (iterable or callable(loader) or hasattr(loader, "iter_from")):
             raise ValueError(f"the loader must be an iterable of batches, not {loader!r}")
         self._loader = loader
-        self._read = partial(iter, loader) if iterable else loader
+        self._given = iterable  # else it is a function that gives what to read
         # What holds its batches in order draws nothing, and so has no states to keep.
         self._draws = kind not in (list, tuple, range, str, np.ndarray, torch.Tensor)
         self._has_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
@@ -74,6 +73,7 @@ class EndlessLoader:
         self._state: Any = None  # the loader's own, from before the last batch
         self._iterator: Iterator[Any] | None = None
         self._skipping: Skipping | None = None
+        self._over_it: Iterable[Any] | None = None  # the DataLoader with that sampler
         self._start: States | None = None  # the random states that this pass began with
         self._resumed: dict[str, Any] | None = None  # a state that the next batch goes on from
         self._begun = 0  # passes, and those before a resume
@@ -109,7 +109,7 @@ class EndlessLoader:
         The next batch would come from a new one, at the same position.
         """
         self._resumed = self.state_dict()
-        self._iterator = self._skipping = None
+        self._iterator = self._skipping = self._over_it = None
 
     def state_dict(self, *, held: bool = False) -> dict[str, Any]:
         """Return the position; with `held`, the one before the batch taken last."""
@@ -134,7 +134,8 @@ class EndlessLoader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return a copy's contents: it goes on from here by an iterator of its own."""
-        dropped = {"_resumed": self.state_dict(), "_iterator": None, "_skipping": None}
+        dropped = {"_resumed": self.state_dict(), "_iterator": None}
+        dropped |= {"_skipping": None, "_over_it": None}
         return self.__dict__ | dropped
 
     def _open(self) -> Iterator[Any]:
@@ -157,38 +158,44 @@ class EndlessLoader:
             iterator = self._replay(resumed)
             if resumed["held"]:
                 iterator = chain(list(islice(iterator, 1)), iterator)
-        restore_within(self._loader, resumed["now"])
+        # Without workers the sampler does, when its first index is asked for.
+        if self._skipping is None or self._loader.num_workers or resumed["held"]:
+            restore_within(self._loader, resumed["now"])
         return iterator
 
     def _begin(self) -> Iterator[Any]:
         self._begun += 1
         if has_index_sampler(self._loader):
-            self._skipping = self._skipping or self._own_loader()
-            return iter(self._skipping.loader)
+            self._prepare_skipping()
+            return iter(self._over_it)
         self._start = {}
         if self._draws:
             self._start = {"process": process_states(), "within": states_within(self._loader)}
         return self._read()
+
+    def _read(self) -> Iterator[Any]:
+        # What iterates may be no iterable itself.
+        return islice(self._loader if self._given else self._loader(), None)
 
     def _replay(self, resumed: dict[str, Any]) -> Iterator[Any]:
         """Return an iterator at a pass's position, in the order it was drawn in."""
         first, self._begun = not self._begun, resumed["passes"]
         self._start, position = resumed["start"], self.position
         if has_index_sampler(self._loader):
-            self._skipping = self._skipping or self._own_loader()
+            self._prepare_skipping()
             size = self._size or 1
-            self._skipping.replay = self._start, position * size, size * resumed["held"]
-            return self._grouped(iter(self._skipping.loader))
+            held = size * resumed["held"]
+            self._skipping.replay = self._start, position * size, held, resumed["now"]
+            return self._grouped(iter(self._over_it))
         if first and self._begun > 1 and self._workers_persist():
             self._read()  # as then, the first iterator has drawn its workers' seed before
         if self._draws:
             restore_process(self._start["process"])
             restore_within(self._loader, self._start["within"])
-        self._has_state = resumed["own"] is not None
+        self._state = resumed["own"]
+        self._has_state = self._state is not None
         if self._has_state:
-            self._state = resumed["own"]
-            self._loader.load_state_dict(self._state)
-            position = int(position > 0 and not resumed["held"])
+            return self._from_own_state(position + resumed["held"], resumed["held"])
         iterator = self._grouped(self._read())
         if sum(1 for _ in islice(iterator, position)) < position:
             raise ValueError(
@@ -197,8 +204,22 @@ class EndlessLoader:
             )
         return iterator
 
-    def _own_loader(self) -> Skipping:
-        return Skipping(self._loader, slack=max(0, self._size - 1))  # a last group may be shorter
+    def _from_own_state(self, taken: int, held: bool) -> Iterator[Any]:
+        """Return an iterator that follows batch number `taken` of a pass, or begins with it."""
+        if taken > 1 or self._begun > 1:  # else the loader is as it was made
+            self._loader.load_state_dict(self._state)
+        iterator = self._grouped(self._read())
+        last = list(islice(iterator, 1))
+        if not last:  # a state from before the first batch may be the end of the pass before
+            iterator = self._grouped(self._read())
+            last = list(islice(iterator, 1))
+        return chain(last, iterator) if held else iterator
+
+    def _prepare_skipping(self) -> None:
+        if self._skipping is None:
+            # A last group may be shorter.
+            self._skipping = Skipping(self._loader, slack=max(0, self._size - 1))
+            self._over_it = self._skipping.make()
 
     def _grouped(self, iterator: Iterator[Any]) -> Iterator[Any]:
         return groups(iterator, self._size) if self._size else iterator

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 States = dict[str, Any]
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-# A loader, its batch sampler, that one's sampler, what this holds; longer containers hold data.
-_DEPTH, _MOST_ITEMS = 4, 16
+# A pipeline, its list, a loader, its data set, that one's list, a stage. Longer lists are data.
+_DEPTH, _MOST_ITEMS = 6, 16
 _DATA = (torch.Tensor, torch.nn.Module, np.ndarray, type, ModuleType, *_KINDS)
 
 
@@ -53,15 +53,15 @@ def states_within(loader: Any) -> States:
     states = {}
     for path, owner in parts_of(loader).items():
         for name, value in _contents(owner):
-            if isinstance(value, _KINDS):
+            if isinstance(value, _KINDS) and not isinstance(value, random.SystemRandom):
                 states[f"{path}.{name}"] = _state(value)
-            elif name == "epoch" and type(value) is int:
+            elif (name == "epoch" and type(value) is int) or (name == "generator" and not value):
                 states[f"{path}.{name}"] = value
     return states
 
 
 def restore_within(loader: Any, states: States) -> None:
-    """Restore `states_within`; a generator that is still to be made is made."""
+    """Restore `states_within`; a generator that was made, or not, by then is made, or not."""
     parts = parts_of(loader)
     for place, state in states.items():
         path, _, name = place.rpartition(".")
@@ -69,10 +69,10 @@ def restore_within(loader: Any, states: States) -> None:
         values = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
         if name not in values:
             continue
-        if type(state) is int:
+        if state is None or type(state) is int:
             values[name] = state
             continue
-        if values[name] is None and state is not None:
+        if values[name] is None:
             values[name] = _generator(state)
         if isinstance(values[name], _KINDS):
             _set(values[name], state)
@@ -126,8 +126,6 @@ def _rank() -> int:
 def _state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    if isinstance(generator, random.SystemRandom):
-        return None  # it has none
     if isinstance(generator, random.Random):
         return generator.getstate()
     if isinstance(generator, np.random.RandomState):
@@ -142,7 +140,7 @@ def _set(generator: Any, state: Any) -> None:
         generator.set_state(_arrays(state))
     elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = _arrays(state)
-    elif state is not None:
+    else:
         generator.setstate(_python_state(state))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -47,16 +48,16 @@ class Skipping:
         slack: How many batches fewer than those to leave out there may be.
 
     Attributes:
-        loader: A DataLoader as the one given, over this sampler.
+        make: Returns a DataLoader as the one given, over this sampler.
         states: Those of the pass under way; None before its first index.
-        replay: For the next pass: its states, how many batches to leave out, and how many after
-            them were drawn from those states too.
+        replay: For the next pass: its states, how many batches to leave out, how many after them
+            were drawn from those states too, and the states within the loader after that.
     """
 
     def __init__(self, loader: DataLoader, slack: int = 0) -> None:
         self._given, self._slack = loader, slack
         self.states: list[States] | None = None
-        self.replay: tuple[list[States], int, int] | None = None
+        self.replay: tuple[list[States], int, int, States] | None = None
         batched = loader.batch_sampler is not None
         self._sampler: Iterable[Any] = loader.batch_sampler if batched else loader.sampler
         parts = self._sampler, getattr(self._sampler, "sampler", None)
@@ -64,7 +65,8 @@ class Skipping:
         self._of_torch = modules == {"torch"}  # whose samplers draw from torch alone
         options = {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
         options |= {"batch_sampler": self} if batched else {"sampler": self, "batch_size": None}
-        self.loader: DataLoader = DataLoader(loader.dataset, **options)
+        # Held by who iterates it, not here: a cycle would keep its workers alive.
+        self.make: Callable[[], DataLoader] = partial(DataLoader, loader.dataset, **options)
 
     def __iter__(self) -> Iterator[Any]:
         if self.replay is not None:
@@ -77,7 +79,7 @@ class Skipping:
 
     def _rest(self) -> Iterator[Any]:
         """Yield what is left of a pass after the batches to leave out."""
-        (self.states, skipped, drawn_too), self.replay = self.replay, None
+        (self.states, skipped, drawn_too, now), self.replay = self.replay, None
         drawn, asked = self.states
         with kept_process_states():
             self._restore(drawn)
@@ -89,6 +91,7 @@ class Skipping:
                     "resume with the loader it was saved with"
                 )
             first = list(islice(indices, drawn_too))
+            restore_within(self._given, now)
         yield from first
         yield from indices
 
