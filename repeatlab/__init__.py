@@ -5,6 +5,7 @@ else, needs what `pip install 'repeatlab[lab]'` brings. Nothing is imported befo
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
@@ -22,16 +23,13 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = [*sorted(_HOME_OF), "__version__"]  # noqa: PLE0604 - all of them are strings
+__all__ = [*sorted(_HOME_OF), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'repeatlab' has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f"repeatlab.{_HOME_OF[name]}"), name)
-    except ModuleNotFoundError as error:
-        raise missing_extra(f"repeatlab.{name}", error) from error
+    value = getattr(import_module(f"repeatlab.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
 
@@ -40,6 +38,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def missing_extra(what: str, error: ModuleNotFoundError) -> ImportError:
-    """Return what to say where a module of the laboratory's dependencies is not installed."""
-    return ImportError(f"{what} needs {error.name}: pip install 'repeatlab[lab]'")
+def require_lab() -> None:
+    """Say what to install where the laboratory is imported without its dependencies."""
+    for name in ("click", "pydantic", "pandas", "optuna"):
+        if find_spec(name) is None:
+            raise ImportError(f"the laboratory needs {name}: pip install 'repeatlab[lab]'")

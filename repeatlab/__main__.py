@@ -2,15 +2,17 @@
 
 import sys
 
+from repeatlab import require_lab
+
 
 def main() -> None:
     """Run the command line, or say what it needs."""
     try:
-        from repeatlab.cli import main as run
-    except ModuleNotFoundError as error:
-        from repeatlab import missing_extra
+        require_lab()
+    except ImportError as error:
+        sys.exit(str(error))
+    from repeatlab.cli import main as run
 
-        sys.exit(str(missing_extra("the command line", error)))
     run()
 
 

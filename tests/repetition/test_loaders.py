@@ -1,33 +1,24 @@
 """What every kind of loader is held to: the plain loop's order, and a resume at every position."""
 
-import random
 import subprocess
 import sys
 
-import numpy as np
+import loader_kinds
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_kinds import (
-    DATA,
     KINDS,
     LIBRARIES,
     LOADERS,
-    OrderBy,
-    Stream,
     by_hand,
     plain,
     repeater_of,
     run,
-    sampled,
     seed_all,
-    seeded,
 )
-from torch.utils.data import DataLoader, DistributedSampler
 
-import loader_kinds
-from repeatlab.repetition.grouped import grouped
 from repeatlab.repetition.mappings import Constant, Linear, Quantile, Trace, Uniform, Until
 from repeatlab.repetition.repeater import BatchRepeater
 
