@@ -60,5 +60,7 @@ def changed(batch: Any, before: list[int]) -> str:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    # torch has no public name for it; a tensor made for inference keeps none.
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version  # torch has no public name for it
+    except RuntimeError:  # a tensor made for inference keeps none
+        return 0

@@ -262,29 +262,30 @@ class BatchRepeater:
             except (TypeError, ValueError, OverflowError):
                 raise self._no_scalar(repr(loss), loss) from None
         # What can fail comes before anything is counted: a refused loss can be reported again.
-        if not self.repeats or (self._asks_again and self._may_go_on):
+        decides = not self.repeats
+        waits = decides or (self._asks_again and self._may_go_on)
+        defers = not waits and (self._joins or (is_tensor and loss.is_cuda))
+        if waits:
             value = self._reader.start(loss)
-            self._asking = self.repeats > 0
-            self._count_visit()
-            self._visits.losses.append(nan)
-            if value is not None:
-                self._ask(value) if self._asking else self._decide(value)
-        elif self._joins or (is_tensor and loss.is_cuda):
+        elif defers:
             # A copy: a CUDA graph, for one, writes its next loss over this one.
-            kept = loss.detach().clone() if is_tensor else torch.tensor(loss)
-            self._count_visit()
-            self._visits.defer(kept)
+            value = loss.detach().clone() if is_tensor else torch.tensor(loss)
         else:
-            loss = loss.item() if is_tensor else loss
-            self._count_visit()
-            self._visits.losses.append(loss)
-            if not isfinite(loss):
-                raise NonFiniteLoss(loss, self.updates - 1, self.fresh_batch)
-
-    def _count_visit(self) -> None:
+            value = loss.item() if is_tensor else loss
         self._awaiting_report = False
         self.updates += 1
         self._done += 1
+        if defers:
+            self._visits.defer(value)
+        elif not waits:
+            self._visits.losses.append(value)
+            if not isfinite(value):
+                raise NonFiniteLoss(value, self.updates - 1, self.fresh_batch)
+        else:
+            self._visits.losses.append(nan)
+            self._asking = not decides
+            if value is not None:
+                self._decide(value) if decides else self._ask(value)
 
     def _expect_report(self, name: str) -> None:
         if not self._awaiting_report:
