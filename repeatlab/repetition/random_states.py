@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -13,10 +14,15 @@ import torch
 import torch.distributed as dist
 
 States = dict[str, Any]
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # A pipeline, its list, a loader, its data set, that one's list, a stage. Longer lists are data.
 _DEPTH, _MOST_ITEMS = 6, 16
-_DATA = (torch.Tensor, torch.nn.Module, np.ndarray, type, ModuleType, *_KINDS)
+_DATA = (torch.Tensor, torch.nn.Module, np.ndarray, type, ModuleType)
+
+
+@cache
+def _kinds() -> tuple[type, ...]:
+    """Return the kinds of generators; numpy's are imported when they are first asked for."""
+    return (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def parts_of(loader: Any) -> dict[str, Any]:
@@ -32,7 +38,9 @@ def parts_of(loader: Any) -> dict[str, Any]:
                 if holds and id(value) not in seen and name != "_iterator":
                     seen.add(id(value))
                     below[f"{path}.{name}"] = value
-        level = {path: value for path, value in below.items() if not isinstance(value, _DATA)}
+        level = {
+            path: value for path, value in below.items() if not isinstance(value, _DATA + _kinds())
+        }
         found |= level
     return found
 
@@ -53,7 +61,7 @@ def states_within(loader: Any) -> States:
     states = {}
     for path, owner in parts_of(loader).items():
         for name, value in _contents(owner):
-            if isinstance(value, _KINDS) and not isinstance(value, random.SystemRandom):
+            if isinstance(value, _kinds()) and not isinstance(value, random.SystemRandom):
                 states[f"{path}.{name}"] = _state(value)
             elif (name == "epoch" and type(value) is int) or (name == "generator" and not value):
                 states[f"{path}.{name}"] = value
@@ -74,7 +82,7 @@ def restore_within(loader: Any, states: States) -> None:
             continue
         if values[name] is None:
             values[name] = _generator(state)
-        if isinstance(values[name], _KINDS):
+        if isinstance(values[name], _kinds()):
             _set(values[name], state)
 
 
