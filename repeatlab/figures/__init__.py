@@ -6,6 +6,10 @@ what every figure shares and what pictures one run; each viewpoint has a module 
 
 from __future__ import annotations
 
+from repeatlab import require_lab
+
+require_lab()
+
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -6,6 +6,10 @@ field. To add one: write the file and name its class in `TASKS`.
 
 from __future__ import annotations
 
+from repeatlab import require_lab
+
+require_lab()
+
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
