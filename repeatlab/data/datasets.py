@@ -90,8 +90,16 @@ class Splits:
         """
         if split != "train":
             return getattr(self, split)
-        order = torch.randperm(len(self.train), generator=generator(0, "train subset"))
-        return self.train.subset(order[: len(self.validation)].numpy())
+        return self.train.subset(self.train_subset().numpy())
+
+    def train_subset(self) -> Tensor:
+        """Return the numbers of the training samples that `evaluated("train")` holds: int64."""
+        return fixed_order(self.train)[: len(self.validation)]
+
+
+def fixed_order(data: ImageSet) -> Tensor:
+    """Return the numbers of all samples in a random order that is always the same: int64, (n,)."""
+    return torch.randperm(len(data), generator=generator(0, "train subset"))
 
 
 # A loader returns what may be trained on, what must not, and how many of the former validate.

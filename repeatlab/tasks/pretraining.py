@@ -19,12 +19,8 @@ from torch.nn import functional
 from repeatlab.core.schema import Model
 from repeatlab.core.seeding import derive
 from repeatlab.data import load_splits
-from repeatlab.tasks.classification import (
-    ClassifierConfig,
-    make_classifier,
-    make_stream,
-    of_classes,
-)
+from repeatlab.tasks.classification import ClassifierConfig, make_classifier, of_classes
+from repeatlab.tasks.dataset import make_stream
 
 MOMENTUM = 0.9
 

@@ -36,7 +36,7 @@ from repeatlab.methods.sampling import (
 from repeatlab.methods.sampling.running import RunningSampler, Selection
 from repeatlab.methods.selection import draw, draw_distinct, importance_sampling, percentile, tau
 from repeatlab.tasks import TASKS, load_task
-from repeatlab.tasks.dataset import cross_entropy_bounds
+from repeatlab.tasks.classification import cross_entropy_bounds
 from repeatlab.tasks.models import norm_cnn
 from repeatlab.training import loop
 from repeatlab.training.checkpoint import digest

@@ -15,7 +15,7 @@ from torch.nn import functional
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.data import stl10
 from repeatlab.data.unlabelled import EpochOrder, labelled_subset
-from repeatlab.tasks import dataset, semisupervised
+from repeatlab.tasks import dataset, learner
 from repeatlab.tasks.models import build_classifier
 from repeatlab.tasks.optimization import chosen
 from repeatlab.tasks.semisupervised import SemiBatch, SemiSupervised, SemiSupervisedConfig
@@ -367,9 +367,8 @@ def test_stl10_s_unlabelled_images_are_taken_from_their_file(tmp_path, monkeypat
     sums = {name: md5(content).hexdigest() for name, content in files.items()}
     monkeypatch.setattr(stl10, "STL10", stl10.Source("stl10", "", sums, {}))
     monkeypatch.setenv("REPEATLAB_DATA", str(tmp_path))
-    loaded = semisupervised.load_splits("stl10", validation=20)
-    for module in (semisupervised, dataset):
-        monkeypatch.setattr(module, "load_splits", lambda *_, **__: loaded)
+    loaded = dataset.load_splits("stl10", validation=20)
+    monkeypatch.setattr(dataset, "load_splits", lambda *_, **__: loaded)
 
     config = {"dataset": "stl10", "labels": None, "model": "resnet18", "batch_size": 2, "mu": 1}
     task = build(**config)
@@ -437,7 +436,7 @@ def test_an_evaluation_leaves_no_trace(split):
 
 
 def test_metrics_are_those_of_scikit_learn_on_the_ema_network(monkeypatch):
-    monkeypatch.setattr(semisupervised, "EVALUATION_BATCH", 100)
+    monkeypatch.setattr(learner, "EVALUATION_BATCH", 100)
     task = build(lr=0.05, ema_decay=0.5, threshold=0.6, width=8)
     for index in range(40):
         task.step(task.fresh_batch(index), ignore)
