@@ -186,11 +186,11 @@ def _digits(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
 
 def _mnist(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
     """60,000 + 10,000 digits of 28 x 28 pixels."""
-    contents = sources.read(sources.MNIST, root)
+    folder = sources.prepare(sources.MNIST, root) / "MNIST" / "raw"
 
     def part(prefix: str) -> ImageSet:
-        images = _idx(contents[f"MNIST/raw/{prefix}-images-idx3-ubyte"])
-        labels = _idx(contents[f"MNIST/raw/{prefix}-labels-idx1-ubyte"])
+        images = _idx((folder / f"{prefix}-images-idx3-ubyte").read_bytes())
+        labels = _idx((folder / f"{prefix}-labels-idx1-ubyte").read_bytes())
         return ImageSet(images.unsqueeze(1), labels.to(torch.int64))
 
     return part("train"), part("t10k"), 5_000
@@ -206,14 +206,11 @@ def _idx(content: bytes) -> Tensor:
 
 def _cifar10(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
     """50,000 + 10,000 colour images of 32 x 32 pixels."""
-    contents = sources.read(sources.CIFAR10, root)
+    folder = sources.prepare(sources.CIFAR10, root) / "cifar-10-batches-py"
 
     def part(*files: str) -> ImageSet:
-        # Pickles run code: these bytes have been held to their checksums.
-        batches = [
-            pickle.loads(contents[f"cifar-10-batches-py/{file}"], encoding="latin1")
-            for file in files
-        ]
+        # Pickles run code: these files have been held to their checksums.
+        batches = [pickle.loads((folder / file).read_bytes(), encoding="latin1") for file in files]
         images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
         labels = np.concatenate([batch["labels"] for batch in batches]).astype(np.int64)
         return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
