@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repeatlab.core.schema import ConfigError, did_you_mean
 from repeatlab.data import DATASETS, ImageSet, Splits, TrainStream, gather, load_splits
+from repeatlab.data.own_data import is_path
 from repeatlab.data.unlabelled import labelled_subset
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.learner import LearningTask
@@ -25,9 +26,10 @@ AUGMENTATION = {
 
 
 class DatasetTaskConfig(TaskConfig):
-    """A task on one of `repeatlab.data.DATASETS`; by default the embedded one."""
+    """A task on one of `repeatlab.data.DATASETS`, by default the embedded one, or on own data."""
 
     dataset: str = "digits"
+    """A name, or the path of a folder of images by class or an .npz file; see `data.own_data`."""
 
     def prepare(self) -> None:
         self.check_sizes(load_splits(self.dataset))
@@ -49,9 +51,19 @@ class DatasetTaskConfig(TaskConfig):
     @field_validator("dataset")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in DATASETS:
-            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
-        return value
+        return known_dataset(value)
+
+
+def known_dataset(name: str) -> str:
+    """Return the name of a dataset if it can be one; a path is looked at by `prepare`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if name not in DATASETS and not is_path(name):
+        hint = did_you_mean(name, DATASETS)
+        raise ValueError(f"unknown dataset {name!r}; {hint}; own data by a path: ./{name}")
+    return name
 
 
 class DatasetTask(LearningTask):
@@ -98,7 +110,13 @@ class DatasetTask(LearningTask):
 
 
 def make_stream(
-    train: ImageSet, data: Splits, *, batch_size: int, seed: int, augment: bool = True
+    train: ImageSet,
+    data: Splits,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: bool = True,
+    fill: bool = False,
 ) -> TrainStream:
     """Return the fresh batches of `train`, normalised and augmented as the dataset usually is."""
     padding, flip = AUGMENTATION.get(data.name, (0, False)) if augment else (0, False)
@@ -110,6 +128,7 @@ def make_stream(
         std=data.std,
         crop_padding=padding,
         flip=flip,
+        fill=fill,
     )
 
 

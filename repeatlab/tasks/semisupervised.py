@@ -16,7 +16,8 @@ at first, so that `unsupervised` starts at 0 and rises, and `total` starts at ln
 One *sample* of the sampling methods is a labelled image with its mu unlabelled companions: its loss
 is its supervised loss + lambda_u times the mean over its companions. The mean over samples is the
 driver (with BatchNorm up to the mode of the network, which is evaluation in `sample_losses`).
-`mu: 0` trains on the labels alone. The ledger's distinct samples are labelled ones.
+`mu: 0` trains on the labels alone. The ledger's distinct samples are labelled ones. Labels that
+are fewer than B are repeated to fill a batch, as public implementations do: 40 of them, say.
 
 Under repetition: pseudo-labels and mask are computed anew at every visit, from weights that have
 moved; the views stay the same unless the method asks for `fresh_views`; the evaluated network, an
@@ -91,19 +92,22 @@ class SemiSupervisedConfig(ImageModelConfig):
 
     def check_sizes(self, data: Splits) -> None:
         train = keep_labels(data.train, self.labels, self.split_seed)
-        check_batch_size("batch_size", self.batch_size, len(train), self.dataset)
+        if self.labels is None:
+            check_batch_size("batch_size", self.batch_size, len(train), self.dataset)
 
     def refusals(self) -> dict[str, str]:
-        return super().refusals() | {
+        refused = {
             "rho_loss": "pseudo-labels move with the network, so that no loss is irreducible"
         }
+        if self.labels is not None and self.labels < self.batch_size:
+            few = f"its {self.labels} labels are fewer than the different samples of a batch"
+            refused |= dict.fromkeys(("unweighted", "online"), few)
+        return super().refusals() | refused
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
         if not self.mu and self.driver == "unsupervised":
             raise ValueError("mu: 0 leaves no unsupervised loss to drive with")
-        if self.labels is not None and self.labels < self.batch_size:
-            raise ValueError(f"batch_size {self.batch_size} exceeds the {self.labels} labels")
         return self
 
 
@@ -143,7 +147,9 @@ class SemiSupervised(ClassifierTask):
     def __init__(self, config: SemiSupervisedConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
         self.labelled = keep_labels(self.data.train, config.labels, config.split_seed)
-        self.stream = make_stream(self.labelled, self.data, batch_size=config.batch_size, seed=seed)
+        self.stream = make_stream(
+            self.labelled, self.data, batch_size=config.batch_size, seed=seed, fill=True
+        )
         # Images without labels: those of the train split, labelled ones included as in the paper,
         # or STL-10's own, which stay in their file.
         mapped = config.dataset == "stl10" and config.mu > 0

@@ -25,8 +25,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.core.schema import ConfigError, did_you_mean
-from repeatlab.data import DATASETS, Batch, ImageSet, Splits, load_splits
+from repeatlab.core.schema import ConfigError
+from repeatlab.data import Batch, ImageSet, Splits, load_splits
 from repeatlab.data.datasets import fixed_order
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
@@ -35,7 +35,7 @@ from repeatlab.tasks.classification import (
     metrics_of,
     of_classes,
 )
-from repeatlab.tasks.dataset import check_batch_size, keep_labels, make_stream
+from repeatlab.tasks.dataset import check_batch_size, keep_labels, known_dataset, make_stream
 from repeatlab.tasks.learner import Learner
 from repeatlab.tasks.models import drawn_from
 from repeatlab.tasks.pretraining import PretrainingConfig, pretrained
@@ -69,9 +69,7 @@ class TransferConfig(ClassifierConfig):
     @field_validator("source")
     @classmethod
     def _source_known(cls, value: str | None) -> str | None:
-        if value is not None and value not in DATASETS:
-            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
-        return value
+        return value if value is None else known_dataset(value)
 
 
 class Transfer(ClassifierTask):
@@ -92,7 +90,7 @@ class Transfer(ClassifierTask):
             train, self.data, batch_size=config.batch_size, seed=seed, augment=config.augment
         )
         network, self.pretraining = pretrained(
-            config.model_copy(update={"dataset": source.name}),
+            config.model_copy(update={"dataset": config.source or config.dataset}),
             config.pretraining,
             known,
             len(known),

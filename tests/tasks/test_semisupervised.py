@@ -493,7 +493,6 @@ def test_pictures_are_views_in_grey_levels():
         ({"dataset": "digit"}, "did you mean 'digits'"),
         ({"mu": 0, "driver": "unsupervised"}, "mu: 0 leaves no unsupervised loss"),
         ({"optimizer": {"name": "nesterov", "momentum": 0.0}}, "optimizer: momentum must be above"),
-        ({"labels": 10, "batch_size": 20}, "batch_size 20 exceeds the 10 labels"),
         ({"threshold": 1.5}, "threshold"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"driver": "ema"}, "driver"),
@@ -530,3 +529,37 @@ def test_the_defaults_are_the_plan_s():
     assert (config.lr, config.batch_size) == (1e-3, 64)
     assert config.optimizer == chosen("momentum", momentum=0.9, weight_decay=0.0)
     assert (config.threshold, config.unlabelled_weight, config.ema_decay) == (0.95, 1.0, 0.999)
+
+
+# --- fewer labels than a batch ------------------------------------------------------------------
+
+
+def test_40_labels_are_repeated_to_fill_a_batch_of_64_evenly(tmp_path):
+    task = build(labels=40, batch_size=64, mu=1)
+    seen = torch.zeros(40, dtype=torch.int64)
+    for index in range(50):
+        indices = task.fresh_batch(index).indices
+        counts = indices.bincount(minlength=40)
+        assert len(indices) == 64
+        assert int(counts.max()) <= 2  # 64 of 40 labels, each twice
+        assert int((counts > 0).sum()) >= 32
+        seen += counts
+    assert (seen.double() / 80 - 1).abs().max() < 0.25
+    assert not torch.equal(task.fresh_batch(0).indices, task.fresh_batch(1).indices)
+    run = {
+        "task": {"name": "semisupervised", "labels": 40, "batch_size": 64, "mu": 1, "width": 2},
+        "max_updates": 3,
+        "evaluation": {"splits": [], "test": False},
+    }
+    assert train(parse(RunConfig, run), tmp_path).status == {"status": "complete"}
+
+
+@pytest.mark.parametrize("sampler", [{"name": "hard_mining"}, {"name": "online"}])
+def test_different_samples_cannot_fill_it(sampler):
+    run = {
+        "task": {"name": "semisupervised", "labels": 40, "batch_size": 64},
+        "method": {"sampler": sampler},
+        "max_updates": 3,
+    }
+    with pytest.raises(ConfigError, match="40 labels are fewer than the different samples"):
+        parse(RunConfig, run)
