@@ -90,11 +90,15 @@ class DatasetTask(LearningTask):
     def batch_size(self) -> int:
         return self.stream.batch_size
 
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> Any:
+        """Return the samples `indices`, int64, (b,), as fresh batch `index` looks at its visit."""
+        return self.stream.batch_of(indices, index, view=visit)
+
     def fresh_batch(self, index: int) -> Any:
-        return self.batch_of(self.stream.indices(index), index)
+        return self.make_batch(self.stream.indices(index), index)
 
     def refresh(self, batch: Any, visit: int) -> Any:
-        return self.stream.batch_of(batch.indices, batch.index, view=visit)
+        return self.make_batch(batch.indices, batch.index, visit)
 
     def population(self, index: int) -> range:
         return range(len(self.stream.data))
@@ -103,7 +107,7 @@ class DatasetTask(LearningTask):
         return self.fresh_batch(block)
 
     def batch_of(self, indices: Tensor, index: int) -> Any:
-        return self.stream.batch_of(indices, index)
+        return self.make_batch(indices, index)
 
     def pick(self, blocks: Sequence[Any], picks: Tensor, index: int) -> Any:
         return gather(blocks, picks, index)

@@ -137,7 +137,7 @@ class Generative(DatasetTask):
     def refresh(self, batch: Batch, visit: int) -> Batch:
         return batch
 
-    def batch_of(self, indices: Tensor, index: int) -> Batch:
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> Batch:
         return self._framed(self.stream.batch_of(indices, index))
 
     def _framed(self, batch: Batch) -> Batch:

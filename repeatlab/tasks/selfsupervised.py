@@ -148,12 +148,6 @@ class SelfSupervised(DatasetTask):
 
     # --- batches ------------------------------------------------------------------------------
 
-    def refresh(self, batch: ViewBatch, visit: int) -> ViewBatch:
-        return self._batch(batch.indices, batch.index, visit)
-
-    def batch_of(self, indices: Tensor, index: int) -> ViewBatch:
-        return self._batch(indices, index, 0)
-
     def pick(self, blocks: Sequence[ViewBatch], picks: Tensor, index: int) -> ViewBatch:
         """Return the images `picks`, each with both its views."""
         first, second = zip(*(block.views.chunk(2) for block in blocks), strict=True)
@@ -161,9 +155,9 @@ class SelfSupervised(DatasetTask):
         indices = torch.cat([block.indices for block in blocks])
         return ViewBatch(torch.cat(views), indices.index_select(0, picks), index)
 
-    def _batch(self, indices: Tensor, index: int, view: int) -> ViewBatch:
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> ViewBatch:
         images = self.data.train.images.index_select(0, indices)
-        views = self._two_views(images, generator(self.seed, f"views/{view}", index))
+        views = self._two_views(images, generator(self.seed, f"views/{visit}", index))
         return ViewBatch(views, indices, index)
 
     def _two_views(self, images: Tensor, draws: torch.Generator) -> Tensor:

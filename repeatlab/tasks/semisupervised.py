@@ -174,8 +174,8 @@ class SemiSupervised(ClassifierTask):
     def refresh(self, batch: SemiBatch, visit: int) -> SemiBatch:
         return self._batch(batch.indices, batch.unlabelled, batch.index, visit)
 
-    def batch_of(self, indices: Tensor, index: int) -> SemiBatch:
-        return self._batch(indices, self.order.piece(index), index, 0)
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> SemiBatch:
+        return self._batch(indices, self.order.piece(index), index, visit)
 
     def pick(self, blocks: Sequence[SemiBatch], picks: Tensor, index: int) -> SemiBatch:
         """Return the labelled images `picks`, each with its own companions."""

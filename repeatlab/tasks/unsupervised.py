@@ -102,16 +102,11 @@ class Unsupervised(DatasetTask):
         self.noise = generator(seed, "epsilon")
         self.fid = Fid(self.data, config.extractor)
 
-    def refresh(self, batch: Batch, visit: int) -> Batch:
-        return self._binarized(self.stream.batch_of(batch.indices, batch.index), visit)
-
-    def batch_of(self, indices: Tensor, index: int) -> Batch:
-        return self._binarized(self.stream.batch_of(indices, index))
-
-    def _binarized(self, batch: Batch, visit: int = 0) -> Batch:
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> Batch:
+        batch = self.stream.batch_of(indices, index)
         if not self.config.binarize:
             return batch
-        draws = generator(self.seed, f"binarize/{visit}" if visit else "binarize", batch.index)
+        draws = generator(self.seed, f"binarize/{visit}" if visit else "binarize", index)
         return batch._replace(images=binarize(batch.images, draws))
 
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
