@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from repeatlab.tasks.optimization import Descent
+    from repeatlab.tasks.optimization import OptimizerStep
 
 TASKS: dict[str, str] = {
     "supervised": "repeatlab.tasks.supervised:Supervised",
@@ -84,7 +84,7 @@ class Task(Protocol):
     Attributes:
         Config: The task's configuration model.
         optimizers: Every optimizer of the task; the loop sets their learning rates.
-        descents: What moves weights with them, each with a `lap` for who times an update.
+        optimizer_steps: What moves weights with them, each with a `lap` for who times an update.
         batch_size: b, the samples of a fresh batch.
         device: Where batches are.
         forward_samples: Samples that go forward in one update.
@@ -97,7 +97,7 @@ class Task(Protocol):
 
     Config: ClassVar[type[TaskConfig]]
     optimizers: Sequence[Optimizer]
-    descents: Sequence[Descent]
+    optimizer_steps: Sequence[OptimizerStep]
     batch_size: int
     device: Any
     forward_samples: int

@@ -132,18 +132,7 @@ class Fid:
         """Return the features of uint8 images (n, channels, height, width): float64, (n, d)."""
         network = load_extractor(self.extractor, self.data, images.device)
         pieces = images.split(BATCH[self.extractor])
-        return torch.cat([network(piece) for piece in pieces]).double().cpu().numpy()
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Return images in [0, 1] as uint8, rounded to the nearest of 256 levels."""
-    return images.mul(255).round().clamp(0, 255).to(torch.uint8)
-
-
-def as_pictures(images: Tensor) -> np.ndarray:
-    """Return uint8 images (n, channels, height, width) as (n, height, width[, 3])."""
-    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures
+        return torch.cat([network(piece) for piece in pieces]).cpu().double().numpy()
 
 
 def prepare(extractor: Extractor, dataset: str) -> None:

@@ -51,7 +51,7 @@ class ObservedTask(StandIn):
     after its last move, such as an average of the weights, counts as optimizer.
 
     Args:
-        task: The task; its descents tell `lap` of their parts from now on.
+        task: The task; its optimizer steps tell `lap` of their parts from now on.
         lap: Called with "data", "scoring", "forward", "backward", "optimizer" or "evaluation" at
             the end of each, and with "recording" at the end of all that is none of these.
     """
@@ -59,8 +59,8 @@ class ObservedTask(StandIn):
     def __init__(self, task: Task, lap: Callable[[str], None]) -> None:
         super().__init__(task)
         self._lap = lap
-        for descent in task.descents:
-            descent.lap = lap
+        for step in task.optimizer_steps:
+            step.lap = lap
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.task, name)

@@ -31,7 +31,7 @@ from repeatlab.studies.diagnostics.prediction import (
 )
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS, TaskConfig
-from repeatlab.tasks.optimization import Descent
+from repeatlab.tasks.optimization import OptimizerStep
 from repeatlab.tasks.precision import Precision
 from repeatlab.tasks.reinforcement import ReinforcementConfig
 from repeatlab.tasks.replay_buffer import ReplayBuffer
@@ -125,8 +125,10 @@ class Toy:
     def __init__(self, config: ToyConfig, *, seed: int, device: str) -> None:
         self.weights = [nn.Parameter(torch.ones(())) for _ in range(config.networks)]
         how = SimpleNamespace(optimizer=SlowSettings(), lr=config.lr, clip_norm=None)
-        self.descents = [Descent([w], how, Precision(), device=device) for w in self.weights]
-        self.optimizers = [descent.optimizer for descent in self.descents]
+        self.optimizer_steps = [
+            OptimizerStep([w], how, Precision(), device=device) for w in self.weights
+        ]
+        self.optimizers = [step.optimizer for step in self.optimizer_steps]
         self.batch_size, self.cold = config.batch_size, config.cold
         self.forward_samples, self.backward_samples = 3 * self.batch_size, self.batch_size
         self.scoring_samples = self.bound_samples = self.forward_samples
@@ -156,13 +158,15 @@ class Toy:
         return batch
 
     def step(self, batch, report, weights=None):
-        for number, (weight, descent) in enumerate(zip(self.weights, self.descents, strict=True)):
+        for number, (weight, step) in enumerate(
+            zip(self.weights, self.optimizer_steps, strict=True)
+        ):
             loss = Passes.apply(weight) ** 2
             if weights is not None:
                 Clock.take("weights")
             if number == 0:
                 report(loss.detach(), *(() if weights is None else (batch.values, batch.values)))
-            descent(loss)
+            step(loss)
         Clock.take("after")
         if 0 < self.steps < 1 + self.cold:  # of a loop; one was made before any
             Clock.take("cold")

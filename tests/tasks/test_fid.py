@@ -12,9 +12,10 @@ from torch import nn
 
 from repeatlab.core.tensor_files import write_tensors
 from repeatlab.data import DataError, Splits, load_splits
+from repeatlab.data.augment import to_uint8
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.tasks import fid
-from repeatlab.tasks.fid import Fid, frechet_distance, gaussian_distance, moments, to_uint8
+from repeatlab.tasks.fid import Fid, frechet_distance, gaussian_distance, moments
 
 
 @pytest.fixture(autouse=True, scope="module")

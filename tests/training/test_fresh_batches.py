@@ -603,14 +603,14 @@ def test_prefetched_batches_are_the_same_and_made_beside_the_updates(
     store, tmp_path, monkeypatch, name
 ):
     threads = []
-    fresh_batch = TrainStream.fresh_batch
+    batch_of = TrainStream.batch_of
 
-    def noted(self: TrainStream, index: int, view: int = 0) -> Batch:
+    def noted(self: TrainStream, indices: torch.Tensor, index: int, view: int = 0) -> Batch:
         threads.append(current_thread() is main_thread())
-        return fresh_batch(self, index, view)
+        return batch_of(self, indices, index, view)
 
     plain = train(run_config(LOADED[name], max_updates=40), store)
-    monkeypatch.setattr(TrainStream, "fresh_batch", noted)
+    monkeypatch.setattr(TrainStream, "batch_of", noted)
     config = run_config(LOADED[name], max_updates=40, loader={"prefetch": True})
     run = train(config, tmp_path)
     assert run.path.name != plain.path.name

@@ -174,7 +174,7 @@ class Group:
         kind = STACKS[config.task.name].task
         task = loop.build_task(config, self.device, kind=kind, **parts)
         if isinstance(task, Reinforcement):
-            self._beginnings.setdefault(config.seed, task.actor.state_dict())
+            self._beginnings.setdefault(config.seed, task.lived())
             return task, task
         self._data = task.data
         sharing = SharedBatches(task, self._batches.get(config.seed))

@@ -14,9 +14,14 @@ from repeatlab.data import Batch
 from repeatlab.studies.lockstep.network import StackedMLP
 from repeatlab.studies.lockstep.optimizers import StackedOptimizer
 from repeatlab.tasks import Task
-from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
-from repeatlab.tasks.q_learning import double_q_targets, greedy, taken
-from repeatlab.tasks.reinforcement import Reinforcement
+from repeatlab.tasks.reinforcement import (
+    Played,
+    Reinforcement,
+    double_q_targets,
+    greedy,
+    play_greedily,
+    taken,
+)
 from repeatlab.tasks.replay_buffer import Transitions, in_columns
 from repeatlab.tasks.supervised import Supervised
 
@@ -201,7 +206,7 @@ class ReinforcementStack:
             return self._agents(seen.view(arms, -1, 4)).flatten(0, 1)
 
         device = self._gradient.device
-        return greedy_episodes(config, split, values, device=device, agents=arms)
+        return play_greedily(config, split, values, device=device, agents=arms)
 
 
 STACKS: dict[str, type[Stack]] = {
