@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from repeatlab.analysis.effects import adjusted, finding, spread
+from repeatlab.analysis.effects import (
+    RANKED,
+    AdjustedFinding,
+    finding,
+    holm_adjusted,
+    spread,
+    standardised,
+)
 from repeatlab.analysis.statistics import (
     NO_INTERVAL,
     Interval,
@@ -43,58 +50,60 @@ def comparison_table(frame: pd.DataFrame, *, seed: int = 0, resamples: int = 999
 
     Returns:
         Columns task, method, against; n, n_missing, n_diverged (pairs); difference with low, high
-        and `interval` (what they are: "t", or "signed ranks" where a run diverged, of the pairwise
-        means' median), bootstrap_low, bootstrap_high and `bootstrap` (bca, percentile or none);
-        median of the differences; standardised, standardised_low and standardised_high (in the sd
-        of the other arm over its seeds, taken as known; NaN if undefined); probability that a run
-        of the method is the better one; p, p_adjusted (Holm), least_p_adjusted (what it could have
-        been at best, given the other comparisons); decision ("better", "worse", "undecided": the
-        interval and p_adjusted < 0.05 must both say so, and no pair may be missing); note.
+        and `interval` (what they invert: "sign flip", or "signed ranks" where a run diverged, of
+        the pairwise means' median; infinite below six pairs), bootstrap_low, bootstrap_high and
+        `bootstrap` (bca, percentile or none); median of the differences; standardised,
+        standardised_low and standardised_high (in units of `effects.spread`, taken as known; NaN if
+        undefined); probability that a run of the method is the better one; p, p_adjusted (Holm),
+        least_p_adjusted (what it could have been at best, given the other comparisons); decision
+        ("equal" where no pair differs; "better" or "worse" where p_adjusted < 0.05; "undecided";
+        where a pair is missing nothing is decided); note.
     """
-    keys, found, groups = [], [], []
-    for key, group in frame.groupby(["task", "method", "against"], sort=False):
-        keys.append(key)
-        groups.append(group)
-        found.append(finding(group, seed=seed))
-    rows = []
-    for key, group, judged in zip(keys, groups, adjusted(found), strict=True):
-        one, effect = judged.finding, judged.finding.effect
-        differences = group["difference"].dropna().to_numpy(float)
-        bootstrap = (
-            bootstrap_interval(differences, seed=seed, resamples=resamples)
-            if resamples
-            else NO_INTERVAL
-        )
-        scale = spread(group["other"])
-        rows.append(
-            {
-                **dict(zip(["task", "method", "against"], key, strict=True)),
-                "n": effect.n,
-                "n_missing": one.gaps,
-                "n_diverged": one.diverged,
-                "difference": effect.estimate,
-                **_limits("", effect.interval, "interval"),
-                **_limits("bootstrap_", bootstrap, "bootstrap"),
-                "median": np.median(differences) if len(differences) else np.nan,
-                "standardised": effect.estimate / scale,
-                "standardised_low": effect.interval.low / scale,
-                "standardised_high": effect.interval.high / scale,
-                "probability": _probability(group),
-                "p": effect.p,
-                "p_adjusted": judged.p,
-                "least_p_adjusted": judged.least_p,
-                "decision": WORDS[judged.direction],
-                "note": one.note,
-            }
-        )
+    groups = dict(list(frame.groupby(["task", "method", "against"], sort=False)))
+    findings = holm_adjusted(finding(group, seed=seed) for group in groups.values())
+    rows = [
+        dict(zip(["task", "method", "against"], key, strict=True))
+        | _row(group, one, seed=seed, resamples=resamples)
+        for (key, group), one in zip(groups.items(), findings, strict=True)
+    ]
     return pd.DataFrame(rows, columns=TABLE)
+
+
+def _row(
+    group: pd.DataFrame, adjusted: AdjustedFinding, *, seed: int, resamples: int
+) -> dict[str, Any]:
+    one, effect = adjusted.finding, adjusted.finding.effect
+    known = group.dropna(subset="difference")
+    differences = known["difference"].to_numpy(float)
+    bootstrap = NO_INTERVAL
+    if resamples:
+        bootstrap = bootstrap_interval(differences, seed=seed, resamples=resamples)
+    scale = spread(known["value"], known["other"])
+    return {
+        "n": effect.n,
+        "n_missing": one.gaps,
+        "n_diverged": one.diverged,
+        "difference": effect.estimate,
+        **_limits("", effect.interval, "interval"),
+        **_limits("bootstrap_", bootstrap, "bootstrap"),
+        "median": np.median(differences) if len(differences) else np.nan,
+        "standardised": effect.estimate / scale,
+        "standardised_low": effect.interval.low / scale,
+        "standardised_high": effect.interval.high / scale,
+        "probability": _probability(known),
+        "p": effect.p,
+        "p_adjusted": adjusted.p,
+        "least_p_adjusted": adjusted.least_p,
+        "decision": "equal" if effect.equal and not one.gaps else WORDS[adjusted.direction],
+        "note": one.note,
+    }
 
 
 def over_tasks(frame: pd.DataFrame, *, seed: int = 0, resamples: int = 9999) -> pd.DataFrame:
     """Return one row per method: its standardised improvement over all tasks together.
 
-    Every run's difference is put in the sd of the other arm over its seeds. A task where that is
-    undefined, or that has no pair, is left out and named.
+    Every run's difference is `effects.standardised`; a task of which only ranks could be taken, or
+    that has no pair, is named.
 
     Args:
         frame: What `pairs` returns, of several tasks.
@@ -109,15 +118,14 @@ def over_tasks(frame: pd.DataFrame, *, seed: int = 0, resamples: int = 9999) -> 
     for (method, against), of_method in frame.groupby(["method", "against"], sort=False):
         strata, odds, said = [], [], []
         for task, group in of_method.groupby("task", sort=False):
-            scale = spread(group["other"])
-            differences = group["difference"].dropna().to_numpy(float)
-            if gaps := len(group) - len(differences):
+            known = group.dropna(subset="difference")
+            if gaps := len(group) - len(known):
                 said.append(f"{task}: {gaps} of {len(group)} pairs missing")
-            if len(differences) and np.isfinite(scale):
-                strata.append(differences / scale)
-                odds.append(_probability(group))
-            elif len(differences):
-                said.append(f"{task}: left out, no spread to standardise by")
+            if len(known):
+                values, by_ranks = standardised(known)
+                strata.append(values)
+                odds.append(_probability(known))
+                said += [f"{task}: {RANKED}"] * by_ranks
         values = np.concatenate([np.empty(0), *strata])
         rows.append(
             {
@@ -140,7 +148,6 @@ def _limits(prefix: str, interval: Interval, kind: str | None = None) -> dict[st
     return limits | ({kind: interval.kind} if kind else {})
 
 
-def _probability(group: pd.DataFrame) -> float:
-    known = group.dropna(subset="difference")
+def _probability(known: pd.DataFrame) -> float:
     ours, theirs = (known["sign"] * known[side] for side in ("value", "other"))
     return probability_of_improvement([ours], [theirs])

@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 from repeatlab.analysis.comparison import comparison_table, over_tasks
-from repeatlab.analysis.effects import adjusted, finding, joint
+from repeatlab.analysis.effects import all_parts_p, finding, holm_adjusted
 from repeatlab.analysis.frames import Records, final_table, load, together, with_cost
 from repeatlab.analysis.paired_differences import Endpoint, pairs
-from repeatlab.analysis.statistics import holm, sign_flip
+from repeatlab.analysis.statistics import flip_interval, holm, sign_flip
 from repeatlab.cost import Ledger
 from repeatlab.store.records import Store
 
@@ -284,8 +284,7 @@ def test_every_row_says_what_it_rests_on(mixed):
     assert notes["lost"] == "2 of 8 pairs missing (t seed 2, 5)"
     assert notes["short"] == "2 of 8 pairs missing (t seed 6, 7)"
     assert notes["single"] == (
-        "7 of 8 pairs missing (t seed 1, 2, 3, 4, 5, 6, 7); no interval: a task has but one pair; "
-        "n = 1: p cannot fall below 1"
+        "7 of 8 pairs missing (t seed 1, 2, 3, 4, 5, 6, 7); n = 1: p cannot fall below 1"
     )
 
 
@@ -351,18 +350,23 @@ def study(records) -> Records:
     return records(runs)
 
 
+def _spread(ours, theirs) -> float:
+    """Return the sd within arms, pooled, with the better runs taken to be all of one arm."""
+    arms = [np.maximum(ours, theirs), np.minimum(ours, theirs)]
+    return np.sqrt(np.mean([np.var(arm, ddof=1) for arm in arms]))
+
+
 def test_a_row_is_the_paired_analysis_of_its_task(study):
     frame = pairs(study, {"a": ACCURACY, "b": ACCURACY})
     table = comparison_table(frame, seed=1, resamples=999)
     for row in table.itertuples():
         mine = frame[(frame["task"] == row.task) & (frame["method"] == row.method)]
         d, other = mine["difference"].to_numpy(), mine["other"].to_numpy()
-        expected = stats.ttest_rel(mine["value"], other)
-        limits = expected.confidence_interval(0.95)
-        assert (row.difference, row.low, row.high) == pytest.approx((d.mean(), *limits))
-        sd = other.std(ddof=1)
+        assert row.difference == pytest.approx(d.mean())
+        assert (row.low, row.high, row.interval) == flip_interval(d)
+        sd = _spread(mine["value"], mine["other"])
         assert row.standardised == pytest.approx(d.mean() / sd)
-        assert row.standardised_low == pytest.approx(limits.low / sd)
+        assert row.standardised_low == pytest.approx(row.low / sd)
         assert row.p == sign_flip(d)
         u = stats.mannwhitneyu(mine["value"], other).statistic
         assert row.probability == pytest.approx(u / 64)
@@ -387,7 +391,7 @@ def test_pooled_units_do_not_change_when_a_pair_is_swapped(study):
     turn = swapped["seed"] % 2 == 0
     swapped.loc[turn, ["value", "other"]] = frame.loc[turn, ["other", "value"]].to_numpy()
     swapped["difference"] = swapped["value"] - swapped["other"]
-    scale = {t: np.std(g[["value", "other"]].to_numpy(), ddof=1) for t, g in frame.groupby("task")}
+    scale = {t: _spread(g["value"], g["other"]) for t, g in frame.groupby("task")}
     for rows, found in ((frame, one), (swapped, finding(swapped))):
         scaled = rows["difference"] / rows["task"].map(scale)
         assert found.effect.estimate == pytest.approx(scaled.groupby(rows["task"]).mean().mean())
@@ -406,12 +410,79 @@ def test_over_tasks_is_the_trimmed_mean_of_standardised_differences(study):
     frame = pairs(study, {"a": ACCURACY, "b": ACCURACY})
     table = over_tasks(frame, seed=2, resamples=500).set_index("method")
     for method, mine in frame.groupby("method"):
-        parts = [g["difference"] / g["other"].std() for _, g in mine.groupby("task")]
+        parts = [g["difference"] / _spread(g["value"], g["other"]) for _, g in mine.groupby("task")]
         row = table.loc[method]
         assert row["iqm"] == pytest.approx(stats.trim_mean(np.concatenate(parts), 0.25))
         assert row["low"] < row["iqm"] < row["high"]
         assert (row["tasks"], row["n"]) == (2, 16)
     assert table.loc["up", "probability"] > table.loc["same", "probability"]
+
+
+def _pairs(values: dict[str, tuple[list[float], list[float]]]) -> pd.DataFrame:
+    """Return the pairs of `linear` with the standard arm: task -> both arms' values by seed."""
+    rows = [
+        pd.DataFrame(
+            {"task": task, "seed": range(len(ours)), "value": np.array(ours, float),
+             "other": np.array(theirs, float)}
+        )
+        for task, (ours, theirs) in values.items()
+    ]  # fmt: skip
+    frame = pd.concat(rows).assign(method="linear", against="standard", sign=1, status="paired")
+    return frame.assign(difference=frame["value"] - frame["other"])
+
+
+def test_a_standardised_effect_does_not_saturate():
+    """The sd of both arms joined holds the effect: of three seeds nothing could exceed 1.83."""
+    noise = np.array([0.0, 1.0, 2.0])
+    apart = {shift: ((noise + shift).tolist(), noise.tolist()) for shift in (10.0, 1000.0)}
+    for shift, values in apart.items():
+        frame = _pairs({"a": values, "b": values})
+        assert finding(frame).effect.estimate == pytest.approx(shift)  # the sd within arms is 1
+        assert over_tasks(frame, resamples=9)["iqm"].item() == pytest.approx(shift)
+
+
+def test_a_negligible_difference_on_one_task_does_not_decide_the_pool():
+    random = np.random.default_rng(0)
+    noise = {task: (random.normal(size=8), random.normal(size=8)) for task in "abcde"}
+    start = random.normal(size=8)
+    one = finding(_pairs(noise | {"tiny": (start + 1e-9, start)})).effect
+    without = finding(_pairs(noise | {"tiny": (start, start)})).effect
+    assert one.estimate == pytest.approx(without.estimate, abs=1e-6)
+    assert one.p == pytest.approx(without.p, abs=0.02)  # of random signs
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 8])
+def test_equal_fractions_have_no_spread(seeds):
+    """Of equal fractions numpy's sd is often not 0: what is divided by it is any number."""
+    for fraction in (0.95, 1 / 3, 0.1):
+        frame = _pairs({"a": ([0.9] * seeds, [fraction] * seeds), "b": (list(range(seeds)), [1.0] * seeds)})
+        table = comparison_table(frame, resamples=0).set_index("task")
+        assert np.isnan(table.loc["a", "standardised"])
+        both = over_tasks(frame, resamples=9).iloc[0]
+        assert both["note"] == finding(frame).note.split("; ")[-1]
+        assert both["note"] == "a: by signed ranks, as it has no sd"
+        assert both["mean"] == pytest.approx(finding(frame).effect.estimate)
+
+
+def test_a_task_on_which_the_standard_arm_is_perfect_counts():
+    """Dropping it, as its own sd is 0, would drop what speaks against the method."""
+    frame = _pairs({"perfect": ([0.5, 0.7, 0.6], [1.0] * 3), "t": ([3.0, 4, 5], [2.0, 3, 4])})
+    table = over_tasks(frame, resamples=9).iloc[0]
+    assert (table["tasks"], table["note"]) == (2, "")
+    assert table["mean"] < 0
+    assert table["mean"] == pytest.approx(finding(frame).effect.estimate)
+
+
+def test_pairs_without_any_difference_are_equal_not_few():
+    values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    row = comparison_table(_pairs({"t": (values, values)}), resamples=0).iloc[0]
+    assert (row["decision"], row["note"]) == ("equal", "all 8 pairs are equal")
+    assert str(*holm_adjusted([finding(_pairs({"t": (values, values)}))])).endswith(
+        "n = 8 (equal in all pairs)"
+    )
+    flat = _pairs({"t": ([1.0] * 8, [1.0] * 8), "u": (values, values)})
+    assert finding(flat).effect.equal
+    assert over_tasks(flat, resamples=9)["tasks"].item() == 2
 
 
 def test_over_tasks_says_what_it_lacks(mixed):
@@ -432,15 +503,17 @@ def test_a_family_of_seven_cannot_be_decided_with_eight_seeds(records):
         assert set(comparison_table(frame, resamples=0)["decision"]) == {decision}
 
 
-def test_a_task_without_spread_is_left_out_by_name(records):
+def test_a_task_without_spread_counts_by_its_ranks(records):
     runs = {}
     for seed in range(3):
         runs |= {("flat", "standard", seed): [0, 1.0], ("flat", "a", seed): [0, 2.0]}
         runs |= {("t", "standard", seed): [0, 1.0 * seed], ("t", "a", seed): [0, 2.0]}
     frame = pairs(records(runs), {"flat": ACCURACY, "t": ACCURACY})
     row = over_tasks(frame, resamples=99).iloc[0]
-    assert (row["tasks"], row["n"]) == (1, 3)
-    assert row["note"] == "flat: left out, no spread to standardise by"
+    assert (row["tasks"], row["n"]) == (2, 6)
+    assert row["note"] == "flat: by signed ranks, as it has no sd"
+    # Three equal differences are one sd each, whatever they are; those of t are 2, 1, 0.
+    assert row["mean"] == pytest.approx((3 + 3 / np.sqrt(0.25 + 1 / 4)) / 6)
     flat = comparison_table(frame, resamples=0).iloc[0]
     assert flat["difference"] == 1.0
     assert np.isnan(flat["standardised"])
@@ -462,29 +535,29 @@ NOTHING = finding(pd.DataFrame(columns=["task", "status", "value", "other", "dif
 
 def test_all_parts_must_hold_and_the_weakest_decides():
     weak = _finding(1, 2, 3, 4, 5, 6, 7, -1)
-    assert joint([UP, weak]) == (weak.p, 1)
-    assert joint([UP, UP]) == (UP.p, 1)
+    assert all_parts_p([UP, weak]) == (weak.p, 1)
+    assert all_parts_p([UP, UP]) == (UP.p, 1)
 
 
 def test_a_part_reversed_is_counted_among_the_parts():
-    assert joint([UP, DOWN, UP]) == (3 * DOWN.p, -1)
+    assert all_parts_p([UP, DOWN, UP]) == (3 * DOWN.p, -1)
     # What is needed besides has to hold, and reverses nothing.
-    assert joint([UP], [UP]) == (UP.p, 1)
-    assert joint([UP, UP], [DOWN]) == (1.0, 0)
-    assert joint([UP, DOWN], [DOWN]) == (2 * DOWN.p, -1)
-    assert joint([UP, FLAT]) == (pytest.approx(min(1, 2 * FLAT.p)), 0)
+    assert all_parts_p([UP], [UP]) == (UP.p, 1)
+    assert all_parts_p([UP, UP], [DOWN]) == (1.0, 0)
+    assert all_parts_p([UP, DOWN], [DOWN]) == (2 * DOWN.p, -1)
+    assert all_parts_p([UP, FLAT]) == (pytest.approx(min(1, 2 * FLAT.p)), 0)
 
 
 def test_no_claim_without_all_parts():
     for parts in ([], [UP, NOTHING]):
-        p, direction = joint(parts)
+        p, direction = all_parts_p(parts)
         assert np.isnan(p)
         assert direction == 0
 
 
 def test_a_finding_is_adjusted_with_all_that_share_the_level():
     seven = _finding(1, -1, 1, -1, 1, -1, 1.5)
-    one, other = adjusted([UP, seven], [0.5])
+    one, other = holm_adjusted([UP, seven], [0.5])
     assert one.p == one.least_p == 3 * 2**-7
     assert other.least_p == 2 * 2**-6  # the first is smaller still, and goes first
     assert one.family == 3

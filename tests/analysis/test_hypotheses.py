@@ -14,6 +14,7 @@ from repeatlab.analysis.frames import Records, load
 from repeatlab.analysis.hypotheses import HYPOTHESES, judge, verdict_table
 from repeatlab.analysis.paired_differences import Endpoint
 from repeatlab.analysis.planned_comparisons import Evidence, Plan, gather, hardness
+from repeatlab.analysis.statistics import flip_interval
 from repeatlab.cost import Ledger
 from repeatlab.store.records import Store
 
@@ -125,9 +126,9 @@ def test_numbers_are_those_of_the_comparison():
     study = evidence(np.random.default_rng(4), tasks=1, seeds=10, gain={"linear": 1.0})
     numbers = judge(study, PLAN)[1].numbers["linear"]
     mine = study.cost[study.cost["method"] == "linear"]
-    expected = stats.ttest_rel(mine["value"], mine["other"]).confidence_interval(0.95)
+    limits = flip_interval(mine["difference"])
     assert numbers["estimate"] == pytest.approx(mine["difference"].mean())
-    assert (numbers["low"], numbers["high"]) == pytest.approx((expected.low, expected.high))
+    assert (numbers["low"], numbers["high"], numbers["interval"]) == limits
     assert (numbers["n"], numbers["tasks"], numbers["comparisons"]) == (10, 1, 5)
     p = stats.permutation_test(
         (mine["difference"],), np.mean, permutation_type="samples", n_resamples=np.inf
