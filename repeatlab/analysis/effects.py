@@ -119,7 +119,8 @@ def _notes(of_method: pd.DataFrame, effect: Effect, gaps: int, diverged: int) ->
         ]
         said.append(f"{gaps} of {len(of_method)} pairs {why} ({'; '.join(which)})")
     if diverged:
-        said.append(f"{diverged} diverged, counted as worst by rank")
+        worst = ", counted as worst by rank" * bool(np.isinf(of_method["difference"]).any())
+        said.append(f"{diverged} diverged{worst}")
     ties = int((of_method["difference"] == 0).sum())
     if effect.n and effect.equal:
         said.append(f"all {effect.n} pairs are equal")

@@ -9,13 +9,14 @@ from scipy import stats
 
 from repeatlab.analysis.comparison import comparison_table, over_tasks
 from repeatlab.analysis.effects import all_parts_p, finding, holm_adjusted
-from repeatlab.analysis.frames import Records, final_table, load, together, with_cost
+from repeatlab.analysis.frames import Records, final_table, load, to_target, together, with_cost
 from repeatlab.analysis.paired_differences import Endpoint, pairs
 from repeatlab.analysis.statistics import flip_interval, holm, sign_flip
+from repeatlab.analysis.target_times import kaplan_meier
 from repeatlab.cost import Ledger
 from repeatlab.store.records import Store
 
-ACCURACY, LOSS = Endpoint(metric="accuracy"), Endpoint(metric="loss")
+ACCURACY, LOSS = Endpoint(metric="accuracy", k=2.0), Endpoint(metric="loss")
 EVERY, BATCH = 10, 4
 
 
@@ -153,7 +154,7 @@ def test_the_cost_is_the_ledgers(records):
     rows = pd.DataFrame([{"task": "a"} | ledger.to_json(), {"task": "b"} | ledger.to_json()])
     cost = with_cost(rows, {"a": 1.5, "b": 2.0})["cost"]
     assert cost.tolist() == [ledger.cost_units(1.5), ledger.cost_units(2.0)]
-    assert with_cost(rows)["cost"].tolist() == [ledger.cost_units(2.0)] * 2
+    assert with_cost(rows, 2.0)["cost"].tolist() == [ledger.cost_units(2.0)] * 2
     later = ("scoring", "holdout", "pretraining")
     old = rows.drop(columns=[name for name in rows if name.startswith(later)])
     assert with_cost(old, 2.0)["cost"].tolist() == [7 + 2 * 5 + 3 * 3] * 2
@@ -217,12 +218,13 @@ def test_what_was_not_counted_cannot_be_compared_on(records):
         ({"axis": "epoch"}, "axis must be one of update, .*; not 'epoch'"),
         ({"measure": "best"}, "measure must be one of value, .*; not 'best'"),
         ({"measure": "target"}, "there is no target for t;"),
+        ({"axis": "cost"}, "k must be given for t to compare at equal cost"),
     ],
 )
 def test_a_wrong_question_names_the_right_ones(records, options, message):
     study = records({("t", "standard", 0): [0.0], ("t", "linear", 0): [0.0]})
     with pytest.raises(ValueError, match=message):
-        pairs(study, {"t": ACCURACY}, **options)
+        pairs(study, {"t": Endpoint(metric="accuracy")}, **options)
 
 
 # --- mixed stores -----------------------------------------------------------------------------
@@ -252,11 +254,25 @@ def test_a_diverged_run_is_worst_and_two_tie(records):
     assert pairs(as_loss, {"t": LOSS})["difference"].tolist() == [-np.inf, np.inf, 0, -np.inf]
 
 
-def test_a_diverged_run_misses_the_target(records):
-    runs = {("t", "standard", 0): [0.1, 0.5, 0.9], ("t", "linear", 0): ([0.1, 0.9], "diverged")}
-    endpoint = {"t": Endpoint(metric="accuracy", target=0.4)}
-    frame = pairs(records(runs), endpoint, measure="target")
-    assert frame[["value", "other", "difference"]].to_numpy().tolist() == [[20, 10, -10]]
+def test_what_a_run_did_after_it_reached_the_target_does_not_matter(records):
+    """Pairs, times to target and their survival curve say the same of one that diverged later."""
+    runs = {
+        ("t", "standard", 0): [0.1, 0.5, 0.9],
+        ("t", "linear", 0): ([0.5, 0.9], "diverged"),
+        ("t", "standard", 1): ([0.1, 0.6], "diverged"),
+        ("t", "linear", 1): ([0.1, 0.1], "diverged"),
+        ("t", "standard", 2): [0.1, 0.1, 0.9],
+        ("t", "linear", 2): ([0.1, 0.1], "diverged"),
+    }
+    study = records(runs)
+    frame = pairs(study, {"t": Endpoint(metric="accuracy", target=0.4)}, measure="target")
+    assert frame["value"].tolist() == [0, np.inf, 20]
+    assert frame["other"].tolist() == [10, 10, 20]
+    assert frame["difference"].tolist() == [10, -np.inf, 0]
+    times = to_target(study.evals, "accuracy", 0.4).set_index(["method", "seed"])
+    assert times["reached"].tolist() == [True, True, True, False, True, False]
+    ours = times.loc["linear"]
+    assert kaplan_meier(ours["update"], ours["reached"]).tolist()[0][:2] == [0, pytest.approx(2 / 3)]
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from repeatlab.analysis import mechanism
 from repeatlab.analysis.frames import Records
 from repeatlab.analysis.paired_differences import Endpoint
 from repeatlab.figures import mechanism as draw
-from repeatlab.methods.controls import spaced
 from repeatlab.store.records import Store
 
 
@@ -31,6 +30,8 @@ def _updates(losses: list[list[float]]) -> pd.DataFrame:
             "repeat": visit,
             "repeats": np.repeat(counts, counts),
             "loss": np.concatenate(losses).astype(float),
+            "lr": 0.1,
+            "seconds": 0.0,
         }
     )
 
@@ -38,39 +39,13 @@ def _updates(losses: list[list[float]]) -> pd.DataFrame:
 # --- fresh batches ----------------------------------------------------------------------------
 
 
-def test_a_fresh_batch_has_its_first_and_last_loss_and_its_visits():
-    found = mechanism.fresh_batches(_updates([[2.0, 1.5, 1.0], [0.7], [0.6, 0.5]]))
-    assert found.to_dict("list") == {
-        "fresh_batch": [0, 1, 2],
-        "update": [0, 3, 4],
-        "repeats": [3, 1, 2],
-        "loss": [2.0, 0.7, 0.6],
-        "last": [1.0, 0.7, 0.5],
-    }
-
-
-def test_spaced_visits_are_put_together():
-    counts = np.array([3, 1, 2, 1])
-    order = spaced(counts, gap=1)
-    seen = np.zeros(len(counts), dtype=int)
-    rows = []
-    for update, batch in enumerate(order):
-        loss = 10.0 * batch + seen[batch]
-        rows.append({"update": update, "fresh_batch": batch, "repeat": seen[batch], "loss": loss})
-        seen[batch] += 1
-    found = mechanism.fresh_batches(pd.DataFrame(rows))
-    assert found["repeats"].tolist() == counts.tolist()
-    assert found["loss"].tolist() == [0, 10, 20, 30]
-    assert found["last"].tolist() == [2, 10, 21, 30]
-
-
 def test_a_loss_that_is_not_finite_is_left_out_with_its_batch_or_its_visit():
-    found = mechanism.fresh_batches(_updates([[1.0], [2.0, np.nan]]))
+    found = mechanism.visited_batches(_updates([[1.0], [2.0, np.nan]]))
     assert found["repeats"].tolist() == [1, 1]
-    assert len(mechanism.fresh_batches(_updates([[1.0], [np.inf]]))) == 1
+    assert len(mechanism.visited_batches(_updates([[1.0], [np.inf]]))) == 1
 
 
-STATISTICS = ["fresh_batches", "repeat_shares", "repeats_over_updates"]
+STATISTICS = ["visited_batches", "repeat_shares", "repeats_over_updates"]
 STATISTICS += ["loss_after_repeats", "time_shares", "transfer"]
 
 
@@ -222,7 +197,7 @@ def _stored(tmp_path, finals: dict[str, list[float | None]], noise=None) -> Reco
             if value is not None:
                 status = "complete" if np.isfinite(value) else "diverged"
                 writer = store.begin(run, {}, {})
-                updates = _updates([[2.0, 1.0], [1.0]]).assign(lr=0.1, seconds=0.0)
+                updates = _updates([[2.0, 1.0], [1.0]])
                 writer.updates({name: updates[name].to_numpy() for name in updates})
                 ledger = {"fresh_batches": 2, "seconds": 1.0, "calibration_seconds": 0.0,
                           "forward_samples": 3, "backward_samples": 3}  # fmt: skip
@@ -325,7 +300,7 @@ def test_noise_shares_are_those_of_the_summaries(tmp_path):
 
 @pytest.mark.parametrize(("batches", "kind"), [(30, "share of the run"), (4000, "fresh batches")])
 def test_many_batches_become_hexagons_that_count_them_all(batches, kind):
-    rows = mechanism.fresh_batches(_planted(0.1, 0.0, seed=5, batches=batches))
+    rows = mechanism.visited_batches(_planted(0.1, 0.0, seed=5, batches=batches))
     figure = draw.loss_against_repeats(rows.assign(method="random", seed=0), ["random", "linear"])
     first, second, bar = figure.axes
     assert kind in bar.get_ylabel()

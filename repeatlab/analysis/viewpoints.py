@@ -13,7 +13,7 @@ from repeatlab.analysis.frames import Records, load, together
 
 
 @dataclass(frozen=True)
-class Viewed:
+class Views:
     """The runs of several studies as one.
 
     Attributes:
@@ -39,7 +39,7 @@ class Viewed:
         return {t: view for t, view in self.tasks.items() if view["target"] is not None}
 
 
-def look_at(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Viewed:
+def load_views(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Views:
     """Return the runs of the views that the store at `runs` has, and what it lacks.
 
     Args:
@@ -58,7 +58,7 @@ def look_at(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Viewed:
         own = together({name: found[name]}).runs["task"].unique() if name in found else [name]
         tasks |= dict.fromkeys(own, view)
     absent = [view["study"] for view in views if view["name"] not in found]
-    return Viewed(together(found), tasks, absent)
+    return Views(together(found), tasks, absent)
 
 
 def stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
