@@ -19,7 +19,6 @@ from repeatlab.analysis.statistics import (
     unit,
 )
 
-
 DUST = 1e-9  # of the largest value: a smaller sd is that of rounding
 RANKED = "by signed ranks, as it has no sd"
 
@@ -184,7 +183,9 @@ class AdjustedFinding:
         return text
 
 
-def holm_adjusted(findings: Iterable[Finding], others: Iterable[float] = ()) -> list[AdjustedFinding]:
+def holm_adjusted(
+    findings: Iterable[Finding], others: Iterable[float] = ()
+) -> list[AdjustedFinding]:
     """Return the findings adjusted by Holm, in one family with the p-values `others`."""
     findings = list(findings)
     p = np.array([*(f.p for f in findings), *others])

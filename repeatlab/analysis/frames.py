@@ -361,7 +361,7 @@ def median_times(times: pd.DataFrame, x: str) -> pd.DataFrame:
         times: What `to_target` returns, of several tasks.
         x: A key of `AXES`.
     """
-    medians = target_summary(times).set_index(["method", "task"])[x].unstack()
+    medians = target_summary(times).pivot_table(index="method", columns="task", values=x)
     return medians.reindex(times["method"].unique(), columns=times["task"].unique()).fillna(np.inf)
 
 

@@ -14,7 +14,8 @@ tasks, arms and seeds, and each hypothesis by itself *refuted* in at most 5 %. W
 rightly, H4 and H5 err in at most 5 % each.
 
 Effects of several tasks together are in sd within arms (`effects.spread`), of one task in its
-metric's unit. What the rule can find with eight seeds stands in `tests/benchmarks/results/decisions.csv`.
+metric's unit. What the rule can find with eight seeds stands in
+`tests/benchmarks/results/decisions.csv`.
 """
 
 from __future__ import annotations
@@ -112,14 +113,16 @@ def _basis(evidence: Evidence, plan: Plan, seed: int) -> Basis:
 
 
 def _jointly(mechanism: dict[str, Finding]) -> tuple[float, int]:
-    """Return `all_parts_p` of H3's parts: an arm that has seen more data may well be the better one."""
+    """Return `all_parts_p` of H3; an arm that has seen more data may well be the better one."""
     larger_step = [part for name, part in mechanism.items() if name == LARGER_STEP]
     return all_parts_p((p for name, p in mechanism.items() if name != LARGER_STEP), larger_step)
 
 
 # --- hypotheses -------------------------------------------------------------------------------
 
-Decision = tuple[str, str, dict[str, AdjustedFinding]]  # verdict, what is said first, what it rests on
+Decision = tuple[
+    str, str, dict[str, AdjustedFinding]
+]  # verdict, what is said first, what it rests on
 
 
 def _by_arm(judged: dict[str, AdjustedFinding], better: str, worse: str) -> Decision:
@@ -176,7 +179,9 @@ def _h4(basis: Basis) -> Decision:
         return INCONCLUSIVE, "There is only one task", cells
     if _h2(basis)[0] != SUPPORTED:
         return INCONCLUSIVE, "H2 is not supported: there is no effect to hold", cells
-    by_arm = {a: all_parts_p(f for (arm, _), f in findings.items() if arm == a) for a in basis.plan.arms}
+    by_arm = {
+        a: all_parts_p(f for (arm, _), f in findings.items() if arm == a) for a in basis.plan.arms
+    }
     p = holm([p for p, _ in by_arm.values()])
     for (arm, (_, direction)), q in zip(by_arm.items(), p, strict=True):
         if direction > 0 and q < ALPHA and basis.cost[arm].direction > 0:

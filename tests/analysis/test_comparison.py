@@ -272,7 +272,10 @@ def test_what_a_run_did_after_it_reached_the_target_does_not_matter(records):
     times = to_target(study.evals, "accuracy", 0.4).set_index(["method", "seed"])
     assert times["reached"].tolist() == [True, True, True, False, True, False]
     ours = times.loc["linear"]
-    assert kaplan_meier(ours["update"], ours["reached"]).tolist()[0][:2] == [0, pytest.approx(2 / 3)]
+    assert kaplan_meier(ours["update"], ours["reached"]).tolist()[0][:2] == [
+        0,
+        pytest.approx(2 / 3),
+    ]
 
 
 @pytest.fixture
@@ -471,7 +474,9 @@ def test_a_negligible_difference_on_one_task_does_not_decide_the_pool():
 def test_equal_fractions_have_no_spread(seeds):
     """Of equal fractions numpy's sd is often not 0: what is divided by it is any number."""
     for fraction in (0.95, 1 / 3, 0.1):
-        frame = _pairs({"a": ([0.9] * seeds, [fraction] * seeds), "b": (list(range(seeds)), [1.0] * seeds)})
+        frame = _pairs(
+            {"a": ([0.9] * seeds, [fraction] * seeds), "b": (list(range(seeds)), [1.0] * seeds)}
+        )
         table = comparison_table(frame, resamples=0).set_index("task")
         assert np.isnan(table.loc["a", "standardised"])
         both = over_tasks(frame, resamples=9).iloc[0]

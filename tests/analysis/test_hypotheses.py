@@ -238,7 +238,9 @@ def records(tmp_path) -> Records:
 
 
 def test_evidence_comes_from_records(records):
-    endpoints = {task: Endpoint(metric="accuracy", target=3.0, k=1.5) for task in ("digits", "letters")}
+    endpoints = {
+        task: Endpoint(metric="accuracy", target=3.0, k=1.5) for task in ("digits", "letters")
+    }
     found = gather(records, endpoints, PLAN)
     assert {len(group) for _, group in found.cost.groupby(["method"])} == {16}
     # The controls are planned on one task: on the other none is missing.
