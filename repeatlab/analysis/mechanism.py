@@ -258,7 +258,7 @@ def against_controls(
     if LARGER_STEP in controls:
         frames.append(against(LARGER_STEP, "fresh_batches").assign(against=SAME_DATA))
     filled = [frame for frame in frames if len(frame)]
-    return comparison_table(pd.concat(filled, ignore_index=True), seed=seed, resamples=0)
+    return comparison_table(pd.concat(filled, ignore_index=True), seed=seed)
 
 
 def noise_shares(records: Records) -> pd.DataFrame:

@@ -2,13 +2,12 @@
 
 Decisions rest on the sign-flip test, which is exact for every n where two arms do not differ, and
 on the interval that inverts it: p is below 0.05 iff the 95 % interval excludes 0. Below six
-differences there is no such p, and the limits are infinite. The bootstrap is shown beside it, and
-serves where no formula does; of eight values it spreads too little (`tests/benchmarks`).
+differences there is no such p, and the limits are infinite. The bootstrap, which spreads too little
+with few values, serves only where no test can be inverted.
 """
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -207,35 +206,6 @@ def _subset_sums(values: np.ndarray) -> np.ndarray:
     return sums
 
 
-def bootstrap_interval(
-    values: np.ndarray, *, level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
-    """Return the bootstrap limits of the mean of `values` (n,): BCa (Efron 1987), or percentile.
-
-    BCa is undefined on constant data, for one; `kind` says which it was. See the module's note on
-    how little they cover at small n.
-    """
-    from scipy.stats import bootstrap
-
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2 or not np.isfinite(values).all():
-        return NO_INTERVAL
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is degenerate: the kind says so
-            low, high = bootstrap(
-                (values,),
-                np.mean,
-                confidence_level=level,
-                n_resamples=resamples,
-                method=method,
-                rng=np.random.default_rng(seed),
-            ).confidence_interval
-        if np.isfinite([low, high]).all():
-            break
-    return Interval(float(low), float(high), method.lower())
-
-
 def signed_ranks(differences: np.ndarray) -> np.ndarray:
     """Return each difference's sign times the rank of its size, ties at their mean rank.
 
@@ -299,20 +269,13 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return np.where(np.isnan(p), np.nan, result)
 
 
-def probability_of_improvement(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """Return P(A > B): mean over tasks of how often a run of A is above one of B, ties half.
+def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return how often one of `ours` (n,) is above one of `theirs` (m,), ties half; NaN of none.
 
-    Args:
-        ours: One array (runs of A,) per task.
-        theirs: One array (runs of B,) per task; it may be longer or shorter.
-
-    Source: Agarwal et al. 2021 (rliable), the Mann-Whitney statistic of each task.
+    Source: Agarwal et al. 2021 (rliable), the Mann-Whitney statistic of a task.
     """
-    shares = []
-    for a, b in zip(ours, theirs, strict=True):
-        a, b = np.asarray(a, dtype=float)[:, None], np.asarray(b, dtype=float)[None]
-        shares.append(((a > b) + 0.5 * (a == b)).mean() if a.size and b.size else np.nan)
-    return float(np.mean(shares)) if shares else np.nan
+    a, b = np.asarray(ours, dtype=float)[:, None], np.asarray(theirs, dtype=float)[None]
+    return float(((a > b) + 0.5 * (a == b)).mean()) if a.size and b.size else np.nan
 
 
 def iqm(values: np.ndarray) -> np.ndarray:

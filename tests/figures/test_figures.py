@@ -548,7 +548,7 @@ PAIRS = _pairs(
 
 
 def test_what_is_decided_is_filled_and_framed():
-    table, pooled = comparison_table(PAIRS, resamples=0), over_tasks(PAIRS, resamples=99)
+    table, pooled = comparison_table(PAIRS), over_tasks(PAIRS, resamples=99)
     decided = table.loc[table["decision"] != "undecided", ["task", "method"]].to_numpy().tolist()
     assert decided == [["t", "linear"]]
     figure = efficiency.differences({"cost": table[table["task"] == "t"]}, metric="accuracy")
@@ -585,7 +585,7 @@ def test_what_is_decided_is_filled_and_framed():
 
 
 def test_too_few_seeds_for_a_decision_are_said():
-    table = comparison_table(_pairs({("t", "linear"): [1.0, 2.0, 3.0]}), resamples=0)
+    table = comparison_table(_pairs({("t", "linear"): [1.0, 2.0, 3.0]}))
     figure = efficiency.differences({"update": table}, metric="accuracy")
     assert "too few seeds" in figure.get_supxlabel()
     plt.close(figure)

@@ -66,7 +66,7 @@ def gather(
     profile: str,
     views: Sequence[Mapping[str, Any]],
     shown: Mapping[str, str],
-    k: float,
+    k: float = 2.0,
     plan: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Gathered:

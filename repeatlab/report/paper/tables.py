@@ -45,7 +45,7 @@ def every_table(
         # An empty frame has no family to adjust in.
         if not len(frame):
             return pd.DataFrame(columns=TABLE)
-        return comparison_table(frame, seed=seed, resamples=0)
+        return comparison_table(frame, seed=seed)
 
     by_axis = _pairs_by_axis(viewed, endpoints, plan)
     return {
