@@ -58,7 +58,8 @@ def finding(of_method: pd.DataFrame, *, seed: int = 0) -> Finding:
     """
     # As arrays: simulations call this by the ten thousand.
     places, tasks = pd.factorize(of_method["task"].to_numpy(), use_na_sentinel=False)
-    columns = of_method[["difference", "value", "other"]].to_numpy(float).T
+    names = ("difference", "value", "other")
+    columns = np.array([of_method[name].to_numpy(float) for name in names])
     missing = np.isnan(columns[0])
     strata, notes = [], []
     for place, task in enumerate(tasks):

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from repeatlab.analysis.frames import Records, load, together
+from repeatlab.analysis.paired_differences import Endpoint
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ class Views:
     def with_target(self) -> dict[str, Mapping[str, Any]]:
         """The tasks of which a target is known."""
         return {t: view for t, view in self.tasks.items() if view["target"] is not None}
+
+    def endpoints(self, k: float | None = None) -> dict[str, Endpoint]:
+        """Return what is compared on each task.
+
+        Args:
+            k: A backward's time in forwards; a view may have a `k` of its own.
+        """
+        return {
+            task: Endpoint(metric=view["metric"], target=view["target"], k=view.get("k", k))
+            for task, view in self.tasks.items()
+        }
 
 
 def load_views(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Views:

@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullLocator
 
 from repeatlab.figures.intervals import interval_rows, is_decided, least_words
 from repeatlab.figures.look import (
@@ -25,6 +24,7 @@ from repeatlab.figures.look import (
     label,
     line,
     line_legend,
+    logarithmic,
     marker,
     panels,
     rows_of,
@@ -174,19 +174,16 @@ def distributions(frame: pd.DataFrame, *, tasks: Sequence[str], methods: Sequenc
             say(bottom, bare=True)
             continue
         losses = of_task["loss"].to_numpy(float)
-        logarithmic = spans_decades(losses)
-        edges = _bins(losses, logarithmic)
+        on_log = spans_decades(losses)
+        edges = _bins(losses, on_log)
         for method in [m for m in methods if (of_task["method"] == m).any()]:
             mine = of_task[of_task["method"] == method]
             counts, _ = np.histogram(mine["loss"], edges)
             top.stairs(counts / len(mine), edges, lw=1.1, **line(method))
             shares = mine["repeats"].value_counts(normalize=True).sort_index()
             bottom.plot(shares.index, shares, ms=3, marker=marker(method), **line(method))
-        if logarithmic:
-            top.set_xscale("log")
-            ticks = [float(f"{tick:.0e}") for tick in np.quantile(edges, (0.07, 0.5, 0.93))]
-            top.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            top.xaxis.set_minor_locator(NullLocator())
+        if on_log:
+            logarithmic(top, "x")
         bottom.set_xlim(0.7, most + 0.3)
         bottom.set_xticks(range(1, most + 1))
         bottom.set_yscale("log")
@@ -198,8 +195,8 @@ def distributions(frame: pd.DataFrame, *, tasks: Sequence[str], methods: Sequenc
     return figure
 
 
-def _bins(losses: np.ndarray, logarithmic: bool, count: int = 30) -> np.ndarray:
+def _bins(losses: np.ndarray, on_log: bool, count: int = 30) -> np.ndarray:
     low, high = losses.min(), losses.max()
     if low == high:
         return np.array([low - 0.5, low + 0.5])
-    return (np.geomspace if logarithmic else np.linspace)(low, high, count)
+    return (np.geomspace if on_log else np.linspace)(low, high, count)

@@ -23,6 +23,7 @@ from repeatlab.figures.look import (
     label,
     line,
     line_legend,
+    logarithmic,
     panels,
     rows_of,
     said_n,
@@ -62,7 +63,7 @@ def curves_against_standard(
             _cross(axes, curve, x, name)
         axes.set_title(label(method), color=colour(method), loc="left", fontweight="bold")
         if log:
-            axes.set_yscale("log")
+            logarithmic(axes, "y")
         counts_axis(axes)
     figure.supxlabel(AXES[x], fontsize=8)
     figure.supylabel(ylabel, fontsize=8)
@@ -171,20 +172,20 @@ def curves_over_tasks(
             continue
         started = of_task[of_task.groupby("method").cumcount() > 0]
         means = (started if len(started) else of_task)["mean"].to_numpy(float)
-        logarithmic = task in log and spans_decades(means)
-        if logarithmic:
-            axes.set_yscale("log")
+        on_log = task in log and spans_decades(means)
+        if on_log:
+            logarithmic(axes, "y")
         for method in methods:
             curve = of_task[of_task["method"] == method]
             if not len(curve):
                 continue
             axes.plot(curve[x], curve["mean"], zorder=3, **line(method))
             if method in ("standard", methods[-1]):
-                low = _above_zero(curve) if logarithmic else curve["low"]
+                low = _above_zero(curve) if on_log else curve["low"]
                 for limit in (low, curve["high"]):
                     axes.plot(curve[x], limit, lw=0.5, color=colour(method), alpha=0.7)
             _cross(axes, curve, x, method)
-        _follow(axes, means, logarithmic)
+        _follow(axes, means, on_log)
         counts_axis(axes)
     figure.supxlabel(
         f"{AXES[x]}; mean over n seeds; thin: 95 % t-interval of standard, {label(methods[-1])}",
@@ -194,16 +195,16 @@ def curves_over_tasks(
     return figure
 
 
-def _follow(axes: Axes, means: np.ndarray, logarithmic: bool) -> None:
+def _follow(axes: Axes, means: np.ndarray, on_log: bool) -> None:
     means = means[np.isfinite(means)]
     if not len(means):
         return
     low, high = means.min(), means.max()
-    if logarithmic:
+    if on_log:
         low, high = np.log(low), np.log(high)
     pad = 0.12 * (high - low) or 0.1
     limits = np.array([low - pad, high + pad])
-    axes.set_ylim(*np.exp(limits) if logarithmic else limits)
+    axes.set_ylim(*np.exp(limits) if on_log else limits)
 
 
 @style()

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 # A hue for each family of methods, from light to dark within it: hues that colour-blind readers
 # tell apart, and shades that stay apart in grey. With so many methods line style and marker differ
@@ -185,6 +185,15 @@ def counts_axis(axes: Axes) -> None:
     """Write large numbers of an x axis short: 20k."""
     if max(np.abs(axes.get_xlim())) >= 1e4:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def logarithmic(axes: Axes, which: str) -> None:
+    """Make the x or y axis logarithmic, with plain numbers at its ticks: 0.2, not 2 x 10^-1."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def spans_decades(values: np.ndarray) -> bool:

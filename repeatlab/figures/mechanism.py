@@ -24,6 +24,7 @@ from repeatlab.figures.look import (
     in_order,
     label,
     line,
+    logarithmic,
     marker,
     panels,
     rows_of,
@@ -66,7 +67,7 @@ def loss_against_repeats(
         columns: Panels in a row.
     """
     most = int(batches["repeats"].max()) if len(batches) else 1
-    logarithmic = spans_decades(batches["loss"])
+    on_log = spans_decades(batches["loss"])
     drawn, random = None, np.random.default_rng(0)
     figure, grid = tiles(len(methods), columns=columns, height=1.45, sharex=True, sharey=True)
     for axes, method in zip(grid, methods, strict=True):
@@ -80,8 +81,8 @@ def loss_against_repeats(
         passed = rows["update"] / max(1, rows["update"].max())
         look = {"cmap": "cividis", "vmin": 0, "vmax": 1, "s": 3, "lw": 0, "rasterized": True}
         drawn = axes.scatter(rows["loss"], heights, c=passed, **look)
-        if logarithmic:
-            axes.set_xscale("log")
+        if on_log:
+            logarithmic(axes, "x")
     grid[0].set_ylim(0.4, most + 0.6)
     grid[0].set_yticks(range(1, most + 1))
     if drawn is not None:

@@ -21,7 +21,6 @@ import pandas as pd
 from repeatlab.analysis import planned_comparisons
 from repeatlab.analysis.frames import Records
 from repeatlab.analysis.hypotheses import Verdict, judge, verdict_table
-from repeatlab.analysis.paired_differences import Endpoint
 from repeatlab.analysis.planned_comparisons import Plan
 from repeatlab.analysis.statistics import ALPHA
 from repeatlab.analysis.viewpoints import Views, load_views
@@ -93,10 +92,7 @@ def gather(
             said = f"figure {name!r}: its first word must be one of {', '.join(SECTIONS)}"
             raise ConfigError(said)
     viewed = load_views(runs, views)
-    endpoints = {
-        task: Endpoint(metric=view["metric"], target=view["target"], k=view.get("k", k))
-        for task, view in viewed.tasks.items()
-    }
+    endpoints = viewed.endpoints(k)
     found = planned_comparisons.gather(viewed.records, endpoints, chosen)
     verdicts = judge(found, chosen, seed=seed)
     tables = every_table(viewed, endpoints, found, chosen, runs=Path(runs), seed=seed)
