@@ -13,8 +13,9 @@ another, the whole table says *supported* anywhere in at most 5 % of studies, wh
 tasks, arms and seeds, and each hypothesis by itself *refuted* in at most 5 %. Where H2 is supported
 rightly, H4 and H5 err in at most 5 % each.
 
-Effects of several tasks together are in sd over the runs of both arms, of one task in its metric's
-unit. What the rule can find with eight seeds stands in `tests/benchmarks/results/decisions.csv`.
+Effects of several tasks together are in sd within arms (`effects.spread`), of one task in its
+metric's unit. What the rule can find with eight seeds stands in
+`tests/benchmarks/results/decisions.csv`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from typing import Any
 
 import pandas as pd
 
-from repeatlab.analysis.effects import Finding, Judged, adjusted, alone, finding, joint
+from repeatlab.analysis.effects import (
+    AdjustedFinding,
+    Finding,
+    all_parts_p,
+    alone,
+    finding,
+    holm_adjusted,
+)
 from repeatlab.analysis.planned_comparisons import LARGER_STEP, Evidence, Plan
 from repeatlab.analysis.statistics import ALPHA, holm
 
@@ -54,11 +62,11 @@ class Verdict:
     numbers: dict[str, dict[str, Any]]
 
 
-# --- the case ---------------------------------------------------------------------------------
+# --- the basis ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Case:
+class Basis:
     """What the hypotheses are judged by: evidence, plan, and the p-values that share one 5 %.
 
     Attributes:
@@ -72,14 +80,14 @@ class Case:
     evidence: Evidence
     plan: Plan
     seed: int
-    speed: dict[str, Judged]
-    cost: dict[str, Judged]
+    speed: dict[str, AdjustedFinding]
+    cost: dict[str, AdjustedFinding]
     mechanism: dict[str, Finding]
     mechanism_p: float
     mechanism_least_p: float
 
 
-def _case(evidence: Evidence, plan: Plan, seed: int) -> Case:
+def _basis(evidence: Evidence, plan: Plan, seed: int) -> Basis:
     def found(frame: pd.DataFrame, column: str, names: Iterable[str]) -> dict[str, Finding]:
         return {name: finding(frame[frame[column] == name], seed=seed) for name in names}
 
@@ -91,9 +99,9 @@ def _case(evidence: Evidence, plan: Plan, seed: int) -> Case:
     }
     together, _ = _jointly(mechanism)
     entries = [*speed.values(), *cost.values()]
-    judged = adjusted(entries, [together])
+    judged = holm_adjusted(entries, [together])
     least = max(part.effect.smallest_p for part in mechanism.values())
-    return Case(
+    return Basis(
         evidence,
         plan,
         seed,
@@ -105,17 +113,19 @@ def _case(evidence: Evidence, plan: Plan, seed: int) -> Case:
 
 
 def _jointly(mechanism: dict[str, Finding]) -> tuple[float, int]:
-    """Return `joint` of H3's parts: an arm that has seen more data may well be the better one."""
+    """Return `all_parts_p` of H3; an arm that has seen more data may well be the better one."""
     larger_step = [part for name, part in mechanism.items() if name == LARGER_STEP]
-    return joint((p for name, p in mechanism.items() if name != LARGER_STEP), larger_step)
+    return all_parts_p((p for name, p in mechanism.items() if name != LARGER_STEP), larger_step)
 
 
 # --- hypotheses -------------------------------------------------------------------------------
 
-Ruling = tuple[str, str, dict[str, Judged]]  # verdict, what is said first, what it rests on
+Decision = tuple[
+    str, str, dict[str, AdjustedFinding]
+]  # verdict, what is said first, what it rests on
 
 
-def _by_arm(judged: dict[str, Judged], better: str, worse: str) -> Ruling:
+def _by_arm(judged: dict[str, AdjustedFinding], better: str, worse: str) -> Decision:
     """Supported if an arm is better and none worse, refuted the other way round."""
     if not judged or any(one.missing for one in judged.values()):
         return INCONCLUSIVE, "Runs are missing", judged
@@ -129,68 +139,70 @@ def _by_arm(judged: dict[str, Judged], better: str, worse: str) -> Ruling:
     return INCONCLUSIVE, f"That an arm {better} or {worse} is not shown", judged
 
 
-def _h1(case: Case) -> Ruling:
-    return _by_arm(case.speed, "converges sooner", "converges later")
+def _h1(basis: Basis) -> Decision:
+    return _by_arm(basis.speed, "converges sooner", "converges later")
 
 
-def _h2(case: Case) -> Ruling:
-    return _by_arm(case.cost, "is better at equal cost", "is worse at equal cost")
+def _h2(basis: Basis) -> Decision:
+    return _by_arm(basis.cost, "is better at equal cost", "is worse at equal cost")
 
 
-def _h3(case: Case) -> Ruling:
-    parts = dict(zip(case.mechanism, alone(case.mechanism.values()), strict=True))
+def _h3(basis: Basis) -> Decision:
+    parts = dict(zip(basis.mechanism, alone(basis.mechanism.values()), strict=True))
     if any(part.missing for part in parts.values()):
         return INCONCLUSIVE, "Runs are missing", parts
-    direction = _jointly(case.mechanism)[1] if case.mechanism_p < ALPHA else 0
-    told = f"jointly p = {case.mechanism_p:.3g}"
-    if case.mechanism_least_p >= ALPHA:
-        told += f" (too few: it cannot fall below {case.mechanism_least_p:.3g})"
+    direction = _jointly(basis.mechanism)[1] if basis.mechanism_p < ALPHA else 0
+    text = f"jointly p = {basis.mechanism_p:.3g}"
+    if basis.mechanism_least_p >= ALPHA:
+        text += f" (too few: it cannot fall below {basis.mechanism_least_p:.3g})"
     if direction > 0:
-        return SUPPORTED, f"{case.plan.real} beats every control, {told}", parts
+        return SUPPORTED, f"{basis.plan.real} beats every control, {text}", parts
     if direction < 0:
-        return REFUTED, f"A part of the claim is reversed for {case.plan.real}, {told}", parts
-    return INCONCLUSIVE, f"Not every part is shown for {case.plan.real}, {told}", parts
+        return REFUTED, f"A part of the claim is reversed for {basis.plan.real}, {text}", parts
+    return INCONCLUSIVE, f"Not every part is shown for {basis.plan.real}, {text}", parts
 
 
-def _h4(case: Case) -> Ruling:
-    cost = case.evidence.cost
+def _h4(basis: Basis) -> Decision:
+    cost = basis.evidence.cost
     findings = {
-        (arm, task): finding(group, seed=case.seed)
+        (arm, task): finding(group, seed=basis.seed)
         for (arm, task), group in cost.groupby(["method", "task"], sort=False)
-        if arm in case.plan.arms
+        if arm in basis.plan.arms
     }
     names = [f"{arm}, {task}" for arm, task in findings]
-    cells = dict(zip(names, adjusted(findings.values()), strict=True))
+    cells = dict(zip(names, holm_adjusted(findings.values()), strict=True))
     if not cells or any(cell.missing for cell in cells.values()):
         return INCONCLUSIVE, "Runs are missing", cells
     if any(cell.direction < 0 for cell in cells.values()):
         return REFUTED, "On some task an arm is worse at equal cost", cells
     if cost["task"].nunique() < 2:
         return INCONCLUSIVE, "There is only one task", cells
-    if _h2(case)[0] != SUPPORTED:
+    if _h2(basis)[0] != SUPPORTED:
         return INCONCLUSIVE, "H2 is not supported: there is no effect to hold", cells
-    by_arm = {a: joint(f for (arm, _), f in findings.items() if arm == a) for a in case.plan.arms}
+    by_arm = {
+        a: all_parts_p(f for (arm, _), f in findings.items() if arm == a) for a in basis.plan.arms
+    }
     p = holm([p for p, _ in by_arm.values()])
     for (arm, (_, direction)), q in zip(by_arm.items(), p, strict=True):
-        if direction > 0 and q < ALPHA and case.cost[arm].direction > 0:
+        if direction > 0 and q < ALPHA and basis.cost[arm].direction > 0:
             return SUPPORTED, f"{arm} is better on every task (jointly p = {q:.3g})", cells
     return INCONCLUSIVE, "That an arm is better on every task is not shown", cells
 
 
-def _h5(case: Case) -> Ruling:
-    cost, among = case.evidence.cost, case.evidence.variants
-    names, seed = case.plan.variants, case.seed
+def _h5(basis: Basis) -> Decision:
+    cost, among = basis.evidence.cost, basis.evidence.variants
+    names, seed = basis.plan.variants, basis.seed
     found = [finding(cost[cost["method"] == name], seed=seed) for name in names]
     each = dict(zip(names, alone(found), strict=True))
     groups = list(among.groupby(["method", "against"], sort=False))
-    judged = adjusted(finding(group, seed=seed) for _, group in groups)
+    judged = holm_adjusted(finding(group, seed=seed) for _, group in groups)
     contrasts = dict(zip((f"{a} - {b}" for (a, b), _ in groups), judged, strict=True))
     rests = each | contrasts
     if len(each) < 2 or any(one.missing for one in rests.values()):
         return INCONCLUSIVE, "Runs are missing", rests
-    if _h2(case)[0] != SUPPORTED:
+    if _h2(basis)[0] != SUPPORTED:
         return INCONCLUSIVE, "H2 is not supported: there is no effect to be insensitive", rests
-    p, direction = joint(found)
+    p, direction = all_parts_p(found)
     if p < ALPHA and direction > 0:
         return SUPPORTED, f"Every mapping and t is better (jointly p = {p:.3g})", rests
     if any(one.direction for one in contrasts.values()):
@@ -205,7 +217,7 @@ class Hypothesis:
     name: str
     claim: str
     criterion: str
-    rule: Callable[[Case], Ruling]
+    rule: Callable[[Basis], Decision]
 
 
 HYPOTHESES = (
@@ -263,10 +275,10 @@ def judge(evidence: Evidence, plan: Plan, *, seed: int = 0) -> list[Verdict]:
         plan: The plan that it was gathered for.
         seed: Of the random sign flips, which serve above 16 differences.
     """
-    case = _case(evidence, plan, seed)
+    basis = _basis(evidence, plan, seed)
     verdicts = []
     for hypothesis in HYPOTHESES:
-        verdict, lead, rests = hypothesis.rule(case)
+        verdict, lead, rests = hypothesis.rule(basis)
         verdicts.append(
             Verdict(
                 hypothesis.name,
@@ -280,7 +292,7 @@ def judge(evidence: Evidence, plan: Plan, *, seed: int = 0) -> list[Verdict]:
     return verdicts
 
 
-def _details(rests: dict[str, Judged]) -> str:
+def _details(rests: dict[str, AdjustedFinding]) -> str:
     """Return what a verdict rests on: each comparison where they are few, else their count."""
     lacking = {name: one for name, one in rests.items() if one.missing}
     if lacking:

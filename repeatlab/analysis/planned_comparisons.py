@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from repeatlab.analysis.frames import Records
 from repeatlab.analysis.paired_differences import MISSING, PAIR_COLUMNS, PAIRED, Endpoint, pairs
+from repeatlab.store.records import Run
 
 # The control of one larger step, which at equal updates goes further and sees more fresh data.
 LARGER_STEP = "step_size"
@@ -87,17 +89,17 @@ def _stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=PAIR_COLUMNS)
 
 
-def hardness(updates: pd.DataFrame, *, window: int = 50) -> float:
+def hardness(batches: pd.DataFrame, *, window: int = 50) -> float:
     """Return the rank correlation of first loss and N within windows of fresh batches of one run.
 
     Within a window training time has hardly passed, so that what is left is which batches got the
     extra updates: 1 is the hardest, 0 is no matter which, also where N never varies.
 
     Args:
-        updates: The rows of `Records.updates` of one run.
+        batches: `Run.fresh_batches`.
         window: Fresh batches in a window.
     """
-    first = updates[(updates["repeat"] == 0) & np.isfinite(updates["loss"])]
+    first = batches[np.isfinite(batches["loss"])]
     ranks = first.groupby(first["fresh_batch"] // window)[["loss", "repeats"]]
     centred = ranks.rank() - ranks.transform("size").to_numpy()[:, None] / 2 - 0.5
     loss, repeats = centred["loss"].to_numpy(), centred["repeats"].to_numpy()
@@ -107,16 +109,11 @@ def hardness(updates: pd.DataFrame, *, window: int = 50) -> float:
 
 def _hardness_rows(records: Records, endpoints: Mapping[str, Endpoint], plan: Plan) -> pd.DataFrame:
     runs = records.runs[records.runs["method"] == plan.real]
-    runs = runs[runs["task"].isin(list(endpoints))]
-    only = replace(records, runs=runs).updates
-    found = {}
-    if len(only):
-        for key, run in only.groupby(["task", "seed"], sort=False):
-            found[key] = hardness(run, window=plan.window)
     rows = []
-    for run in runs.itertuples():
-        value = found.get((run.task, run.seed), np.nan)
-        status = MISSING if np.isnan(value) else PAIRED
+    for run in runs[runs["task"].isin(list(endpoints))].itertuples():
+        value, status = np.nan, MISSING
+        if run.status in ("complete", "diverged"):
+            value, status = hardness(Run(Path(run.path)).fresh_batches, window=plan.window), PAIRED
         keys = {"task": run.task, "method": plan.real, "seed": run.seed, "against": "chance"}
         measured = {"status": status, "sign": 1, "value": value, "other": 0.0, "difference": value}
         rows.append(keys | measured)

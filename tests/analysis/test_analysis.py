@@ -15,6 +15,7 @@ from repeatlab.analysis.frames import (
     final_table,
     load,
     mean_interval,
+    median_times,
     target_summary,
     to_target,
 )
@@ -81,6 +82,17 @@ def test_a_miss_is_censored_not_imputed():
     times = to_target(evals, "accuracy", 0.9)
     assert times["reached"].tolist() == [True, False]
     assert times["update"].tolist() == [10, 20]
+
+
+def test_a_target_that_was_met_before_the_first_update_was_met():
+    values = {("a", 0): [0.95, 0.96], ("a", 1): [0.9, 0.9], ("b", 0): [0.1, 0.95]}
+    times = to_target(_evals(values), "accuracy", 0.9)
+    summary = target_summary(times).set_index("method")
+    assert summary["update"].to_dict() == {"a": 0, "b": 10}
+    assert median_times(times, "update")["t"].to_dict() == {"a": 0, "b": 10}
+    # And where every method has met it at once.
+    everybody = target_summary(to_target(_evals(values), "accuracy", 0.05))
+    assert everybody["update"].tolist() == [0, 0]
 
 
 def test_what_diverged_stays_a_miss_to_the_end():

@@ -14,6 +14,7 @@ from repeatlab.analysis.frames import Records, load
 from repeatlab.analysis.hypotheses import HYPOTHESES, judge, verdict_table
 from repeatlab.analysis.paired_differences import Endpoint
 from repeatlab.analysis.planned_comparisons import Evidence, Plan, gather, hardness
+from repeatlab.analysis.statistics import flip_interval
 from repeatlab.cost import Ledger
 from repeatlab.store.records import Store
 
@@ -125,9 +126,9 @@ def test_numbers_are_those_of_the_comparison():
     study = evidence(np.random.default_rng(4), tasks=1, seeds=10, gain={"linear": 1.0})
     numbers = judge(study, PLAN)[1].numbers["linear"]
     mine = study.cost[study.cost["method"] == "linear"]
-    expected = stats.ttest_rel(mine["value"], mine["other"]).confidence_interval(0.95)
+    limits = flip_interval(mine["difference"])
     assert numbers["estimate"] == pytest.approx(mine["difference"].mean())
-    assert (numbers["low"], numbers["high"]) == pytest.approx((expected.low, expected.high))
+    assert (numbers["low"], numbers["high"], numbers["interval"]) == limits
     assert (numbers["n"], numbers["tasks"], numbers["comparisons"]) == (10, 1, 5)
     p = stats.permutation_test(
         (mine["difference"],), np.mean, permutation_type="samples", n_resamples=np.inf
@@ -237,7 +238,9 @@ def records(tmp_path) -> Records:
 
 
 def test_evidence_comes_from_records(records):
-    endpoints = {task: Endpoint(metric="accuracy", target=3.0) for task in ("digits", "letters")}
+    endpoints = {
+        task: Endpoint(metric="accuracy", target=3.0, k=1.5) for task in ("digits", "letters")
+    }
     found = gather(records, endpoints, PLAN)
     assert {len(group) for _, group in found.cost.groupby(["method"])} == {16}
     # The controls are planned on one task: on the other none is missing.
@@ -257,7 +260,7 @@ def test_evidence_comes_from_records(records):
 
 
 def test_a_task_without_records_is_missing_everywhere(records):
-    endpoints = {t: Endpoint(metric="accuracy") for t in ("digits", "letters", "images")}
+    endpoints = {t: Endpoint(metric="accuracy", k=1.5) for t in ("digits", "letters", "images")}
     for verdict in judge(gather(records, endpoints, PLAN), PLAN):
         assert verdict.verdict == "inconclusive"
         assert "pairs missing (images" in verdict.sentence
@@ -265,7 +268,7 @@ def test_a_task_without_records_is_missing_everywhere(records):
 
 def test_no_records_at_all_are_five_inconclusive_verdicts():
     empty = Records(pd.DataFrame(columns=["task", "method", "seed", "id", "path", "status"]))
-    found = judge(gather(empty, {"digits": Endpoint(metric="accuracy")}, PLAN), PLAN)
+    found = judge(gather(empty, {"digits": Endpoint(metric="accuracy", k=1.5)}, PLAN), PLAN)
     assert [verdict.verdict for verdict in found] == ["inconclusive"] * 5
     assert all(verdict.sentence.startswith("Runs are missing") for verdict in found)
 
@@ -274,11 +277,7 @@ def test_hardness_is_the_rank_correlation_within_windows():
     random = np.random.default_rng(2)
     loss = random.exponential(size=90) + np.linspace(9, 0, 90)
     repeats = random.integers(1, 6, size=90)
-    updates = pd.DataFrame(
-        {"fresh_batch": np.arange(90), "repeat": 0, "repeats": repeats, "loss": loss}
-    )
-    again = updates.assign(repeat=1, loss=random.normal(size=90))  # repeats decide nothing
-    table = pd.concat([updates, again])
+    table = pd.DataFrame({"fresh_batch": np.arange(90), "repeats": repeats, "loss": loss})
     ranks = [
         [stats.rankdata(column[w]) - 15.5 for w in (slice(0, 30), slice(30, 60), slice(60, 90))]
         for column in (loss, repeats)
@@ -291,19 +290,15 @@ def test_a_clock_has_no_hardness_within_its_windows():
     """N falls with training time alone, and so does the loss: within a window nothing is left."""
     time = np.arange(1000)
     loss = 3 - time / 500 + np.random.default_rng(3).normal(size=1000)
-    updates = pd.DataFrame(
-        {"fresh_batch": time, "repeat": 0, "repeats": 5 - time // 200, "loss": loss}
-    )
-    assert np.corrcoef(updates["loss"], updates["repeats"])[0, 1] > 0.3
-    assert hardness(updates, window=50) == 0.0
+    batches = pd.DataFrame({"fresh_batch": time, "repeats": 5 - time // 200, "loss": loss})
+    assert np.corrcoef(batches["loss"], batches["repeats"])[0, 1] > 0.3
+    assert hardness(batches, window=50) == 0.0
 
 
 def test_a_loss_that_ended_the_run_decided_nothing():
     loss = np.array([0.3, 0.1, 0.2, np.inf])
-    updates = pd.DataFrame(
-        {"fresh_batch": np.arange(4), "repeat": 0, "repeats": [3, 1, 2, 1], "loss": loss}
-    )
-    assert hardness(updates) == pytest.approx(1.0)
+    batches = pd.DataFrame({"fresh_batch": np.arange(4), "repeats": [3, 1, 2, 1], "loss": loss})
+    assert hardness(batches) == pytest.approx(1.0)
 
 
 def test_calibration_does_not_decide_between_an_arm_and_its_controls(records):
@@ -311,7 +306,7 @@ def test_calibration_does_not_decide_between_an_arm_and_its_controls(records):
     charged = records.evals["method"].isin(["linear"])
     for name in ("calibration_forward_samples", "calibration_backward_samples"):
         records.evals.loc[charged, name] = 50
-    found = gather(records, {"digits": Endpoint(metric="accuracy")}, PLAN)
+    found = gather(records, {"digits": Endpoint(metric="accuracy", k=1.5)}, PLAN)
     cost, controls = found.cost, found.controls
     assert set(controls["x"].dropna()) == {100}
     mine = cost[cost["method"] == "linear"].set_index("seed")["value"]
