@@ -336,7 +336,7 @@ def main() -> None:
     from repeatlab.studies.study import StudyError
 
     try:
-        sys.exit(cli(standalone_mode=False))
+        sys.exit(cli(standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -167,8 +167,11 @@ class DaskWorkers:
             self._event.set()
 
     def count(self) -> int:
-        """Return how many have joined and not left."""
-        return len(self._client.nthreads())
+        """Return how many have joined and not left; `wait` says it if the scheduler is gone."""
+        try:
+            return len(self._client.nthreads())
+        except OSError:
+            return 0
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return the future of a job; see `Workers`."""

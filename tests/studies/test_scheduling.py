@@ -465,7 +465,7 @@ def started_cluster(
     command = [*dask, "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
     children = [subprocess.Popen([*command, *options], **silent)]
     try:
-        until(address.exists, children[0])
+        until(lambda: address.exists() and address.read_text().endswith("}"), children[0])
         worker = [*dask, "distributed.cli.dask_worker", "--nthreads", str(threads), "--no-nanny"]
         children += [subprocess.Popen([*worker, *options], **silent) for _ in range(workers)]
         if pids is not None:
