@@ -182,14 +182,13 @@ class DaskWorkers:
         from distributed import KilledWorker, wait
         from distributed.client import FuturesCancelledError
 
-        with suppress(TimeoutError):
-            try:
-                wait(list(jobs), timeout=seconds, return_when="FIRST_COMPLETED")
-            except FuturesCancelledError as error:
-                raise ConnectionError(
-                    "scheduler: it has ended, or given up the study's runs. What was under way "
-                    "goes on from its checkpoints when the same command is given again"
-                ) from error
+        with suppress(TimeoutError, FuturesCancelledError):
+            wait(list(jobs), timeout=seconds, return_when="FIRST_COMPLETED")
+        if any(job.cancelled() for job in jobs):
+            raise ConnectionError(
+                "scheduler: it has ended, or given up the study's runs. What was under way goes on "
+                "from its checkpoints when the same command is given again"
+            )
         answers = {job: job.exception() or job.result() for job in jobs if job.done()}
         return {
             job: WorkerDied() if isinstance(answer, KilledWorker) else answer
