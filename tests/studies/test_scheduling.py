@@ -232,7 +232,7 @@ def test_a_signal_leaves_a_checkpoint_and_nothing_else(tmp_path, unbroken, numbe
     assert run.status["status"] == "interrupted", errors
     left = recorded(run)
     assert 10 <= left < 100
-    assert next(checkpoint.load(run.path))["repeater"]["updates"] == left
+    assert next(checkpoint.load(run.path))["rows"]["updates"]["rows"] == left
     until(lambda: not any(psutil.pid_exists(child.pid) for child in every[1:]))
     assert list(temporary.iterdir()) == []
     run_studies([slow], store, workers=0)
