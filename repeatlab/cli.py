@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 
 from repeatlab.core.files import StoreError
 from repeatlab.core.schema import ConfigError, parse, read_yaml
+from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Store
 
 if TYPE_CHECKING:
@@ -326,12 +328,25 @@ def check(task: str, dataset: str | None) -> None:
 
 
 def main() -> None:
-    """Run the command line: exit status 2 for a wrong input, 1 for runs that failed."""
+    """Run the command line.
+
+    Exit status 2 for a wrong input, 1 for runs that failed, 128 + its number after a signal.
+    """
     from repeatlab.report.notebooks import NotebookError
     from repeatlab.studies.study import StudyError
 
     try:
-        cli()
+        sys.exit(cli(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort as error:  # click's own word for Ctrl-C
+        click.echo(str(error.__cause__) or "Stopped.", err=True)
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as error:
+        if isinstance(error.__cause__, Interrupted):  # by another signal
+            click.echo(error.__cause__, err=True)
+        raise
     except (ConfigError, StoreError, OSError) as error:  # DataError is an OSError
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)

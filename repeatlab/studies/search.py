@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
@@ -43,12 +43,10 @@ from repeatlab.core.files import safe_name
 from repeatlab.core.schema import ConfigError, choice, did_you_mean, parse
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
-from repeatlab.studies.scheduling import execute
+from repeatlab.studies.scheduling import open_trainer, with_needs
 from repeatlab.studies.search_space import SAMPLERS, Choices, Dimension, Point, Trial, best_of
 from repeatlab.studies.study import StudyError
 from repeatlab.training.config import CalibrationConfig, EvaluationConfig, PositiveInt, RunConfig
-from repeatlab.training.distillation import teacher_runs
-from repeatlab.training.prerequisites import prerequisites
 
 # What a search adds up of its runs' ledgers.
 COUNTED = (
@@ -247,16 +245,16 @@ def run_search(
     store = Store(runs)
     store.check_writable()
 
-    def make(configs: Configs) -> dict[str, str]:
-        for task in {config.task for config in configs.values()}:
-            task.prepare()
-        # Not in lock-step: what a group makes of a run would depend on how many workers there are.
-        places = Places(workers=workers, lockstep=False)
-        with closing(execute(configs, store, places)) as outcomes:
-            progress = tqdm(outcomes, total=len(configs), desc="runs", unit="run")
-            return {run_id: why for run_id, why in progress if why is not None}
+    # Not in lock-step: what a group makes of a run would depend on how many workers there are.
+    with open_trainer(store, Places(workers=workers, lockstep=False)) as train:
 
-    (report,) = run_searches([search], store, make)
+        def make(configs: Configs) -> dict[str, str]:
+            for task in {config.task for config in configs.values()}:
+                task.prepare()
+            progress = tqdm(train(configs), total=len(configs), desc="runs", unit="run")
+            return {run_id: outcome.failure for run_id, outcome in progress if outcome.failure}
+
+        (report,) = run_searches([search], store, make)
     store.write_study(search.name, _manifest(report))
     failed = sum(trial.status == "failed" for trial in report.trials)
     if failed:
@@ -305,7 +303,7 @@ def _judged(search: Search, point: Point, store: Store, failures: Mapping[str, s
     values, diverged, failed = [], [], []
     for config in configs:
         seed = f"(seed {config.seed})"
-        summaries = [_run(store, c).summary for c in _with_needs({"": config}).values()]
+        summaries = [_run(store, c).summary for c in with_needs([config]).values()]
         ended = next((s for s in summaries if s.get("status") == "diverged"), None)
         if ended is not None:
             diverged.append(f"diverged at update {ended['update']} {seed}")
@@ -332,22 +330,13 @@ def _value(final: Mapping[str, float], metric: str) -> float:
 def _cost(configs: Configs, store: Store) -> dict[str, float]:
     """Return what these runs and those that they needed have spent, each counted once."""
     spent = Counter()
-    for config in _with_needs(configs).values():
+    for config in with_needs(configs.values()).values():
         ledger = _run(store, config).summary.get("ledger", {})
         spent["runs"] += bool(ledger)
         # Models that a sampler trained beforehand are no runs; teachers, charged alike, are.
         parts = ("",) if config.method.distillation else ("", "holdout_")
         spent.update({n: sum(ledger.get(part + n, 0) for part in parts) for n in COUNTED})
     return {name: spent[name] for name in ("runs", *COUNTED)}
-
-
-def _with_needs(configs: Configs) -> Configs:
-    """Return these runs and all that must be done before them, those first that need none."""
-    found: Configs = {}
-    for config in configs.values():
-        needed = [*prerequisites(config), *teacher_runs(config)]
-        found |= _with_needs({run.run_id: run for run in needed}) | {config.run_id: config}
-    return found
 
 
 def _run(store: Store, config: RunConfig) -> Run:

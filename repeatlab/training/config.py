@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -338,11 +339,17 @@ class RunConfig(Model):
                 raise ValueError(f"method.distillation: {reason}")
         return self
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """Sixteen hex digits that identify the configuration."""
         text = json.dumps([RECORD_VERSION, self.to_json()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def model_copy(self, **changes: Any) -> Self:
+        """Return a copy with changes, which has an identity of its own."""
+        copied = super().model_copy(**changes)
+        copied.__dict__.pop("run_id", None)
+        return copied
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as JSON-safe values; `parse` reads it back."""

@@ -21,9 +21,9 @@ from repeatlab.training import checkpoint
 from repeatlab.training.calibration import calibrate, calibration_run
 from repeatlab.training.config import RunConfig
 from repeatlab.training.data_parallel import Alone, SilentWriter, Team, TeamBroken, current_team
-from repeatlab.training.distillation import distilled_task, teacher_runs
+from repeatlab.training.distillation import distilled_task
 from repeatlab.training.one_run import CheckpointPlan, Training
-from repeatlab.training.prerequisites import prerequisites, source_run
+from repeatlab.training.prerequisites import prerequisites, source_run, teacher_runs
 from repeatlab.training.visits import Source
 
 # Of the runs that are about to be made: what is open while they are.
@@ -93,7 +93,7 @@ def make_needs(config: RunConfig, store: Store, *, stop: Stop, watch: Watch = nu
 
     Who holds a run never waits for what it needs, so that no two processes wait for each other.
     """
-    for needed in (*prerequisites(config), *teacher_runs(config)):
+    for needed in prerequisites(config):
         train(needed, store, watch=watch, stop=stop)
 
 

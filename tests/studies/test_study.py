@@ -11,6 +11,7 @@ from repeatlab import tasks
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.store.records import Store
 from repeatlab.studies.study import Report, Study, StudyError, run_studies, run_study
+from repeatlab.training.config import RunConfig
 
 NOT_TIMES = ["seconds", "calibration_seconds"]
 
@@ -52,6 +53,27 @@ def test_a_second_execution_trains_nothing(small_study, tmp_path):
     assert report.trained == 0
     assert set(report.status.values()) == {"complete"}
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+
+
+def test_a_run_s_identity_is_found_out_once(small_study, tmp_path, monkeypatch):
+    small_study().run(tmp_path, workers=0)
+    write, written = RunConfig.to_json, []
+
+    def counted(config):
+        written.append(config)
+        return write(config)
+
+    monkeypatch.setattr(RunConfig, "to_json", counted)
+    assert small_study().run(tmp_path, workers=0).trained == 0
+    assert len(written) == 6
+
+
+def test_a_changed_copy_of_a_configuration_has_an_identity_of_its_own(small_study):
+    config = small_study().planned()[0].config
+    before = config.run_id
+    copy = config.model_copy(update={"seed": 7})
+    assert copy.run_id == RunConfig.from_json(config.to_json() | {"seed": 7}).run_id != before
+    assert config.run_id == before
 
 
 def test_only_what_is_missing_is_trained(small_study, tmp_path):

@@ -22,9 +22,9 @@ from repeatlab.tasks.models import small_cnn
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
 from repeatlab.training import weights
 from repeatlab.training.config import RunConfig
-from repeatlab.training.distillation import teacher_runs
 from repeatlab.training.loop import train
 from repeatlab.training.one_run import Training
+from repeatlab.training.prerequisites import teacher_runs
 
 T, BATCH, TEACHER_UPDATES = 12, 16, 20
 TEMPERATURE, SHARE = 3.0, 0.8
