@@ -45,6 +45,11 @@ class TaskConfig(Model):
 
     unshared: ClassVar[str | None] = "data-parallel training is not built for it"
     """Why several processes cannot share its batches; None where they can."""
+    most: ClassVar = dict.fromkeys(("width", "latent", "hidden", "projection"), 10_000) | {
+        "batch_size": 10**6,
+        "capacity": 10**7,
+        "fid_samples": 10**6,
+    }
 
     name: str
     lr: Annotated[float, Field(gt=0)]

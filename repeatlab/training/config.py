@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,7 @@ from repeatlab.training.early_stopping import EarlyStopping
 RECORD_VERSION = 4
 
 PositiveInt = Annotated[int, Field(ge=1)]
-# More threads than any machine has end the process rather than raise.
+# More threads or processes than any machine has end the process rather than raise.
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Control = Literal[
@@ -41,6 +41,8 @@ class TraceConfig(Model):
     The source is the run of `of` on the same task with the same seed and budget; it is found in the
     store or made first.
     """
+
+    most: ClassVar = {"window": 10**6, "gap": 10**6}
 
     name: Literal["trace"]
     counts: Annotated[tuple[int, ...], Field(strict=False)] | None = None
@@ -87,7 +89,7 @@ class WarmUpConfig(Model):
 class DistillationConfig(Model):
     """How a run learns from an ensemble besides the labels; see `repeatlab.tasks.distillation`."""
 
-    teachers: PositiveInt = 3
+    teachers: Annotated[int, Field(ge=1, le=100)] = 3
     """Standard runs of other seeds; their cost is charged to the run that learns from them."""
     updates: PositiveInt | None = None
     """Of each teacher; null makes as many as the run's T."""
@@ -183,8 +185,8 @@ class BudgetConfig(Model):
 class LoaderConfig(Model):
     """An artificially slow loader, as over a network (data echoing, Choi et al. 2019)."""
 
-    delay_ms: Annotated[float, Field(ge=0)] = 0.0
-    """Milliseconds that every batch takes, on top of its making."""
+    delay_ms: Annotated[float, Field(ge=0, le=60_000)] = 0.0
+    """Milliseconds that every batch takes, on top of its making; at most a minute."""
     prefetch: bool = False
     """Whether the next batch is made while updates run."""
 
@@ -226,6 +228,8 @@ class EvaluationConfig(Model):
 class RunConfig(Model):
     """Everything that one run depends on."""
 
+    most: ClassVar = {"seed": 2**63 - 1}
+
     task: TaskChoice
     method: MethodConfig = MethodConfig()
     max_updates: PositiveInt
@@ -237,7 +241,7 @@ class RunConfig(Model):
     device: Device = "auto"
     threads: Threads = 1
     """CPU threads of torch: sums, and so the records, depend on their number."""
-    processes: PositiveInt = 1
+    processes: Threads = 1
     """Processes that share every batch (`repeatlab.training.data_parallel`), under torchrun where
     it is more than one: sums depend on their number, and BatchNorm sees a share of the batch."""
 
@@ -280,6 +284,7 @@ class RunConfig(Model):
                 f"method.warm_up.updates: {method.warm_up.updates} exceeds max_updates: "
                 f"{self.max_updates}"
             )
+        self._check_target()
         counts = getattr(method.mapping, "counts", None)
         if counts is not None and sum(counts) < self.max_updates:
             raise ValueError(
@@ -309,6 +314,17 @@ class RunConfig(Model):
             if part in refusals:
                 raise ValueError(f"{path} is not for the task {self.task.name}: {refusals[part]}")
         return self
+
+    def _check_target(self) -> None:
+        """See that `linear` with `t: auto`, or the method that it is replayed of, can meet E[N]."""
+        target = (self.calibration or CalibrationConfig()).target_repeats
+        for method in (self.method, self.method.source):
+            linear = method is not None and method.calibrated and method.mapping.name == "linear"
+            if linear and target >= method.mapping.max_repeats:
+                raise ValueError(
+                    "calibration.target_repeats must be less than the mapping's max_repeats, "
+                    f"{method.mapping.max_repeats}; not {target}"
+                )
 
     @model_validator(mode="after")
     def _can_be_distilled(self) -> Self:

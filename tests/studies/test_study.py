@@ -143,8 +143,14 @@ def _no_network(*args, **kwargs):
         ({"methods": {}}, "methods: "),
         ({"methods": {"a": {"maping": {}}}}, "methods.a.maping: unknown key; did you mean 'map"),
         ({"tasks": {"x": {"name": "superwised"}}}, "tasks.x: unknown task 'superwised'; did you"),
-        ({"seeds": 0}, "seeds: must be a count of at least 1 or a list of different seeds, not 0"),
-        ({"seeds": [1, 1]}, "seeds: must be a count of at least 1 or a list of different seeds"),
+        (
+            {"seeds": 0},
+            "seeds: must be a count of at least 1 and at most 10000, or a list of as many different",
+        ),
+        (
+            {"seeds": [1, 1]},
+            "seeds: must be a count of at least 1 and at most 10000, or a list of as many different",
+        ),
         ({"seeds": []}, "seeds: must be a count"),
         ({"seeds": True}, "seeds: must be a count"),
         ({"seeds": [-1]}, "seeds: must be a count"),
