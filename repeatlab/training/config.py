@@ -12,7 +12,7 @@ from repeatlab.core.schema import Model, choice, choices, named, parse
 from repeatlab.methods.sampling import SAMPLERS
 from repeatlab.methods.schedules import SCHEDULES, WarmUp
 from repeatlab.repetition.mappings import MAPPINGS, Trace
-from repeatlab.tasks import TASKS, load_task
+from repeatlab.tasks import TASKS, load_task, version
 from repeatlab.training.early_stopping import EarlyStopping
 
 # Part of every run's identity: raise it when the same configuration would give other records.
@@ -356,8 +356,13 @@ class RunConfig(Model):
 
     @property
     def run_id(self) -> str:
-        """Sixteen hex digits that identify the configuration."""
-        text = json.dumps([RECORD_VERSION, self.to_json()], sort_keys=True)
+        """Sixteen hex digits that identify the configuration and what the code makes of it.
+
+        The code counts by two numbers, `RECORD_VERSION` and its task's (`repeatlab.tasks.version`;
+        for a task of one's own a digest of its source): they say where it means something else.
+        """
+        identity = [RECORD_VERSION, version(self.task.name), self.to_json()]
+        text = json.dumps(identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:

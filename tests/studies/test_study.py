@@ -145,11 +145,11 @@ def _no_network(*args, **kwargs):
         ({"tasks": {"x": {"name": "superwised"}}}, "tasks.x: unknown task 'superwised'; did you"),
         (
             {"seeds": 0},
-            "seeds: must be a count of at least 1 and at most 10000, or a list of as many different",
+            "seeds: must be a count of at least 1 and at most 10000, or a list",
         ),
         (
             {"seeds": [1, 1]},
-            "seeds: must be a count of at least 1 and at most 10000, or a list of as many different",
+            "seeds: must be a count of at least 1 and at most 10000, or a list",
         ),
         ({"seeds": []}, "seeds: must be a count"),
         ({"seeds": True}, "seeds: must be a count"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.methods.schedules import SCHEDULES
 from repeatlab.repetition.mappings import MAPPINGS
+from repeatlab.tasks import TASKS, VERSIONS
 from repeatlab.tasks.optimization import OPTIMIZERS
 from repeatlab.training.config import MethodConfig, RunConfig
 
@@ -118,6 +121,71 @@ def test_the_identity_changes_with_the_version_of_the_records(monkeypatch):
     before = run_config().run_id
     monkeypatch.setattr("repeatlab.training.config.RECORD_VERSION", -1)
     assert run_config().run_id != before
+
+
+def test_the_identity_changes_with_the_declared_version_of_the_task(monkeypatch):
+    names = ("supervised", "unsupervised")
+    before = {name: run_config(task={"name": name}).run_id for name in names}
+    monkeypatch.setitem(VERSIONS, "supervised", VERSIONS["supervised"] + 1)
+    after = {name: run_config(task={"name": name}).run_id for name in names}
+    assert after["supervised"] != before["supervised"]
+    assert after["unsupervised"] == before["unsupervised"]
+
+
+def test_every_task_of_the_package_has_a_declared_version():
+    assert VERSIONS.keys() == TASKS.keys()
+    assert all(type(number) is int and number >= 1 for number in VERSIONS.values())
+
+
+OWN = """
+from typing import Literal
+from repeatlab.tasks.supervised import Supervised, SupervisedConfig
+
+class OwnConfig(SupervisedConfig):
+    name: Literal["own"] = "own"
+
+class Own(Supervised):
+    Config = OwnConfig
+    # SAYS
+"""
+IDENTITY = """
+import sys
+from repeatlab.core.schema import parse
+from repeatlab.tasks import TASKS
+from repeatlab.training.config import RunConfig
+
+TASKS["own"] = "own:Own"
+data = {"task": {"name": "own"}, "max_updates": 3}
+print(parse(RunConfig, data).run_id)
+# As an editor leaves it behind a session's back, which goes on with what it has loaded.
+open(sys.argv[1], "a").write("# later")
+print(parse(RunConfig, data).run_id)
+"""
+
+
+def test_other_code_of_a_task_of_one_s_own_is_another_run(tmp_path):
+    def identities(says: str) -> list[str]:
+        source = tmp_path / "own.py"
+        source.write_text(OWN.replace("SAYS", says))
+        command = [sys.executable, "-B", "-c", IDENTITY, str(source)]
+        paths = os.pathsep.join([str(tmp_path), *sys.path])
+        environment = os.environ | {"PYTHONPATH": paths}
+        printed = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=environment
+        )
+        return printed.stdout.split()
+
+    first, other, again = identities("one"), identities("two"), identities("one")
+    assert first[0] == first[1] == again[0] != other[0]
+
+
+def test_a_task_whose_source_nobody_can_read_is_refused(monkeypatch):
+    space: dict = {"__name__": "typed"}
+    exec(OWN, space)
+    monkeypatch.setitem(sys.modules, "typed", SimpleNamespace(**space))
+    monkeypatch.setitem(TASKS, "own", "typed:Own")
+    with pytest.raises(ValueError, match="task: the source of Own must be readable"):
+        _ = parse(RunConfig, {"task": {"name": "own"}, "max_updates": 3}).run_id
 
 
 @pytest.mark.parametrize(("name", "schedule"), [*product([None, *MAPPINGS], [None, *SCHEDULES])])
