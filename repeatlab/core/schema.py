@@ -90,12 +90,21 @@ class Model(BaseModel):
         except ValidationError as error:
             details = [cls._with_hint(item) for item in error.errors(include_url=False)]
             raise ValidationError.from_exception_data(cls.__name__, details) from None
-        for name, value in model:
-            most = cls.most.get(name, MOST_INTEGER)
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int) and abs(number) > most:
-                    raise ValueError(f"{name} must be at most {most}; not {shown(number)}")
+        details = [cls._too_large(name, value) for name, value in model]
+        if any(details):
+            raise ValidationError.from_exception_data(cls.__name__, [*filter(None, details)])
         return model
+
+    @classmethod
+    def _too_large(cls, name: str, value: Any) -> InitErrorDetails | None:
+        most = cls.most.get(name, MOST_INTEGER)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) > most:
+                error = PydanticCustomError(
+                    "repeatlab", f"must be at most {most}; not {shown(number)}"
+                )
+                return InitErrorDetails(type=error, loc=(name,), input=number)
+        return None
 
     @classmethod
     def _with_hint(cls, item: Any) -> InitErrorDetails:

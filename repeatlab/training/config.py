@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from repeatlab.core.schema import Model, choice, choices, named, parse
 from repeatlab.methods.sampling import SAMPLERS
-from repeatlab.methods.schedules import SCHEDULES, WarmUp
+from repeatlab.methods.schedules import SCHEDULES
 from repeatlab.repetition.mappings import MAPPINGS, Trace
 from repeatlab.tasks import TASKS, load_task, version
 from repeatlab.training.early_stopping import EarlyStopping
@@ -72,20 +72,6 @@ class TraceConfig(Model):
         return Trace(self.counts)
 
 
-class WarmUpConfig(Model):
-    """A rate that rises linearly to its full height over the first updates."""
-
-    updates: PositiveInt
-    """How many; under a budget, the share of it that they are of T."""
-    start: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The factor at the first update. Goyal et al. begin at the unscaled rate: base_batch_size /
-    batch_size."""
-
-    def build(self) -> WarmUp:
-        """Return the factor as a function of the update."""
-        return WarmUp(self.updates, self.start)
-
-
 class DistillationConfig(Model):
     """How a run learns from an ensemble besides the labels; see `repeatlab.tasks.distillation`."""
 
@@ -111,12 +97,6 @@ class MethodConfig(Model):
         | None
     ) = None
     schedule: choice("schedule", SCHEDULES) | None = None
-    warm_up: WarmUpConfig | None = None
-    """Where the rate begins and how long it rises, on top of the schedule; null: not at all."""
-    base_batch_size: PositiveInt | None = None
-    """The batch size that the task's rate is meant for: the run's is batch_size / base_batch_size
-    times it (Goyal et al. 2017, arXiv 1706.02677). The short run of `t: auto` and models that a
-    sampler trains beforehand keep the task's own rate, as under a schedule."""
     distillation: DistillationConfig | None = None
     """Of an ensemble into the run's network, on the supervised task."""
     apply: Literal["repeat", "step_size", "fresh_samples"] = "repeat"
@@ -279,11 +259,6 @@ class RunConfig(Model):
                 f"method.mapping.of: {method.source!r} names a method of a study; a single run "
                 "needs the method itself"
             )
-        if method.warm_up is not None and method.warm_up.updates > self.max_updates:
-            raise ValueError(
-                f"method.warm_up.updates: {method.warm_up.updates} exceeds max_updates: "
-                f"{self.max_updates}"
-            )
         self._check_target()
         counts = getattr(method.mapping, "counts", None)
         if counts is not None and sum(counts) < self.max_updates:
@@ -322,7 +297,7 @@ class RunConfig(Model):
             linear = method is not None and method.calibrated and method.mapping.name == "linear"
             if linear and target >= method.mapping.max_repeats:
                 raise ValueError(
-                    "calibration.target_repeats must be less than the mapping's max_repeats, "
+                    "calibration.target_repeats: must be less than the mapping's max_repeats, "
                     f"{method.mapping.max_repeats}; not {target}"
                 )
 
@@ -330,12 +305,8 @@ class RunConfig(Model):
     def _can_be_distilled(self) -> Self:
         if self.method.distillation is None:
             return self
-        sampler, warm_up = self.method.sampler, self.method.warm_up
-        updates = self.method.distillation.updates
+        sampler = self.method.sampler
         refused = {
-            f"updates: {updates} end before the teachers' warm-up does": (
-                warm_up and updates and updates < warm_up.updates
-            ),
             f"it is not for the task {self.task.name}, only for supervised": (
                 self.task.name != "supervised"
             ),

@@ -299,32 +299,32 @@ OF = {"mapping": {"name": "trace", "of": {"mapping": LINEAR}}}
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        (lambda n: {"seed": n * 2**63}, "seed must be at most 9223372036854775807; not "),
-        (lambda n: {"max_updates": n}, "max_updates must be at most 1000000000; not "),
+        (lambda n: {"seed": n * 2**63}, "seed: must be at most 9223372036854775807; not "),
+        (lambda n: {"max_updates": n}, "max_updates: must be at most 1000000000; not "),
         (lambda n: {"processes": n}, "processes: "),
         (lambda n: {"threads": n}, "threads: "),
-        (lambda n: {"task": {"name": "supervised", "width": n}}, "task: width must be at most "),
-        (lambda n: {"task": {"name": "unsupervised", "latent": n}}, "task: latent must be at "),
-        (lambda n: {"task": {"name": "reinforcement", "hidden": [64, n]}}, "task: hidden must "),
-        (lambda n: {"task": {"name": "reinforcement", "capacity": n}}, "task: capacity must be "),
+        (lambda n: {"task": {"name": "supervised", "width": n}}, "task.width: must be at most "),
+        (lambda n: {"task": {"name": "unsupervised", "latent": n}}, "task.latent: must be at "),
+        (lambda n: {"task": {"name": "reinforcement", "hidden": [64, n]}}, "task.hidden: must "),
+        (lambda n: {"task": {"name": "reinforcement", "capacity": n}}, "task.capacity: must be "),
         (lambda n: {"method": {"distillation": {"teachers": n}}}, "method.distillation.teachers: "),
-        (lambda n: {"method": mapping("zscore", window=n)}, "method.mapping: window must be at "),
-        (lambda n: {"method": mapping("quantile", window=n)}, "method.mapping: window must be "),
-        (lambda n: {"method": mapping("constant", repeats=n)}, "method.mapping: repeats must be "),
+        (lambda n: {"method": mapping("zscore", window=n)}, "method.mapping.window: must be at "),
+        (lambda n: {"method": mapping("quantile", window=n)}, "method.mapping.window: must be "),
+        (lambda n: {"method": mapping("constant", repeats=n)}, "method.mapping.repeats: must be "),
         (
             lambda n: {"method": {"mapping": OF["mapping"] | {"control": "spaced", "gap": n}}},
-            "method.mapping: gap must be at most 1000000; not ",
+            "method.mapping.gap: must be at most 1000000; not ",
         ),
         (
             lambda n: {"method": {"mapping": OF["mapping"] | {"control": "windowed", "window": n}}},
-            "method.mapping: window must be at most 1000000; not ",
+            "method.mapping.window: must be at most 1000000; not ",
         ),
         (
             lambda n: {"method": {"sampler": {"name": "importance", "presample": n}}},
-            "method.sampler: presample must be at most ",
+            "method.sampler.presample: must be at most ",
         ),
         (lambda n: {"loader": {"delay_ms": float(n) if n < 10**300 else 1e300}}, "loader.delay_ms"),
-        (lambda n: {"evaluation": {"keep": n}}, "evaluation: keep must be at most "),
+        (lambda n: {"evaluation": {"keep": n}}, "evaluation.keep: must be at most "),
     ],
 )  # fmt: skip
 def test_a_size_without_bounds_is_named(fields, named, size):
@@ -346,7 +346,7 @@ def test_a_target_that_the_mapping_cannot_meet_is_refused_before_the_calibration
     method, target, most
 ):
     calibration = {} if target is None else {"calibration": {"target_repeats": target}}
-    message = f"calibration.target_repeats must be less than the mapping's max_repeats, {most}; not"
+    message = f"calibration.target_repeats: must be less than the mapping's max_repeats, {most}; not"
     assert refusal(method=method, **calibration).startswith(message)
 
 
