@@ -116,7 +116,8 @@ class Model(BaseModel):
             message = f"must be a mapping with keys among {keys}; not {shown(item['input'])}"
         elif item["type"] not in ("missing", "value_error", "repeatlab"):
             # YAML and notebooks write tuples as lists.
-            message = f"{message.replace('tuple', 'list')}, not {shown(item['input'])}"
+            message = message.replace("tuple", "list").replace("Input should be", "must be")
+            message = f"{message}; not {shown(item['input'])}"
             if isinstance(item["input"], str) and item["type"] == "bool_type":
                 message = f"{message}; write true or false"
             elif isinstance(item["input"], str) and _is_number(item["input"]):
@@ -148,7 +149,7 @@ def named(what: str, models: Mapping[str, Any], load: Callable[[Any], type[Model
         if isinstance(value, Model):
             return value
         if not isinstance(value, dict) or "name" not in value:
-            raise ValueError(f"must be a mapping with the key 'name', not {shown(value)}")
+            raise ValueError(f"must be a mapping with the key 'name'; not {shown(value)}")
         name = value["name"]
         if not isinstance(name, str) or name not in models:
             raise ValueError(f"unknown {what} {shown(name)}; {did_you_mean(name, models)}")
@@ -225,11 +226,14 @@ def _number_or_auto(value: Any) -> float | str:
         with suppress(OverflowError):  # an int may exceed every float
             number = float(value)
     if not isfinite(number):
-        raise ValueError(f"must be a finite number or 'auto', not {shown(value)}")
+        raise ValueError(f"must be a finite number or 'auto'; not {shown(value)}")
     return number
 
 
 # --- reading ----------------------------------------------------------------------------------
+
+
+MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -277,10 +281,28 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key in keys:
             # "<<" takes another mapping in, whose keys may be given anew.
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
                 if (key.tag, key.value) in seen:
                     raise self._refusal(f"the key {shown(key.value)} appears twice", key)
                 seen.add((key.tag, key.value))
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Take in what "<<" names: own keys go first, then those of the mappings named earlier.
+
+        PyYAML's own way of it has changed from one version to the next.
+        """
+        sources = []
+        for key, value in node.value:
+            if key.tag == MERGE:
+                sources += value.value if isinstance(value, yaml.SequenceNode) else [value]
+        pairs = {}
+        for source in reversed(sources):
+            if not isinstance(source, yaml.MappingNode):
+                raise self._refusal("<< must name mappings", source)
+            self.flatten_mapping(source)
+            pairs |= {(key.tag, str(key.value)): (key, value) for key, value in source.value}
+        own = [pair for pair in node.value if pair[0].tag != MERGE]
+        node.value = list((pairs | {(k.tag, str(k.value)): (k, v) for k, v in own}).values())
 
     def _refusal(self, message: str, node: yaml.Node) -> yaml.MarkedYAMLError:
         path = ".".join(self._path)

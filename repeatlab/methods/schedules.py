@@ -15,7 +15,7 @@ from math import cos, exp, isfinite, pi
 
 def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie between 0 and 1, not {value!r}")
+        raise ValueError(f"{name} must lie between 0 and 1; not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Decay(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isfinite(self.k) or self.k <= 0:
-            raise ValueError(f"k must be a positive, finite number, not {self.k!r}")
+            raise ValueError(f"k must be a positive, finite number; not {self.k!r}")
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,13 @@ def test_a_key_given_twice_is_found_in_linear_time(tmp_path):
 def test_a_mapping_merged_twice_over_has_no_key_twice(tmp_path):
     text = "q: {b: &b {<<: &a {x: 1}, x: 2}}\nc: {<<: *b, y: 3}"
     assert read(tmp_path, text) == {"q": {"b": {"x": 2}}, "c": {"x": 2, "y": 3}}
+    text = "a: &a {x: 1, y: 1}\nb: &b {y: 2, z: 2}\nc: {z: 3, <<: [*a, *b]}\nd: {<<: *b, <<: *a}"
+    found = read(tmp_path, text)
+    # Own keys, then those of the mapping that is named first.
+    assert found["c"] == {"x": 1, "y": 1, "z": 3}
+    assert found["d"] == {"x": 1, "y": 2, "z": 2}
+    with pytest.raises(ConfigError, match="<< must name mappings"):
+        read(tmp_path, "a: {<<: [1]}")
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path):

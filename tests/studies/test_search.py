@@ -395,7 +395,7 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
         ),
         (
             {"space": {"task.batch_size": {"low": 2, "high": 8}}},
-            "space: with task.batch_size = 2.0: task.batch_size: Input should be a valid integer",
+            "space: with task.batch_size = 2.0: task.batch_size: must be a valid integer",
         ),
         (
             {
@@ -412,7 +412,7 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
                 "method": {"mapping": {"name": "linear", "t": "auto"}},
                 "space": {"method.mapping.max_repeats": {"low": 2, "high": 5, "kind": "int"}},
             },
-            "space: with method.mapping.max_repeats = 2: calibration.target_repeats must lie betw",
+            "space: with method.mapping.max_repeats = 2: calibration.target_repeats: must be less",
         ),
         (
             {"space": {"calibration.updates": {"low": 5, "high": 9, "kind": "int"}}},
@@ -423,7 +423,7 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
             {"evaluation": {"splits": ["train"]}},
             "evaluation: splits: a search needs the validation",
         ),
-        ({"seeds": 0}, "seeds: Input should be greater than or equal to 1, not 0"),
+        ({"seeds": 0}, "seeds: must be greater than or equal to 1; not 0"),
         ({"metrik": 3}, "metrik: unknown key; did you mean 'metric'?"),
     ],
 )

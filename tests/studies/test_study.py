@@ -154,7 +154,7 @@ def _no_network(*args, **kwargs):
         ({"seeds": []}, "seeds: must be a count"),
         ({"seeds": True}, "seeds: must be a count"),
         ({"seeds": [-1]}, "seeds: must be a count"),
-        ({"max_updates": 0}, "max_updates: Input should be greater than or equal to 1, not 0"),
+        ({"max_updates": 0}, "max_updates: must be greater than or equal to 1; not 0"),
         ({"seed": 3}, "seed: unknown key; did you mean 'seeds'?"),
     ],
 )
@@ -207,7 +207,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_trained(tmp_
 
 
 def test_more_threads_than_any_machine_has_are_refused():
-    with pytest.raises(ConfigError, match="threads: Input should be less than or equal to 1024"):
+    with pytest.raises(ConfigError, match="threads: must be less than or equal to 1024"):
         Study.of(
             name="many",
             tasks={"digits": {"name": "supervised"}},

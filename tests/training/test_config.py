@@ -232,7 +232,7 @@ def test_auto_is_understood_for_calibrated_fields_alone(name, field):
 def test_only_auto_needs_a_calibration():
     assert not MethodConfig().calibrated
     assert not run_config(method=mapping("linear", t=2)).method.calibrated
-    assert "or 'auto', not 'automatic'" in refusal(method=mapping("linear", t="automatic"))
+    assert "or 'auto'; not 'automatic'" in refusal(method=mapping("linear", t="automatic"))
 
 
 def test_the_ranges_of_the_other_fields_are_checked_beside_auto():
@@ -346,7 +346,9 @@ def test_a_target_that_the_mapping_cannot_meet_is_refused_before_the_calibration
     method, target, most
 ):
     calibration = {} if target is None else {"calibration": {"target_repeats": target}}
-    message = f"calibration.target_repeats: must be less than the mapping's max_repeats, {most}; not"
+    message = (
+        f"calibration.target_repeats: must be less than the mapping's max_repeats, {most}; not"
+    )
     assert refusal(method=method, **calibration).startswith(message)
 
 

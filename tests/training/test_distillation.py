@@ -329,5 +329,5 @@ def test_what_a_teacher_would_not_fit_is_refused(fields, message):
 )
 def test_bad_settings_are_named(setting):
     (name,) = setting
-    with pytest.raises(ConfigError, match=f"method.distillation.{name}: Input should be"):
+    with pytest.raises(ConfigError, match=f"method.distillation.{name}: must be"):
         run_config({"distillation": setting})

@@ -350,9 +350,9 @@ def test_early_ends_are_neither_diverged_nor_missing_and_nothing_is_extrapolated
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"patience": 0}, "patience: Input should be greater than or equal to 1"),
-        ({"patience": 2, "mode": "less"}, "mode: Input should be 'min' or 'max'"),
-        ({"patience": 2, "min_delta": -0.1}, "min_delta: Input should be greater than or equal"),
+        ({"patience": 0}, "patience: must be greater than or equal to 1"),
+        ({"patience": 2, "mode": "less"}, "mode: must be 'min' or 'max'"),
+        ({"patience": 2, "min_delta": -0.1}, "min_delta: must be greater than or equal"),
         ({}, "patience: Field required"),
     ],
 )
