@@ -19,7 +19,9 @@ from repeatlab.store.records import Store
 if TYPE_CHECKING:
     from repeatlab.studies.study import Study
 
-ROOT = Path(__file__).resolve().parents[1]
+# Where params/ and notebooks/ are: the clone that the package is in, or the one it is called in.
+PLACES = (Path(__file__).resolve().parents[1], Path.cwd())
+ROOT = next((place for place in PLACES if (place / "params").is_dir()), PLACES[1])
 RUNS = click.option(
     "--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Run store."
 )

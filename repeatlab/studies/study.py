@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from repeatlab.core.environment import commit
 from repeatlab.core.files import StoreError, safe_name
 from repeatlab.core.html_view import rows_table
-from repeatlab.core.schema import Model, did_you_mean, parse
+from repeatlab.core.schema import Model, Name, did_you_mean, parse, shown
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
@@ -34,6 +34,7 @@ from repeatlab.training.config import (
     Threads,
 )
 
+MOST_SEEDS = 10_000
 # Of a run that was reported as made.
 ABSENT = "it is not in the store: do the workers see the same directory under this path?"
 
@@ -58,11 +59,13 @@ class Planned(NamedTuple):
 def _seeds(value: Any) -> int | tuple[int, ...]:
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     valid = numbers and all(
-        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers
     )
-    if not valid or value == 0 or len(set(numbers)) < len(numbers):
+    count = len(numbers) if isinstance(value, (list, tuple)) else value
+    if not valid or not 0 < count <= MOST_SEEDS or len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"must be a count of at least 1 or a list of different seeds, not {value!r}"
+            f"must be a count of at least 1 and at most {MOST_SEEDS}, or a list of as many "
+            f"different seeds; not {shown(value)}"
         )
     return tuple(numbers) if isinstance(value, (list, tuple)) else value
 
@@ -71,9 +74,9 @@ class Study(Model):
     """Every method with every seed on every task, all under the same budget of updates."""
 
     name: str
-    tasks: Annotated[dict[str, TaskChoice], Field(min_length=1)]
+    tasks: Annotated[dict[Name, TaskChoice], Field(min_length=1)]
     """What tables and figures call the task -> its configuration."""
-    methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
+    methods: Annotated[dict[Name, MethodConfig], Field(min_length=1)]
     seeds: Annotated[Any, PlainValidator(_seeds)] = 5
     """How many seeds, counted from 0, or which."""
     max_updates: PositiveInt

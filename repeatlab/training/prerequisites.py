@@ -27,11 +27,10 @@ def teacher_runs(config: RunConfig) -> list[RunConfig]:
     method, settings = config.method, config.method.distillation
     if settings is None:
         return []
-    rates = {name: getattr(method, name) for name in ("schedule", "warm_up", "base_batch_size")}
     return [
         RunConfig(
             task=config.task,
-            method=MethodConfig(**rates),
+            method=MethodConfig(schedule=method.schedule),
             max_updates=settings.updates or config.max_updates,
             seed=derive(config.seed, "teacher", number),
             evaluation=EvaluationConfig(splits=(), test=False, keep=1),

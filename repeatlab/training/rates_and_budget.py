@@ -18,25 +18,20 @@ if TYPE_CHECKING:
 
 
 class Rates:
-    """The learning rates of all optimizers, scaled alike by batch, warm-up, schedule and step size.
+    """The learning rates of all optimizers, scaled alike by schedule and step size.
 
     Attributes:
         moving: Whether they have to be set before every update.
     """
 
     def __init__(self, config: RunConfig, optimizers: Iterable[Optimizer]) -> None:
-        schedule, warm_up = config.method.schedule, config.method.warm_up
+        schedule = config.method.schedule
         self._schedule = schedule.build() if schedule else None
-        self._warm_up = warm_up.build() if warm_up else None
         self._total = config.max_updates
         # What was set is kept where it does not follow from the update's index.
         self._keep = config.budget is not None or config.method.apply == "step_size"
-        self.moving = bool(self._schedule or self._warm_up or self._keep)
-        base = config.method.base_batch_size
-        scale = config.task.batch_size / base if base else 1.0
-        self._groups = [(g, scale * g["lr"]) for o in optimizers for g in o.param_groups]
-        for group, rate in self._groups:
-            group["lr"] = rate
+        self.moving = bool(self._schedule or self._keep)
+        self._groups = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
         self._factors: list[float] = []
 
     def set(self, position: int) -> None:
@@ -76,8 +71,7 @@ class Rates:
         self._factors = list(state["factors"])
 
     def _factor(self, position: int) -> float:
-        factor = self._schedule(position, self._total) if self._schedule else 1.0
-        return factor * self._warm_up(position) if self._warm_up else factor
+        return self._schedule(position, self._total) if self._schedule else 1.0
 
 
 class Budget:

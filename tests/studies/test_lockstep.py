@@ -38,7 +38,7 @@ T = 23
 METHODS: dict[str, dict[str, Any]] = {
     "standard": {},
     "cosine": {"schedule": {"name": "cosine"}},
-    "warm_up": {"warm_up": {"updates": 5}},
+    "warm_up": {"schedule": {"name": "cosine", "warm_up": 0.2}},
     "fixed3": {"mapping": {"name": "constant", "repeats": 3}},
     "random": {"mapping": {"name": "uniform"}},
     "threshold": {"mapping": {"name": "threshold", "t": "auto"}},

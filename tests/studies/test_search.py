@@ -389,7 +389,7 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
         ),
         (
             {"space": {"task.batch_size": {"low": 2, "high": 8}}},
-            "space: with task.batch_size = 2.0: task.batch_size: Input should be a valid integer",
+            "space: with task.batch_size = 2.0: task.batch_size: must be a valid integer",
         ),
         (
             {
@@ -403,7 +403,14 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
         ),
         ({"evaluation": {"test": True}}, "evaluation: test: must be false: a search never reads"),
         ({"evaluation": {"splits": ["train"]}}, "evaluation: splits: must hold validation"),
-        ({"seeds": 0}, "seeds: Input should be greater than or equal to 1, not 0"),
+        (
+            {
+                "method": {"mapping": {"name": "linear", "t": "auto"}},
+                "space": {"method.mapping.max_repeats": {"low": 2, "high": 5, "kind": "int"}},
+            },
+            "space: with method.mapping.max_repeats = 2: calibration.target_repeats: must be less",
+        ),
+        ({"seeds": 0}, "seeds: must be greater than or equal to 1; not 0"),
         ({"metrik": 3}, "metrik: unknown key; did you mean 'metric'?"),
     ],
 )

@@ -165,12 +165,18 @@ def _no_network(*args, **kwargs):
         ({"methods": {}}, "methods: "),
         ({"methods": {"a": {"maping": {}}}}, "methods.a.maping: unknown key; did you mean 'map"),
         ({"tasks": {"x": {"name": "superwised"}}}, "tasks.x: unknown task 'superwised'; did you"),
-        ({"seeds": 0}, "seeds: must be a count of at least 1 or a list of different seeds, not 0"),
-        ({"seeds": [1, 1]}, "seeds: must be a count of at least 1 or a list of different seeds"),
+        (
+            {"seeds": 0},
+            "seeds: must be a count of at least 1 and at most 10000, or a list",
+        ),
+        (
+            {"seeds": [1, 1]},
+            "seeds: must be a count of at least 1 and at most 10000, or a list",
+        ),
         ({"seeds": []}, "seeds: must be a count"),
         ({"seeds": True}, "seeds: must be a count"),
         ({"seeds": [-1]}, "seeds: must be a count"),
-        ({"max_updates": 0}, "max_updates: Input should be greater than or equal to 1, not 0"),
+        ({"max_updates": 0}, "max_updates: must be greater than or equal to 1; not 0"),
         ({"seed": 3}, "seed: unknown key; did you mean 'seeds'?"),
     ],
 )
@@ -223,7 +229,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_trained(tmp_
 
 
 def test_more_threads_than_any_machine_has_are_refused():
-    with pytest.raises(ConfigError, match="threads: Input should be less than or equal to 1024"):
+    with pytest.raises(ConfigError, match="threads: must be less than or equal to 1024"):
         Study.of(
             name="many",
             tasks={"digits": {"name": "supervised"}},

@@ -629,7 +629,7 @@ def test_an_agent_can_begin_where_its_like_has_begun(fields):
     [
         ({"learning_starts": 2}, "must not be less than n_steps"),
         ({"capacity": 2}, "must not be less than n_steps"),
-        ({"driver": "mse"}, "driver.*'huber' or 'td_error', not 'mse'"),
+        ({"driver": "mse"}, "driver.*'huber' or 'td_error'; not 'mse'"),
         ({"target_clock": "steps"}, "target_clock.*not 'steps'"),
         ({"observation_scale": [1.0, 2.0]}, "observation_scale.2"),
         ({"hidden": [120, 0]}, "hidden.1.*not 0"),

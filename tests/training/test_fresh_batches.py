@@ -460,7 +460,7 @@ def test_the_study_s_arm_is_the_source(tmp_path, monkeypatch, small_study):
         ),
         (
             {"a": {"mapping": {"name": "trace", "of": "linear", "control": "windwed"}}},
-            "methods.a.mapping.control: Input should be",
+            "methods.a.mapping.control: must be",
         ),
         (
             {"a": {"apply": "step_size"}},

@@ -146,7 +146,10 @@ def counted(monkeypatch) -> Iterator[list[int]]:
 METHODS = {
     "standard": {},
     "fixed3": {"mapping": {"name": "constant", "repeats": 3}, "schedule": {"name": "cosine"}},
-    "linear": {"mapping": {"name": "linear", "t": 0.5}, "warm_up": {"updates": 5}},
+    "linear": {
+        "mapping": {"name": "linear", "t": 0.5},
+        "schedule": {"name": "constant", "warm_up": 0.2},
+    },
 }
 
 

@@ -109,7 +109,7 @@ def test_what_is_evaluated_keeps_its_true_labels():
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_out_of_range_is_named(share):
-    with pytest.raises(ConfigError, match=r"task.label_noise: Input should be"):
+    with pytest.raises(ConfigError, match=r"task.label_noise: must be"):
         run_config(noise=share)
 
 

@@ -91,9 +91,9 @@ def test_seconds_are_those_of_training_and_of_what_came_before():
     [
         ({"unit": "seconds"}, "budget: seconds must be given for unit: seconds, and only for it"),
         ({"unit": "cost", "seconds": 3.0}, "budget: seconds must be given for unit: seconds"),
-        ({"unit": "joules"}, "budget.unit: Input should be 'cost' or 'seconds'"),
-        ({"unit": "cost", "k": 0.0}, "budget.k: Input should be greater than 0"),
-        ({"unit": "seconds", "seconds": 0.0}, "budget.seconds: Input should be greater than 0"),
+        ({"unit": "joules"}, "budget.unit: must be 'cost' or 'seconds'"),
+        ({"unit": "cost", "k": 0.0}, "budget.k: must be greater than 0"),
+        ({"unit": "seconds", "seconds": 0.0}, "budget.seconds: must be greater than 0"),
     ],
 )
 def test_bad_budgets_are_named(budget, message):

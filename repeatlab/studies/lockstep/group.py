@@ -103,7 +103,7 @@ class SharedBatches(StandIn):
 def _rates(config: RunConfig) -> str:
     """Return what says how a run's learning rate goes: the optimizer moves neighbours as one."""
     method = config.method
-    return repr((config.task.lr, method.schedule, method.warm_up, method.apply))
+    return repr((config.task.lr, method.schedule, method.apply))
 
 
 class Group:
