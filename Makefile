@@ -1,5 +1,5 @@
 # Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
-.PHONY: figures readme test notebooks test-browser bench bench-tasks lab api lines
+.PHONY: figures readme test test-versions notebooks test-browser bench bench-tasks lab api lines
 .DEFAULT_GOAL := figures
 SHELL := /bin/bash
 
@@ -36,6 +36,11 @@ notebooks: $(STAMP)
 test-browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	$(BIN)/pytest tests/browser -rs
+
+# Python 3.11 to 3.13 and the lowest declared versions: an environment of 6 GB each, one at a time.
+# PYTHONS may name others, or their paths.
+test-versions: $(STAMP)
+	$(BIN)/python tests/versions.py $(PYTHONS)
 
 # Ratios of interleaved runs in one process; bench-tasks trains every task on real data.
 bench: $(STAMP)

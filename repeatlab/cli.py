@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,12 +13,15 @@ import click
 
 from repeatlab.core.files import StoreError
 from repeatlab.core.schema import ConfigError, parse, read_yaml
+from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Store
 
 if TYPE_CHECKING:
     from repeatlab.studies.study import Study
 
-ROOT = Path(__file__).resolve().parents[1]
+# Where params/ and notebooks/ are: the clone that the package is in, or the one it is called in.
+PLACES = (Path(__file__).resolve().parents[1], Path.cwd())
+ROOT = next((place for place in PLACES if (place / "params").is_dir()), PLACES[1])
 RUNS = click.option(
     "--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Run store."
 )
@@ -167,20 +171,20 @@ def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
 
 @cli.command()
 @RUNS
-@click.option("--remove", is_flag=True, help="Delete damaged runs, so that they are made again.")
+@click.option("--remove", is_flag=True, help="Delete what is damaged, so that it is made again.")
 def verify(runs: Path, remove: bool) -> None:
-    """Read every run of a store that is done, and name those that are damaged."""
+    """Hold a store's studies, and every file of a run that is done, to their digests."""
     from repeatlab.studies import verification
 
     if not runs.is_dir():
         raise StoreError(f"{runs} is not there: name the run store with --runs")
     store = Store(runs)
+    count = len(list(runs.glob("*/*/summary.json")))
     found = list(verification.damaged(store))
     for damage in found:
-        click.echo(f"damaged: {damage.run.path}: {damage.reason}")
+        click.echo(f"damaged: {damage.reason}")
         if remove:
-            verification.remove(store, damage.run)
-    count = len(list(runs.glob("*/*/summary.json"))) + (len(found) if remove else 0)
+            verification.remove(store, damage.path)
     click.echo(f"{count} runs read, {len(found)} damaged{' and removed' if remove else ''}")
     sys.exit(1 if found and not remove else 0)
 
@@ -326,12 +330,25 @@ def check(task: str, dataset: str | None) -> None:
 
 
 def main() -> None:
-    """Run the command line: exit status 2 for a wrong input, 1 for runs that failed."""
+    """Run the command line.
+
+    Exit status 2 for a wrong input, 1 for runs that failed, 128 + its number after a signal.
+    """
     from repeatlab.report.notebooks import NotebookError
     from repeatlab.studies.study import StudyError
 
     try:
-        cli()
+        sys.exit(cli(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort as error:  # click's own word for Ctrl-C
+        click.echo(str(error.__cause__) or "Stopped.", err=True)
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as error:
+        if isinstance(error.__cause__, Interrupted):  # by another signal
+            click.echo(error.__cause__, err=True)
+        raise
     except (ConfigError, StoreError, OSError) as error:  # DataError is an OSError
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)

@@ -52,7 +52,9 @@ def imported(path: Path) -> set[str]:
             assert not node.level, f"{path}: write imports with the package's name"
             modules += [f"{node.module}.{alias.name}" for alias in node.names]
     parts = [module.split(".") for module in modules]
-    return {part[1] for part in parts if part[0] == "repeatlab" and len(part) > 1}
+    within = {part[1] for part in parts if part[0] == "repeatlab" and len(part) > 1}
+    # The package itself has names as well.
+    return {name for name in within if list(LIBRARY.glob(f"{name}*"))}
 
 
 def arrows() -> set[tuple[str, str]]:

@@ -10,7 +10,17 @@ import numpy as np
 import pandas as pd
 
 from repeatlab.analysis.paired_differences import APART, DIVERGED
-from repeatlab.analysis.statistics import ALPHA, Effect, holm, paired_effect
+from repeatlab.analysis.statistics import (
+    ALPHA,
+    Effect,
+    holm,
+    paired_effect,
+    signed_ranks,
+    unit,
+)
+
+DUST = 1e-9  # of the largest value: a smaller sd is that of rounding
+RANKED = "by signed ranks, as it has no sd"
 
 
 @dataclass(frozen=True)
@@ -44,31 +54,62 @@ class Finding:
 def finding(of_method: pd.DataFrame, *, seed: int = 0) -> Finding:
     """Return what the rows of `pairs` of one method show, all tasks pooled.
 
-    One task is judged in the metric's unit. Several are put in units of the spread over the runs
-    of both arms, each task's own, and weigh alike. Exchanging the two runs of a pair leaves that
-    unit as it is (the standard arm's own would change), so the sign flip stays exact.
+    One task is judged in the metric's unit. Several are `standardised`, and weigh alike.
     """
-    tasks, places = np.unique(of_method["task"].to_numpy(str), return_inverse=True)
-    differences = of_method["difference"].to_numpy(float)
-    values = np.stack([of_method["value"].to_numpy(float), of_method["other"].to_numpy(float)])
-    strata = []
-    for place in range(len(tasks)):
-        mine = places == place
-        known = differences[mine & ~np.isnan(differences)]
-        if len(tasks) > 1 and np.isfinite(known).all() and known.any():
-            both = values[:, mine]
-            known = known / spread(both[np.isfinite(both)])
-        strata.append(known)
-    gaps = int(np.isnan(differences).sum())
+    # As arrays: simulations call this by the ten thousand.
+    places, tasks = pd.factorize(of_method["task"].to_numpy(), use_na_sentinel=False)
+    names = ("difference", "value", "other")
+    columns = np.array([of_method[name].to_numpy(float) for name in names])
+    missing = np.isnan(columns[0])
+    strata, notes = [], []
+    for place, task in enumerate(tasks):
+        values = columns[:, (places == place) & ~missing]
+        pooled = len(tasks) > 1 and values.size > 0
+        stratum, by_ranks = standardised(*values) if pooled else (values[0], False)
+        strata.append(stratum)
+        notes += [f"{task}: {RANKED}"] * by_ranks
+    gaps = int(missing.sum())
     diverged = int((of_method["status"].to_numpy() == DIVERGED).sum())
     effect = paired_effect(strata, seed=seed)
-    found = sum(len(stratum) > 0 for stratum in strata)
-    return Finding(effect, found, gaps, diverged, _note(of_method, effect, gaps, diverged))
+    with_pairs = sum(len(stratum) > 0 for stratum in strata)
+    note = "; ".join([*_notes(of_method, effect, gaps, diverged), *notes])
+    return Finding(effect, with_pairs, gaps, diverged, note)
 
 
-def _note(of_method: pd.DataFrame, effect: Effect, gaps: int, diverged: int) -> str:
+def standardised(
+    differences: np.ndarray, ours: np.ndarray, theirs: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """Return the differences of a task's pairs in units of `spread`, and whether by ranks instead.
+
+    Where there is no such unit, since a run diverged or no seed differs from another, signed ranks
+    of the root mean square 1 stand for them; equal pairs are 0 in any unit.
+    """
+    scale = spread(ours, theirs)
+    if np.isnan(scale) and np.any(differences):
+        return unit(signed_ranks(differences)), True
+    return np.asarray(differences) / (1.0 if np.isnan(scale) else scale), False
+
+
+def spread(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return the sd of runs within two arms that are paired, (n,) each; NaN where there is none.
+
+    The variance of the pairs' means and a quarter of that of their absolute differences: the
+    pooled variance within the arms, with the better runs taken to be all of one arm. So no effect
+    is part of it, however large, and exchanging the two runs of a pair leaves it as it is, which
+    keeps a sign flip of differences in this unit exact. What rounding leaves of values that are
+    equal is no spread.
+    """
+    values = np.array([ours, theirs], dtype=float)
+    if values.shape[1] < 2 or not np.isfinite(values).all():
+        return np.nan
+    means, differences = values.mean(axis=0), np.abs(values[0] - values[1])
+    scale = float(np.sqrt(means.var(ddof=1) + differences.var(ddof=1) / 4))
+    return scale if scale > DUST * np.abs(values).max() else np.nan
+
+
+def _notes(of_method: pd.DataFrame, effect: Effect, gaps: int, diverged: int) -> list[str]:
     if not len(of_method):
-        return "no run is planned"
+        return ["no run is planned"]
     said = []
     if gaps:
         lost = of_method[of_method["difference"].isna()]
@@ -81,30 +122,22 @@ def _note(of_method: pd.DataFrame, effect: Effect, gaps: int, diverged: int) -> 
         ]
         said.append(f"{gaps} of {len(of_method)} pairs {why} ({'; '.join(which)})")
     if diverged:
-        said.append(f"{diverged} diverged, counted as worst by rank")
-    if effect.n and effect.interval.kind == "none":
-        said.append("no interval: a task has but one pair")
-    if effect.n and effect.smallest_p > ALPHA:
-        ties = int((of_method["difference"] == 0).sum())
+        worst = ", counted as worst by rank" * bool(np.isinf(of_method["difference"]).any())
+        said.append(f"{diverged} diverged{worst}")
+    if effect.equal:
+        said.append(f"all {effect.n} pairs are equal")
+    elif effect.n and effect.smallest_p > ALPHA:
+        ties = effect.n - effect.unequal
         tied = f", {ties} of them ties" if ties else ""
         said.append(f"n = {effect.n}{tied}: p cannot fall below {effect.smallest_p:.4g}")
-    return "; ".join(said)
-
-
-def spread(values: np.ndarray | pd.Series) -> float:
-    """Return the sd of what is known of `values`, NaN where there is none to divide by."""
-    values = np.asarray(values, dtype=float)
-    known = values[~np.isnan(values)]
-    if len(known) < 2 or not np.isfinite(known).all():
-        return np.nan
-    return float(known.std(ddof=1)) or np.nan
+    return said
 
 
 # --- among other comparisons ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Judged:
+class AdjustedFinding:
     """A finding with its adjusted p, the least that p could have been, and the family's size."""
 
     finding: Finding
@@ -144,32 +177,36 @@ class Judged:
         if effect.interval.kind != "none":
             limits = f"[{effect.interval.low:.3g}, {effect.interval.high:.3g}]"
         unit = " sd" if self.finding.tasks > 1 else ""
-        told = f"{effect.estimate:+.3g}{unit} {limits}, p = {self.p:.3g}, n = {effect.n}"
-        if self.least_p >= ALPHA:
-            told += f" (too few: p cannot fall below {self.least_p:.3g})"
+        text = f"{effect.estimate:+.3g}{unit} {limits}, p = {self.p:.3g}, n = {effect.n}"
+        if effect.equal:
+            text += " (equal in all pairs)"
+        elif self.least_p >= ALPHA:
+            text += f" (too few: p cannot fall below {self.least_p:.3g})"
         if self.finding.diverged:
-            told += f" ({self.finding.diverged} diverged)"
-        return told
+            text += f" ({self.finding.diverged} diverged)"
+        return text
 
 
-def adjusted(findings: Iterable[Finding], others: Iterable[float] = ()) -> list[Judged]:
+def holm_adjusted(
+    findings: Iterable[Finding], others: Iterable[float] = ()
+) -> list[AdjustedFinding]:
     """Return the findings adjusted by Holm, in one family with the p-values `others`."""
     findings = list(findings)
     p = np.array([*(f.p for f in findings), *others])
-    values, judged = holm(p), []
+    values, rows = holm(p), []
     for place, one in enumerate(findings):
         best = p.copy()
         best[place] = one.effect.smallest_p
-        judged.append(Judged(one, values[place], holm(best)[place], len(p)))
-    return judged
+        rows.append(AdjustedFinding(one, values[place], holm(best)[place], len(p)))
+    return rows
 
 
-def alone(findings: Iterable[Finding]) -> list[Judged]:
+def alone(findings: Iterable[Finding]) -> list[AdjustedFinding]:
     """Return the findings as they are: parts of a claim that needs all of them."""
-    return [Judged(one, one.p, one.effect.smallest_p, 1) for one in findings]
+    return [AdjustedFinding(one, one.p, one.effect.smallest_p, 1) for one in findings]
 
 
-def joint(parts: Iterable[Finding], needed: Iterable[Finding] = ()) -> tuple[float, int]:
+def all_parts_p(parts: Iterable[Finding], needed: Iterable[Finding] = ()) -> tuple[float, int]:
     """Return p and direction of a claim with parts: 1 if all of them hold, -1 if one is reversed.
 
     To hold, each part must be significant by itself, so the largest p decides; that one of them is

@@ -12,6 +12,8 @@ import pandas as pd
 import pyarrow as pa
 from scipy.special import stdtrit  # not scipy.stats, which takes a second to import
 
+from repeatlab.core.html_view import rows_table
+from repeatlab.cost import cost_units
 from repeatlab.store.records import Run, Store
 
 RUN_KEYS = ["task", "method", "seed"]
@@ -53,6 +55,19 @@ class Records:
     """
 
     runs: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"Records({', '.join(f'{name}={value!r}' for name, value in self._shown().items())})"
+
+    def _repr_html_(self) -> str:
+        return rows_table(self._shown())
+
+    def _shown(self) -> dict[str, int | str]:
+        """Return what a reader wants to know first: how many runs of what, and how they ended."""
+        runs = self.runs
+        named = {f"{key}s": ", ".join(runs[key].unique()) for key in ("task", "method")}
+        seeds = {"seeds": runs["seed"].nunique()}
+        return {"runs": len(runs)} | runs["status"].value_counts().to_dict() | named | seeds
 
     @property
     def run_ids(self) -> list[str]:
@@ -132,7 +147,7 @@ def load(runs: str | Path, studies: str | Sequence[str]) -> Records:
                     "seed": planned["seed"],
                     "id": run.path.name,
                     "path": str(run.path),
-                    "status": run.status["status"] if summary else _unfinished(run),
+                    "status": run.status["status"],
                     "max_updates": study["max_updates"],
                     **summary.get("ledger", {}),
                     **summary.get("final", {}),
@@ -154,12 +169,6 @@ def together(records: Mapping[str, Records]) -> Records:
         frames.append(study.runs.assign(task=study.runs["task"].map(names)))
     empty = pd.DataFrame(columns=[*RUN_KEYS, "id", "path", "status"])
     return Records(pd.concat(frames, ignore_index=True) if frames else empty)
-
-
-def _unfinished(run: Run) -> str:
-    """Return the status of a run without a summary: it is not done, whatever it says."""
-    status = run.status["status"]
-    return "interrupted" if status in ("complete", "diverged") else status
 
 
 # --- learning curves --------------------------------------------------------------------------
@@ -216,35 +225,20 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, 
     return mean, mean - half, mean + half
 
 
-def with_cost(
-    evals: pd.DataFrame, backward_ratio: float | Mapping[str, float] = 2.0
-) -> pd.DataFrame:
+def with_cost(evals: pd.DataFrame, k: float | Mapping[str, float]) -> pd.DataFrame:
     """Return `evals` with the column `cost`: what was spent so far, in one sample's forward.
 
-    As `Ledger.cost_units`: forward + k backward + scoring samples, with those of calibration,
-    holdout and pretraining. What chose the batches or t is charged like what trained on them. A
-    task's pretraining moves all its arms alike and no difference between them; it is charged
-    because tasks that are set beside each other may differ in it. A count that the records lack is
-    0.
+    All of `repeatlab.cost.cost_units`: what chose the batches or t is charged like what trained on
+    them. A task's pretraining moves all its arms alike and no difference between them; it is
+    charged because tasks that are set beside each other may differ in it.
 
     Args:
         evals: The rows of `Records.evals`.
-        backward_ratio: k, a backward's time in forwards; one for all tasks, or by task.
+        k: A backward's time in forwards; one for all tasks, or by task.
     """
-
-    def count(name: str) -> pd.Series | int:
-        return evals[f"{name}_samples"].fillna(0) if f"{name}_samples" in evals else 0
-
-    k = (
-        backward_ratio
-        if isinstance(backward_ratio, (int, float))
-        else evals["task"].map(dict(backward_ratio))
-    )
-    prepared = ("", "calibration_", "holdout_", "pretraining_")
-    forward, backward = (
-        sum(count(part + direction) for part in prepared) for direction in ("forward", "backward")
-    )
-    return evals.assign(cost=forward + k * backward + count("scoring"))
+    of_task = k if isinstance(k, (int, float)) else evals["task"].map(dict(k))
+    counts = evals.filter(like="_samples").fillna(0)
+    return evals.assign(cost=cost_units(counts, of_task))
 
 
 def _prepared_seconds(frame: pd.DataFrame) -> pd.Series:
@@ -278,7 +272,7 @@ def to_target(
 
     A run that missed it is censored, never imputed: `reached` is False and the axes hold its last
     evaluation. One that diverged without reaching it never will: it stays a miss up to the largest
-    x of the task's runs.
+    x of the task's runs. One that diverged later has reached it.
 
     Returns:
         Rows (task, method, seed, reached) and one column for each of `AXES` that was counted.
@@ -351,7 +345,57 @@ def target_summary(times: pd.DataFrame) -> pd.DataFrame:
         row = {"task": task, "method": method, "reached": int(group["reached"].sum())}
         medians = {
             x: float(np.median(group[x].where(group["reached"], np.inf)))
-            for x in counted_axes(group)
+            for x in AXES
+            if x in group and group[x].notna().all()  # of other tasks' axes there is nothing
         }
         rows.append(row | {"runs": len(group)} | medians)
     return pd.DataFrame(rows)
+
+
+def median_times(times: pd.DataFrame, x: str) -> pd.DataFrame:
+    """Return the median time to target (methods, tasks), infinite where half of the runs missed it.
+
+    A method without a run on a task has not reached its target there.
+
+    Args:
+        times: What `to_target` returns, of several tasks.
+        x: A key of `AXES`.
+    """
+    medians = target_summary(times).pivot_table(index="method", columns="task", values=x)
+    return medians.reindex(times["method"].unique(), columns=times["task"].unique()).fillna(np.inf)
+
+
+# --- the end ----------------------------------------------------------------------------------
+
+
+def final_points(evals: pd.DataFrame, metric: str, *, x: str) -> pd.DataFrame:
+    """Return what each method reached in the end and what it had spent by then.
+
+    Returns:
+        Rows (task, method, x, mean, low, high, n) over the last evaluations on the validation
+        split, with the interval of `mean_interval`; not finite where a run diverged.
+    """
+    chosen = evals[(evals["metric"] == metric) & (evals["split"] == "validation")]
+    last = chosen.sort_values("update").groupby(RUN_KEYS, sort=False).tail(1)
+    if "status" in last:
+        last = last.assign(value=last["value"].where(last["status"] != "diverged"))
+    rows = []
+    for (task, method), runs in last.groupby(["task", "method"], sort=False):
+        mean, low, high = map(float, mean_interval(runs["value"].to_numpy(float)))
+        point = {"mean": mean, "low": low, "high": high, "n": len(runs)}
+        rows.append({"task": task, "method": method, x: runs[x].mean(), **point})
+    return pd.DataFrame(rows, columns=["task", "method", x, "mean", "low", "high", "n"])
+
+
+def peak_memory(records: Records) -> pd.DataFrame:
+    """Return the peak device memory by task and method, of runs that recorded it (those on CUDA).
+
+    Returns:
+        Columns task, method, runs, recorded, MiB (mean of those recorded, NaN if none).
+    """
+    done = records.done
+    found = [Run(Path(path)).summary.get("peak_memory_bytes") for path in done["path"]]
+    frame = done[["task", "method"]].assign(MiB=np.array(found, dtype=float) / 2**20)
+    groups = frame.groupby(["task", "method"], sort=False)["MiB"]
+    columns = {"runs": "size", "recorded": "count", "MiB": "mean"}
+    return groups.agg(**columns).reset_index()

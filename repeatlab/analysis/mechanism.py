@@ -17,7 +17,7 @@ from repeatlab.analysis.comparison import comparison_table
 from repeatlab.analysis.frames import RUN_KEYS, Records, mean_interval
 from repeatlab.analysis.paired_differences import Endpoint, pairs
 from repeatlab.analysis.planned_comparisons import LARGER_STEP
-from repeatlab.store.records import Run
+from repeatlab.store.records import Run, fresh_batches
 
 WINDOW = 50
 SAME_DATA = f"{LARGER_STEP}_same_data"
@@ -91,47 +91,22 @@ def by_task(
 # --- fresh batches and their visits -----------------------------------------------------------
 
 
-def fresh_batches(updates: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per fresh batch, in their order.
+def visited_batches(updates: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `records.fresh_batches` on which updates were made; N is their number.
 
-    Returns:
-        Columns fresh_batch, update (of its first visit), repeats (N: visits it got), loss (before
-        its first update) and last (loss before its last update; `loss` where N = 1).
+    A batch on which a run ended has fewer than were planned.
     """
-    losses, starts, ends = _visits(updates)
-    rows = losses.iloc[starts]
-    return pd.DataFrame(
-        {
-            "fresh_batch": rows["fresh_batch"].to_numpy(),
-            "update": rows["update"].to_numpy(),
-            "repeats": ends - starts,
-            "loss": rows["loss"].to_numpy(),
-            "last": losses["loss"].to_numpy()[ends - 1],
-        }
-    )
-
-
-def _visits(updates: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    """Return finite rows, batch by batch and visit by visit, and where each batch starts and ends.
-
-    Spaced visits are put together here.
-    """
-    rows = updates[np.isfinite(updates["loss"].to_numpy())]
-    batch, visit = rows["fresh_batch"].to_numpy(), rows["repeat"].to_numpy()
-    order = np.lexsort((visit, batch))
-    batch = batch[order]
-    starts = np.flatnonzero(np.diff(batch, prepend=-1))
-    return rows.iloc[order], starts, np.append(starts[1:], len(batch)).astype(int)[: len(starts)]
+    batches = fresh_batches(updates)
+    batches = batches[batches["visits"] > 0]
+    return batches.assign(repeats=batches["visits"])
 
 
 def repeat_shares(updates: pd.DataFrame) -> pd.DataFrame:
     """Return the histogram of N: columns repeats, share (of fresh batches) and of_updates."""
-    counts = np.bincount(fresh_batches(updates)["repeats"].to_numpy(dtype=int))
-    values = np.flatnonzero(counts)
-    batches = counts[values]
-    made = batches * values
-    shares = {"share": batches / max(1, batches.sum()), "of_updates": made / max(1, made.sum())}
-    return pd.DataFrame({"repeats": values} | shares)
+    counts = visited_batches(updates)["repeats"].value_counts().sort_index()
+    made = counts * counts.index
+    shares = {"share": counts / counts.sum(), "of_updates": made / made.sum()}
+    return pd.DataFrame(shares).rename_axis("repeats").reset_index()
 
 
 def mean_shares(shares: pd.DataFrame, task: str) -> pd.DataFrame:
@@ -152,7 +127,7 @@ def repeats_over_updates(updates: pd.DataFrame, *, bins: int = 20) -> pd.DataFra
     Returns:
         Columns update (the middle of the stretch) and repeats; a stretch without any is left out.
     """
-    batches = fresh_batches(updates)
+    batches = visited_batches(updates)
     stretch = updates.attrs.get("planned", len(updates)) / bins
     means = batches.groupby(batches["update"] // max(stretch, 1e-9))["repeats"].mean()
     return pd.DataFrame({"update": (means.index + 0.5) * stretch, "repeats": means.to_numpy()})
@@ -168,15 +143,12 @@ def loss_after_repeats(updates: pd.DataFrame) -> pd.DataFrame:
         Columns repeats (N), repeat (updates made on the batch so far: 0 to N - 1), ratio (NaN where
         the mean first loss is not positive) and batches.
     """
-    rows, starts, ends = _visits(updates)
-    losses, counts, pieces = rows["loss"].to_numpy(), ends - starts, []
-    for n in np.unique(counts[counts > 1]):
-        means = losses[starts[counts == n, None] + np.arange(n)].mean(axis=0)
-        ratio = means / means[0] if means[0] > 0 else np.full(n, np.nan)
-        columns = {"repeats": n, "repeat": np.arange(n), "ratio": ratio}
-        pieces.append(pd.DataFrame(columns | {"batches": int((counts == n).sum())}))
-    columns = ["repeats", "repeat", "ratio", "batches"]
-    return pd.concat(pieces, ignore_index=True) if pieces else pd.DataFrame(columns=columns)
+    rows = updates[np.isfinite(updates["loss"])]
+    counts = rows.groupby("fresh_batch")["loss"].transform("size").rename("repeats")
+    many = rows[counts > 1].groupby([counts, "repeat"])["loss"].agg(["mean", "size"]).reset_index()
+    first = many.groupby("repeats")["mean"].transform("first")
+    many["ratio"] = (many["mean"] / first).where(first > 0)
+    return many.rename(columns={"size": "batches"})[["repeats", "repeat", "ratio", "batches"]]
 
 
 # --- what training time explains --------------------------------------------------------------
@@ -220,7 +192,7 @@ def time_share(values: np.ndarray, *, window: int = WINDOW) -> float:
 
 def time_shares(updates: pd.DataFrame, *, window: int = WINDOW) -> pd.DataFrame:
     """Return, in one row, the `time_share` of N (`repeats`) and of the first losses (`loss`)."""
-    batches = fresh_batches(updates)
+    batches = visited_batches(updates)
     return pd.DataFrame(
         {name: [time_share(batches[name], window=window)] for name in ("repeats", "loss")}
     )
@@ -247,10 +219,10 @@ def transfer(updates: pd.DataFrame, *, window: int = WINDOW) -> pd.DataFrame:
         Columns own and other (in the loss's unit per extra update, positive where the loss falls)
         and ratio = other / own; NaN where N never exceeds 1, or does not vary.
     """
-    batches = fresh_batches(updates)
+    batches = visited_batches(updates)
     counts, first = batches["repeats"].to_numpy(float), batches["loss"].to_numpy()
     extra = float((counts - 1).sum())
-    own = float((first - batches["last"].to_numpy()).sum() / extra) if extra else np.nan
+    own = float((first - batches["last_loss"].to_numpy()).sum() / extra) if extra else np.nan
     other = np.nan
     if len(counts) > 3:
         n, following = (
@@ -286,7 +258,7 @@ def against_controls(
     if LARGER_STEP in controls:
         frames.append(against(LARGER_STEP, "fresh_batches").assign(against=SAME_DATA))
     filled = [frame for frame in frames if len(frame)]
-    return comparison_table(pd.concat(filled, ignore_index=True), seed=seed, resamples=0)
+    return comparison_table(pd.concat(filled, ignore_index=True), seed=seed)
 
 
 def noise_shares(records: Records) -> pd.DataFrame:
@@ -306,7 +278,7 @@ def noise_shares(records: Records) -> pd.DataFrame:
 def statistics(*, window: int = WINDOW) -> dict[str, Statistic]:
     """Return what the viewpoint asks of every run, for `by_run`."""
     return {
-        "batches": fresh_batches,
+        "batches": visited_batches,
         "shares": repeat_shares,
         "timeline": repeats_over_updates,
         "ratios": loss_after_repeats,

@@ -32,13 +32,14 @@ class Endpoint:
         metric: Of the evaluations.
         split: On which split.
         target: What a run should reach, None where the field knows no such value.
-        backward_ratio: k, a backward's time in forwards, for the cost.
+        k: A backward's time in forwards, without which nothing can be compared at equal cost. It
+            differs from task to task.
     """
 
     metric: str
     split: str = "validation"
     target: float | None = None
-    backward_ratio: float = 2.0
+    k: float | None = None
 
     @property
     def sign(self) -> int:
@@ -69,8 +70,9 @@ def pairs(
             without a seed for each method, so that it is seen to be missing.
         axis: At equal what: "update", "cost", "fresh_batches", "environment_steps" or "seconds".
         measure: "value" at the end, "average" of the metric over the axis, x until the "target"
-            (at most the largest common x, which is what a miss and a diverged run get), or "speed":
-            the target's where the endpoint has one, else the average.
+            (at most the largest common x, which is what a miss gets; whether a run diverged after
+            it got there does not matter), or "speed": the target's where the endpoint has one, else
+            the average.
         against: The other arm.
         methods: Which; by default all but the other arm.
 
@@ -80,7 +82,7 @@ def pairs(
         arm, worst possible where diverged), difference (positive: the method is better).
 
     Raises:
-        ValueError: unknown axis or measure, or a target is asked for where there is none.
+        ValueError: unknown axis or measure, or a target or k is needed where there is none.
     """
     for name, given, known in (("axis", axis, AXES), ("measure", measure, MEASURES)):
         if given not in known:
@@ -88,6 +90,9 @@ def pairs(
     without = [task for task, endpoint in endpoints.items() if endpoint.target is None]
     if measure == "target" and without:
         raise ValueError(f"there is no target for {', '.join(without)}; measure 'speed' needs none")
+    without = [task for task, endpoint in endpoints.items() if endpoint.k is None]
+    if axis == "cost" and without:
+        raise ValueError(f"k must be given for {', '.join(without)} to compare at equal cost")
     curves = _curves(records, endpoints, axis)
     runs = records.runs
     every = runs["method"].unique() if methods is None else methods
@@ -134,7 +139,9 @@ def _curves(records: Records, endpoints: Mapping[str, Endpoint], axis: str) -> d
     found = {}
     for task, endpoint in endpoints.items():
         measured = records.measured(endpoint.metric, endpoint.split)
-        chosen = with_cost(measured[measured["task"] == task], endpoint.backward_ratio)
+        chosen = measured[measured["task"] == task]
+        if axis == "cost":
+            chosen = with_cost(chosen, endpoint.k)
         for keys, run in chosen.groupby(RUN_KEYS, sort=False):
             values = run["value"].to_numpy(float)
             found[keys] = run[axis].to_numpy(float), values, run["update"].iloc[0] == 0
@@ -167,14 +174,14 @@ def _compare(ours: _Arm, theirs: _Arm, endpoint: Endpoint, measure: str) -> dict
 def _read(arm: _Arm, limit: float, endpoint: Endpoint, measure: str) -> float | None:
     """Return the measure of a run up to x = `limit`, None where its evaluations do not cover it."""
     worst = -endpoint.sign * np.inf
-    if arm.diverged:
-        return limit if measure == "target" else worst
-    x, values, from_start = arm.curve
-    if limit <= 0 or (limit < x[0] and not from_start):
+    if arm.diverged and measure != "target":
+        return worst
+    x, values, from_start = arm.curve or (np.empty(0), np.empty(0), True)
+    if limit <= 0 or (not arm.diverged and limit < x[0] and not from_start):
         return None
     if measure == "target":
-        hits = endpoint.sign * values >= endpoint.sign * endpoint.target
-        return min(float(x[hits][0]), limit) if hits.any() else limit
+        hits = x[endpoint.sign * values >= endpoint.sign * endpoint.target]
+        return min(float(hits[0]), limit) if len(hits) else limit
     result = float(np.interp(limit, x, values))
     if measure == "average":
         if not from_start:

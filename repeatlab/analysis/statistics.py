@@ -1,27 +1,25 @@
 """Inference from few seeds: pure functions on arrays, seeded, without a view of what they mean.
 
-Measured by simulation at n = 8 (`tests/benchmarks/test_decisions.py`): BCa limits that say 95 %
-hold the mean of normal, skewed and heavy-tailed differences 88, 85 and 86 % of the time, as eight
-values resampled spread too little; Student's hold it 95, 90 and 96 %. The difference of two arms
-that do not differ is symmetric, where Student's limits hold at least what they say. So decisions
-rest on them and on the sign-flip test; the bootstrap is shown beside them, and serves where no
-formula does.
+Decisions rest on the sign-flip test, which is exact for every n where two arms do not differ, and
+on the interval that inverts it: p is below 0.05 iff the 95 % interval excludes 0. Below six
+differences there is no such p, and the limits are infinite. The bootstrap, which spreads too little
+with few values, serves only where no test can be inverted.
 """
 
 from __future__ import annotations
 
-import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from typing import NamedTuple
 
-import numpy as np
-from scipy.special import stdtrit  # scipy.stats takes a second: imported where it is needed
+import numpy as np  # scipy.stats takes a second: imported where it is needed
 
 ALPHA = 0.05  # false verdicts that a decision may make
 LEVEL = 1 - ALPHA
-EXACT_UP_TO = 16  # differences whose 2^n sign patterns are enumerated
+EXACT_UP_TO = 20  # differences whose 2^n sign patterns are enumerated
 RESAMPLES = 9999
 
 
@@ -48,21 +46,27 @@ class Effect:
         interval: Its confidence limits.
         p: Two-sided sign-flip p.
         n: Differences, over all strata.
-        smallest_p: The smallest p that any signs of these differences could give.
+        unequal: How many of them are not 0.
     """
 
     estimate: float
     interval: Interval
     p: float
     n: int
-    smallest_p: float
+    unequal: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether there are differences, all of them 0."""
+        return self.n > 0 and not self.unequal
+
+    @property
+    def smallest_p(self) -> float:
+        """The smallest p that any signs of these differences could give; NaN without any."""
+        return smallest_p(self.unequal) if self.n else np.nan
 
     def direction(self, p: float) -> int:
-        """Return 1 or -1 where interval and (adjusted) `p` agree on the sign, 0 otherwise.
-
-        The sign flip alone controls false positives; the interval guards against a small p beside
-        limits that include 0.
-        """
+        """Return 1 or -1 where interval and (adjusted) `p` agree on the sign, 0 otherwise."""
         if not p < ALPHA:
             return 0
         return int(self.interval.low > 0) - int(self.interval.high < 0)
@@ -80,19 +84,37 @@ def paired_effect(strata: Sequence[np.ndarray], *, seed: int = 0) -> Effect:
     strata = [np.asarray(s, dtype=float) for s in strata if len(s)]
     n = sum(map(len, strata))
     if not n:
-        return Effect(np.nan, NO_INTERVAL, np.nan, 0, np.nan)
+        return Effect(np.nan, NO_INTERVAL, np.nan, 0, 0)
     if len(strata) == 1 and not np.isfinite(strata[0]).all():
-        values, parts = signed_ranks(strata[0]), strata
-        estimate, interval = hodges_lehmann(strata[0])
+        values = signed_ranks(strata[0])
+        estimate, interval = hodges_lehmann(strata[0], seed=seed)
     else:
-        parts = [s if np.isfinite(s).all() else _unit(signed_ranks(s)) for s in strata]
-        values = np.concatenate([s / (len(s) * len(parts)) for s in parts])
-        estimate, interval = float(values.sum()), student_interval(parts)
-    smallest = smallest_p(np.count_nonzero(values))
-    return Effect(estimate, interval, sign_flip(values, seed=seed), n, smallest)
+        parts = [s if np.isfinite(s).all() else unit(signed_ranks(s)) for s in strata]
+        weights = np.concatenate([np.full(len(s), 1 / (len(s) * len(parts))) for s in parts])
+        values = weights * np.concatenate(parts)
+        estimate = float(values.sum())
+        interval = flip_interval(np.concatenate(parts), weights, seed=seed)
+    p = sign_flip(values, seed=seed)
+    unequal = int(np.count_nonzero(values))
+    return Effect(estimate, _agreeing(interval, p, estimate), p, n, unequal)
 
 
-def _unit(values: np.ndarray) -> np.ndarray:
+def _agreeing(interval: Interval, p: float, estimate: float) -> Interval:
+    """Return the interval with 0 in it iff `p` is not below ALPHA.
+
+    They may differ where ties let p be exact and the limits be of random signs, or where ranks tie.
+    """
+    low, high, kind = interval
+    if p >= ALPHA:
+        return Interval(min(low, 0.0), max(high, 0.0), kind)
+    beyond = float(np.finfo(float).tiny)
+    if low <= 0 <= high:
+        low, high = (beyond, high) if estimate > 0 else (low, -beyond)
+    return Interval(low, high, kind)
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    """Return `values` scaled to the root mean square 1."""
     return values / np.sqrt(np.mean(values**2))
 
 
@@ -139,51 +161,49 @@ def smallest_p(n: int, *, exact_up_to: int = EXACT_UP_TO, resamples: int = RESAM
     return exact if n <= exact_up_to else max(exact, 1 / (resamples + 1))
 
 
-def student_interval(strata: Sequence[np.ndarray], *, level: float = LEVEL) -> Interval:
-    """Return Student's limits of the mean over strata of the strata's means.
-
-    With several strata the degrees of freedom are Welch's and Satterthwaite's. A stratum of one
-    value says nothing of its spread, and so there are no limits.
-    """
-    if not len(strata) or min(map(len, strata)) < 2:
-        return NO_INTERVAL
-    mean = np.mean([np.mean(s) for s in strata])
-    variances = np.array([np.var(s, ddof=1) / len(s) for s in strata]) / len(strata) ** 2
-    total = variances.sum()
-    if total == 0:
-        return Interval(float(mean), float(mean), "t")
-    freedom = total**2 / np.sum(variances**2 / (np.array([len(s) for s in strata]) - 1))
-    half = stdtrit(freedom, (1 + level) / 2) * np.sqrt(total)
-    return Interval(float(mean - half), float(mean + half), "t")
-
-
-def bootstrap_interval(
-    values: np.ndarray, *, level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES
+def flip_interval(
+    values: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+    exact_up_to: int = EXACT_UP_TO,
+    resamples: int = RESAMPLES,
 ) -> Interval:
-    """Return the bootstrap limits of the mean of `values` (n,): BCa (Efron 1987), or percentile.
+    """Return the shifts of `values` (n,) that the sign flip of their weighted sum does not reject.
 
-    BCa is undefined on constant data, for one; `kind` says which it was. See the module's note on
-    how little they cover at small n.
+    With the signs of some values less a shift turned, the sum is as far from 0 as it was iff the
+    shift lies between the weighted mean of these values and that of the others. So the limits are
+    order statistics of such means: exact, or of random sets above `exact_up_to`.
     """
-    from scipy.stats import bootstrap
-
     values = np.asarray(values, dtype=float)
-    if len(values) < 2 or not np.isfinite(values).all():
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
+    if not len(values):
         return NO_INTERVAL
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is degenerate: the kind says so
-            low, high = bootstrap(
-                (values,),
-                np.mean,
-                confidence_level=level,
-                n_resamples=resamples,
-                method=method,
-                rng=np.random.default_rng(seed),
-            ).confidence_interval
-        if np.isfinite([low, high]).all():
-            break
-    return Interval(float(low), float(high), method.lower())
+    weighted = weights * values
+    if len(values) <= exact_up_to:  # the sets without the first value; the others are their rests
+        sums, masses = (_subset_sums(each[1:]) for each in (weighted, weights))
+    else:
+        signs = _random_signs(len(values), seed, resamples)
+        sums, masses = (np.append(0.0, (signs @ e + e.sum()) / 2) for e in (weighted, weights))
+    dust = 0.5e-12 * np.abs(weighted).sum()  # what counts as 0 in `sign_flip`
+    means = []
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for part, mass in ((sums, masses), (weighted.sum() - sums, weights.sum() - masses)):
+            means.append(np.where(np.abs(part) <= dust, 0.0, part) / mass)
+    none = (masses <= 0) | (masses >= weights.sum())  # nothing turned, or all: always as far
+    least = ceil(round((1 - level) * len(sums), 9)) - 1
+    low = np.partition(np.where(none, -np.inf, np.minimum(*means)), least)[least]
+    high = np.partition(np.where(none, -np.inf, -np.maximum(*means)), least)[least]
+    return Interval(float(low), float(-high), "sign flip")
+
+
+def _subset_sums(values: np.ndarray) -> np.ndarray:
+    """Return the sums of all 2^n subsets of `values` (n,), the empty one's first."""
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums, sums + value])
+    return sums
 
 
 def signed_ranks(differences: np.ndarray) -> np.ndarray:
@@ -200,28 +220,35 @@ def signed_ranks(differences: np.ndarray) -> np.ndarray:
     return np.sign(values) * ranks
 
 
-def hodges_lehmann(differences: np.ndarray, *, level: float = LEVEL) -> tuple[float, Interval]:
+def hodges_lehmann(
+    differences: np.ndarray, *, level: float = LEVEL, seed: int = 0
+) -> tuple[float, Interval]:
     """Return the median of the pairwise means of `differences`, and the signed-rank limits.
 
-    The limits invert Wilcoxon's test (Hodges and Lehmann 1963) and stand infinite differences: a
-    limit may be infinite, and below six differences at 95 % both are.
+    The limits invert the sign flip of signed ranks, which is Wilcoxon's test (Hodges and Lehmann
+    1963), and stand infinite differences: a limit may be infinite, and below six differences at
+    95 % both are.
     """
     values = np.asarray(differences, dtype=float)
     first, second = np.triu_indices(len(values))
     with np.errstate(invalid="ignore"):
         means = (values[first] + values[second]) / 2
-    # Where worst meets best the mean is anything: the wider limits are taken.
-    lower = np.sort(np.where(np.isnan(means), -np.inf, means))
-    upper = np.sort(np.where(np.isnan(means), np.inf, means))
-    counts = np.ones(1)
-    for rank in range(1, len(values) + 1):
-        counts = np.convolve(counts, np.eye(1, rank + 1, rank)[0] + np.eye(1, rank + 1)[0])
-    tail = np.cumsum(counts / counts.sum())
-    cut = int(np.count_nonzero(tail <= (1 - level) / 2))
+    # Where worst meets best the mean is anything.
     centre = float(np.median(np.where(np.isnan(means), 0.0, means)))
-    if not cut:
+    edges = np.unique(means[np.isfinite(means)])
+    if not len(edges):
         return centre, Interval(-np.inf, np.inf, "signed ranks")
-    return centre, Interval(float(lower[cut - 1]), float(upper[-cut]), "signed ranks")
+    # The test changes its mind at the means only: it is asked once between two of them.
+    gaps = [edges[0] - 1, *(edges[1:] + edges[:-1]) / 2, edges[-1] + 1]
+
+    def holds(gap: int) -> bool:
+        return sign_flip(signed_ranks(values - gaps[gap]), seed=seed) >= 1 - level
+
+    middle = int(np.searchsorted(edges, centre))
+    low = bisect_left(range(middle), True, key=holds)
+    high = bisect_left(range(middle + 1, len(gaps)), True, key=lambda gap: not holds(gap))
+    limits = np.concatenate([[-np.inf], edges, [np.inf]])
+    return centre, Interval(float(limits[low]), float(limits[middle + 1 + high]), "signed ranks")
 
 
 # --- several comparisons, several tasks -------------------------------------------------------
@@ -242,20 +269,13 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return np.where(np.isnan(p), np.nan, result)
 
 
-def probability_of_improvement(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """Return P(A > B): mean over tasks of how often a run of A is above one of B, ties half.
+def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return how often one of `ours` (n,) is above one of `theirs` (m,), ties half; NaN of none.
 
-    Args:
-        ours: One array (runs of A,) per task.
-        theirs: One array (runs of B,) per task; it may be longer or shorter.
-
-    Source: Agarwal et al. 2021 (rliable), the Mann-Whitney statistic of each task.
+    Source: Agarwal et al. 2021 (rliable), the Mann-Whitney statistic of a task.
     """
-    shares = []
-    for a, b in zip(ours, theirs, strict=True):
-        a, b = np.asarray(a, dtype=float)[:, None], np.asarray(b, dtype=float)[None]
-        shares.append(((a > b) + 0.5 * (a == b)).mean() if a.size and b.size else np.nan)
-    return float(np.mean(shares)) if shares else np.nan
+    a, b = np.asarray(ours, dtype=float)[:, None], np.asarray(theirs, dtype=float)[None]
+    return float(((a > b) + 0.5 * (a == b)).mean()) if a.size and b.size else np.nan
 
 
 def iqm(values: np.ndarray) -> np.ndarray:

@@ -48,14 +48,18 @@ def log_rank(
 ) -> float:
     """Return the two-sided p of the log-rank test, NaN where no run of either arm got there.
 
-    It takes the arms as independent, hence it wastes what pairing by seed gains.
+    1 where nothing could have gone otherwise: whenever a run got there, all that were still looked
+    at did, or they were of one arm. It takes the arms as independent, hence it wastes what pairing
+    by seed gains.
     """
     from scipy.stats import logrank
 
     if not np.any(reached) and not np.any(other_reached):
         return np.nan
     ours, theirs = _censored(times, reached), _censored(other_times, other_reached)
-    return float(logrank(ours, theirs).pvalue)
+    with np.errstate(invalid="ignore"):
+        p = float(logrank(ours, theirs).pvalue)
+    return 1.0 if np.isnan(p) else p
 
 
 def _censored(times: np.ndarray, reached: np.ndarray):
@@ -68,14 +72,18 @@ def _censored(times: np.ndarray, reached: np.ndarray):
 def ratios_to_best(times: np.ndarray) -> np.ndarray:
     """Return times (methods, workloads) over each workload's best; infinity where it was missed.
 
+    Where the best time is 0, every other ratio is infinite.
+
     Raises:
-        ValueError: a time is not positive (infinity stands for a miss).
+        ValueError: a time is negative or NaN (infinity stands for a miss).
     """
     times = np.asarray(times, dtype=float)
-    if times.ndim != 2 or not (times > 0).all():
-        raise ValueError("times must be an array (methods, workloads) of positive numbers or inf")
+    if times.ndim != 2 or not (times >= 0).all():
+        raise ValueError("times must be an array (methods, workloads) of numbers >= 0 or inf")
     best = times.min(axis=0)
-    return np.where(np.isinf(times), np.inf, times / np.where(np.isinf(best), 1.0, best))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = times / best
+    return np.where(np.isinf(times), np.inf, np.where(times == best, 1.0, ratios))
 
 
 def algoperf_scores(times: np.ndarray, *, cutoff: float = 4.0) -> np.ndarray:

@@ -1,12 +1,17 @@
-"""How files are named, written and read, so that no reader ever sees half of one."""
+"""How files are named, written and read, so that no reader ever sees half of one.
+
+A *sealed* file ends in the SHA-256 of all that stands before: no bit of it changes unnoticed.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -65,31 +70,116 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def not_written(path: Path, error: OSError) -> StoreError:
-    return StoreError(f"{path} cannot be written: {error.strerror or error}")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` to `path` in one step: readers see the old file or the new one, never half.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    text = json.dumps(data, indent=1) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged: {error}") from None
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says while `path` is written into a `StoreError` that names it."""
     try:
         yield
     except OSError as error:
         raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> StoreError:
+    # Libraries put words of their own around what the system says.
+    reason = os.strerror(error.errno) if error.errno else error
+    return StoreError(f"{path} cannot be written: {reason}")
+
+
+def write_json(path: Path, data: Any, *, sealed: bool = False) -> None:
+    """Write `data` to `path` in one step: readers see the old file or the new one, never half.
+
+    Args:
+        path: The file.
+        data: What JSON can hold; an object where it is `sealed`.
+        sealed: Whether the object's last field, `sha256`, is the digest of the text before it.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    text = (json.dumps({**data, "sha256": ""} if sealed else data, indent=1) + "\n").encode()
+    if sealed:
+        text = text[: -len(_END)] + sha256(text[: -len(_END)]).hexdigest().encode() + _END
+    with replacing(path) as temporary:
+        temporary.write_bytes(text)
+
+
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """Return the object that `write_json` wrote, without its digest.
+
+    Raises:
+        StoreError: it is no such object, or does not fit the digest that it must have if `sealed`.
+    """
+    text = read_bytes(path)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: {error}") from None
+    if not isinstance(data, dict):
+        raise StoreError(f"{path} is damaged: it must hold an object; not {str(data)[:40]!r}")
+    if sealed:
+        if "sha256" not in data:
+            raise StoreError(f"{path} has no digest: it is damaged, or of an earlier version")
+        before, end = text[: -len(_END) - 64], text[-len(_END) - 64 :]
+        if sha256(before).hexdigest().encode() + _END != end:
+            raise not_whole(path)
+        del data["sha256"]
+    return data
+
+
+# How a sealed object ends.
+_END = b'"\n}\n'
+
+
+def write_sealed(path: Path, content: bytes | memoryview) -> None:
+    """Write `content` and its digest, and make the file durable.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("wb") as file:
+        file.write(content)
+        file.write(sha256(content).digest())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_sealed(path: Path) -> memoryview:
+    """Return what `write_sealed` wrote.
+
+    Raises:
+        StoreError: it is not there, or does not fit its digest.
+    """
+    whole = memoryview(read_bytes(path))
+    content, digest = whole[:-32], whole[-32:]
+    if sha256(content).digest() != digest:
+        raise not_whole(path)
+    return content
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex digits.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def not_whole(path: Path) -> StoreError:
+    return StoreError(f"{path} is damaged: its content does not fit its digest")

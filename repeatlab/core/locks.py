@@ -2,72 +2,64 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from time import sleep
 
 from repeatlab.core.files import StoreError
 
+POLL_SECONDS = 0.05
+
 
 @contextmanager
-def hold(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
+def hold(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the lock, waiting for a process that does; `waiting` is called meanwhile.
 
     Raises:
-        StoreError: it cannot be made.
+        StoreError: the file cannot be made, or its file system has no locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        while not _acquired(lock):
-            waiting()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise StoreError(f"{path} cannot be locked: {error.strerror}") from None
     try:
-        yield
+        while not _acquired(path, handle):
+            waiting()
+            sleep(POLL_SECONDS)
+        try:
+            yield
+        finally:  # a process that was forked meanwhile has the file open, too
+            fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
-        lock.release()
+        os.close(handle)
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a process holds the lock now."""
-    if not path.exists():
-        return False
+    """Return whether a process holds the lock now; no, where it cannot be known."""
     try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # it may not be written, as FileLock asks
-        return _is_held_by_another(path)
-
-
-def _acquired(lock: FileLock) -> bool:
-    """Wait a moment for a lock; whether this process has it now."""
-    try:
-        lock.acquire(timeout=0.2)
-    except Timeout:
-        return False
-    return True
-
-
-def _is_held_by_another(path: Path) -> bool:
-    """Whether a process holds a lock that this one can at most read; no, where it cannot."""
-    try:
-        import fcntl
-
         handle = os.open(path, os.O_RDONLY)
-    except (ImportError, OSError):  # not Unix, or unreadable
+    except OSError:  # not there, or unreadable
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # what systems call it
-        return True
-    except OSError:
-        return False  # no locks on this file system
+        return not _acquired(path, handle, fcntl.LOCK_SH)
+    except StoreError:  # without locks nobody holds one
+        return False
     finally:
         os.close(handle)
-    return False
+
+
+def _acquired(path: Path, handle: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Try to lock an open file; return whether it is locked now."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # what systems call it where somebody else has it
+        return False
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be locked: {error.strerror}; it must lie on a file system with locks"
+        ) from None
+    return True

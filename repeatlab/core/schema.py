@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from math import isfinite, nan
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -31,9 +33,37 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 M = TypeVar("M", bound=BaseModel)
 
+# Of a field that is an integer: counts beyond it end in memory or time, without the field's name.
+MOST_INTEGER = 10**9
+# What a parameter file may hold: an alias names a part of any size, and aliases name aliases.
+MOST_VALUES = 100_000
+# Of an error message: lines, characters of a line, and names that would be right.
+MOST_LINES, MOST_TEXT, MOST_KNOWN = 20, 1500, 40
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
 
 class ConfigError(ValueError):
     """A configuration is not valid; the message names every bad field."""
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error message shows it: as Python writes it, without most of a lot."""
+    return _SHORT.repr(value)
+
+
+def _checked_name(name: str) -> str:
+    unsafe = {"/", "\\", "$"} & set(name)  # a path's, and what starts a formula in a figure
+    if unsafe or not name.isprintable() or not name.strip(". ") or len(name) > 100:
+        raise ValueError(
+            f"a name must be at most 100 printable characters without '/', '\\' and '$'; "
+            f"not {shown(name)}"
+        )
+    return name
+
+
+# What a study calls a task or a method, in tables, figures and files.
+Name = Annotated[str, AfterValidator(_checked_name)]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -41,22 +71,40 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = get_close_matches(str(name), known, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}(known: {', '.join(known)})"
+    more = ", ..." if len(known) > MOST_KNOWN else ""
+    return f"{hint}(known: {', '.join(known[:MOST_KNOWN])}{more})"
 
 
 class Model(BaseModel):
     """Base of all configuration models: immutable, no conversion, no unknown keys, no NaN."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    most: ClassVar[Mapping[str, int]] = {}
+    """The largest integers of fields that cannot take `MOST_INTEGER`, or may take more."""
 
     @model_validator(mode="wrap")
     @classmethod
-    def _hint_at_unknown_keys(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _with_hints_and_bounds(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
-            return handler(data)
+            model = handler(data)
         except ValidationError as error:
             details = [cls._with_hint(item) for item in error.errors(include_url=False)]
             raise ValidationError.from_exception_data(cls.__name__, details) from None
+        details = [cls._too_large(name, value) for name, value in model]
+        if any(details):
+            raise ValidationError.from_exception_data(cls.__name__, [*filter(None, details)])
+        return model
+
+    @classmethod
+    def _too_large(cls, name: str, value: Any) -> InitErrorDetails | None:
+        most = cls.most.get(name, MOST_INTEGER)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) > most:
+                error = PydanticCustomError(
+                    "repeatlab", f"must be at most {most}; not {shown(number)}"
+                )
+                return InitErrorDetails(type=error, loc=(name,), input=number)
+        return None
 
     @classmethod
     def _with_hint(cls, item: Any) -> InitErrorDetails:
@@ -65,11 +113,14 @@ class Model(BaseModel):
             message = f"unknown key; {did_you_mean(item['loc'][0], cls.model_fields)}"
         elif item["type"] == "model_type":
             keys = ", ".join(sorted(cls.model_fields))
-            message = f"must be a mapping with keys among {keys}; not {item['input']!r}"
+            message = f"must be a mapping with keys among {keys}; not {shown(item['input'])}"
         elif item["type"] not in ("missing", "value_error", "repeatlab"):
             # YAML and notebooks write tuples as lists.
-            message = f"{message.replace('tuple', 'list')}, not {item['input']!r}"
-            if isinstance(item["input"], str) and _is_number(item["input"]):
+            message = message.replace("tuple", "list").replace("Input should be", "must be")
+            message = f"{message}; not {shown(item['input'])}"
+            if isinstance(item["input"], str) and item["type"] == "bool_type":
+                message = f"{message}; write true or false"
+            elif isinstance(item["input"], str) and _is_number(item["input"]):
                 message = f"{message}, which is text: write it without quotes"
         return InitErrorDetails(
             type=PydanticCustomError("repeatlab", message), loc=item["loc"], input=item["input"]
@@ -98,10 +149,10 @@ def named(what: str, models: Mapping[str, Any], load: Callable[[Any], type[Model
         if isinstance(value, Model):
             return value
         if not isinstance(value, dict) or "name" not in value:
-            raise ValueError(f"must be a mapping with the key 'name', not {value!r}")
+            raise ValueError(f"must be a mapping with the key 'name'; not {shown(value)}")
         name = value["name"]
         if not isinstance(name, str) or name not in models:
-            raise ValueError(f"unknown {what} {name!r}; {did_you_mean(name, models)}")
+            raise ValueError(f"unknown {what} {shown(name)}; {did_you_mean(name, models)}")
         return load(models[name]).model_validate(value)
 
     return Annotated[SerializeAsAny[Model], PlainValidator(pick)]
@@ -110,6 +161,7 @@ def named(what: str, models: Mapping[str, Any], load: Callable[[Any], type[Model
 class Choice(Model):
     """One member of a registry of dataclasses, by `name`, with that member's own fields."""
 
+    most: ClassVar[Mapping[str, int]] = {"history": 10**6, "presample": 10**4, "window": 10**6}
     name: str
 
     def build(self, **overrides: Any) -> Any:
@@ -174,33 +226,115 @@ def _number_or_auto(value: Any) -> float | str:
         with suppress(OverflowError):  # an int may exceed every float
             number = float(value)
     if not isfinite(number):
-        raise ValueError(f"must be a finite number or 'auto', not {value!r}")
+        raise ValueError(f"must be a finite number or 'auto'; not {shown(value)}")
     return number
 
 
 # --- reading ----------------------------------------------------------------------------------
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as the number it is (YAML 1.1 makes it text) and refuses a key given twice."""
+    """Reads plain words by the core schema of YAML 1.2, in which `no` and 1:30 are text.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        # "<<" takes another mapping in, whose keys may be given anew.
-        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in nodes]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' appears twice", nodes[position].start_mark
-                )
-        return super().construct_mapping(node, deep)
+    Refuses a key given twice, and what aliases make endless or too large, before it is built.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._path: list[str] = []
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Return the next node, which may be one that an alias names."""
+        alias = self.check_event(yaml.AliasEvent)
+        name = getattr(index, "value", index)
+        self._path += [] if name is None else [str(name)]
+        node = super().compose_node(parent, index)
+        if not alias:
+            self._sizes[id(node)] = self._size(node)
+        elif id(node) not in self._sizes:  # it is not complete yet
+            raise self._refusal("must not hold itself", node)
+        if name is not None:
+            self._path.pop()
+        return node
+
+    def _size(self, node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1 + len(node.value) // 1000
+        children = node.value
+        if isinstance(node, yaml.MappingNode):
+            self._check_keys([key for key, _ in node.value])
+            children = [part for pair in node.value for part in pair]
+        size = 1 + sum(self._sizes[id(child)] for child in children)
+        if size > MOST_VALUES:
+            raise self._refusal(
+                f"must hold at most {MOST_VALUES} values, aliases written out", node
+            )
+        return size
+
+    def _check_keys(self, keys: list[yaml.Node]) -> None:
+        seen = set()
+        for key in keys:
+            # "<<" takes another mapping in, whose keys may be given anew.
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if (key.tag, key.value) in seen:
+                    raise self._refusal(f"the key {shown(key.value)} appears twice", key)
+                seen.add((key.tag, key.value))
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Take in what "<<" names: own keys go first, then those of the mappings named earlier.
+
+        PyYAML's own way of it has changed from one version to the next.
+        """
+        sources = []
+        for key, value in node.value:
+            if key.tag == MERGE:
+                sources += value.value if isinstance(value, yaml.SequenceNode) else [value]
+        pairs = {}
+        for source in reversed(sources):
+            if not isinstance(source, yaml.MappingNode):
+                raise self._refusal("<< must name mappings", source)
+            self.flatten_mapping(source)
+            pairs |= {(key.tag, str(key.value)): (key, value) for key, value in source.value}
+        own = [pair for pair in node.value if pair[0].tag != MERGE]
+        node.value = list((pairs | {(k.tag, str(k.value)): (k, v) for k, v in own}).values())
+
+    def _refusal(self, message: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+        path = ".".join(self._path)
+        return yaml.MarkedYAMLError(problem=f"{path} {message}", problem_mark=node.start_mark)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+_DIGITS = "[0-9]+(_[0-9]+)*"
+# The core schema (YAML 1.2.2, section 10.3.2); beside it digits in groups, 10_000, and merge keys.
+for _tag, _plain, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        rf"[-+]?(\.{_DIGITS}|{_DIGITS}(\.({_DIGITS})?)?)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
+):
+    _plain = re.compile(f"^({_plain})$")
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _plain, _first)
+for _tag, _read in (
+    ("bool", lambda text: {"true": True, "false": False}[text.lower()]),
+    ("int", lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))),
+    # Only those that are no numbers have a point before a letter.
+    ("float", lambda text: float(re.sub(r"\.(?=[a-zA-Z])", "", text))),
+):
+    _Loader.add_constructor(
+        f"tag:yaml.org,2002:{_tag}",
+        lambda loader, node, read=_read: read(loader.construct_scalar(node)),
+    )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -210,12 +344,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, not YAML, or not a mapping of names.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: cannot be read: it must be a regular file")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # a date such as 2024-99-99 is a ValueError, `!!bool x` a KeyError
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(_cut(f"{path}: not valid YAML: {error}")) from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"{path}: must hold a mapping of names to values")
     return data
@@ -229,10 +365,21 @@ def parse(model: type[M], data: Any, *, source: str = "") -> M:
     """
     try:
         return model.model_validate(data)
+    except RecursionError:
+        message = "must not hold itself, nor be nested as deeply"
+        raise ConfigError(": ".join(filter(None, (source, message)))) from None
     except ValidationError as error:
-        lines = []
-        for item in error.errors(include_url=False):
-            path = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(": ".join(part for part in (source, path, message) if part))
-        raise ConfigError("\n".join(lines)) from None
+        items = error.errors(include_url=False)
+    lines = []
+    for item in items[:MOST_LINES]:
+        path = ".".join(_cut(str(part)) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(_cut(": ".join(filter(None, (source, path, message)))))
+    if len(items) > MOST_LINES:
+        lines.append(f"and {len(items) - MOST_LINES} more")
+    raise ConfigError("\n".join(lines))
+
+
+def _cut(text: str) -> str:
+    """Return the text without its middle where it is long."""
+    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT // 2]} ... {text[-200:]}"

@@ -1,54 +1,86 @@
-"""Ctrl-C that comes where it must wait."""
+"""Ctrl-C, SIGTERM and SIGHUP that come where they must wait."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# SIGHUP comes when a terminal is closed; not every system has it.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
-def _nothing() -> None:
-    pass
+
+class Interrupted(RuntimeError):
+    """What was asked to stop has stopped where it can go on later; the message says where."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, once what was under way has stopped; a notebook shows the message alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+class Stop:
+    """Asks what is under way to stop where it can go on later.
+
+    Set by anybody: another thread, a signal. Asked for by what is under way, which then raises
+    `Interrupted`.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def set(self) -> None:
+        """Ask."""
+        self._asked = True
+
+    def is_set(self) -> bool:
+        """Return whether somebody has asked."""
+        return self._asked
 
 
 @contextmanager
-def held_back(
-    *, pressed: Callable[[], None] = _nothing, over: Callable[[], None] = _nothing
-) -> Iterator[None]:
-    """Hold back the first Ctrl-C until the block's end, whatever that is; the second comes at once.
+def held_back() -> Iterator[Stop]:
+    """Hold back the first signal to stop until the block's end; the second comes at once.
 
-    Signals reach the main thread only: in another one nothing is held back.
-
-    Args:
-        pressed: Called at the first Ctrl-C.
-        over: Called at the block's end if it was pressed.
+    Yields what the first one sets. Signals reach the main thread only: in another one nothing is
+    held back. What is ignored outside the block (`nohup`) is ignored inside it.
 
     Raises:
-        KeyboardInterrupt: it was pressed; in place of the block's own error, too.
+        Stopped: it was Ctrl-C; with the message of the block's own error, if there is one.
+        SystemExit: it was another; the status is 128 + its number.
     """
+    stop, came = Stop(), []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
-    before, first = signal.getsignal(signal.SIGINT), False
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame: Any) -> None:
-        nonlocal first
-        first = True
-        pressed()
-        signal.signal(signal.SIGINT, before)
+        restore()
+        came.append(number)
+        stop.set()
 
-    signal.signal(signal.SIGINT, note)
+    why: Exception | None = None
     try:
-        yield
+        for number in before:
+            signal.signal(number, note)
+        yield stop
     except Exception as error:
-        if first:
-            raise KeyboardInterrupt(str(error)) from error
-        raise
+        if not came:
+            raise
+        why = error
     finally:
-        signal.signal(signal.SIGINT, before)
-        if first:
-            over()
-    if first:
-        raise KeyboardInterrupt
+        restore()
+    if came:
+        end = Stopped(*([str(why)] if why else []))
+        raise (end if came[0] == signal.SIGINT else SystemExit(128 + came[0])) from why

@@ -1,6 +1,6 @@
 """What training costs: counted while it runs, and predicted from its parts."""
 
-from repeatlab.cost.ledger import Ledger, spent_on
+from repeatlab.cost.ledger import Ledger, cost_units, spent_on
 from repeatlab.cost.model import (
     CostModel,
     backward_ratio,
@@ -19,6 +19,7 @@ __all__ = [
     "break_even_keep",
     "break_even_presample",
     "cost_ratio",
+    "cost_units",
     "expected_keep",
     "score_cost",
     "spent_on",

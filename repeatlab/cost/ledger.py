@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+# Of a ledger, by the prefix of their counts: training, then what came before the first update.
+PARTS = ("", "calibration_", "holdout_", "pretraining_")
+
+
+def cost_units(counts: Mapping[str, Any], k: Any, *, parts: Collection[str] = PARTS) -> Any:
+    """Return what was spent in forward equivalents: forward + k backward + scoring samples.
+
+    >>> cost_units({"forward_samples": 30, "backward_samples": 10, "holdout_forward_samples": 5}, 2)
+    55
+
+    Args:
+        counts: A ledger's by name, or a table with columns of these names; what is missing is 0.
+        k: A backward's time in forwards, as `repeatlab measure` finds it; a number or a column.
+        parts: What is counted; scoring belongs to training, "".
+    """
+    forward, backward = (
+        sum(counts.get(f"{part}{way}_samples", 0) for part in parts)
+        for way in ("forward", "backward")
+    )
+    scoring = counts.get("scoring_samples", 0) if "" in parts else 0
+    return forward + k * backward + scoring
 
 
 @dataclass
@@ -78,19 +101,9 @@ class Ledger:
         for name, amount in prepared.items():
             setattr(self, name, getattr(self, name) + amount)
 
-    def prepared_units(self, k: float) -> float:
-        """Return what the arm spent before its first update, as `cost_units` counts it.
-
-        Without what every arm of the task starts from: its pretraining.
-        """
-        forward = self.calibration_forward_samples + self.holdout_forward_samples
-        return forward + k * (self.calibration_backward_samples + self.holdout_backward_samples)
-
     def cost_units(self, k: float) -> float:
-        """Return what was spent in forward equivalents: a backward costs `k` forwards."""
-        trained = self.forward_samples + k * self.backward_samples
-        pretrained = self.pretraining_forward_samples + k * self.pretraining_backward_samples
-        return trained + self.scoring_samples + self.prepared_units(k) + pretrained
+        """Return what was spent in forward equivalents: see the function of this name."""
+        return cost_units(vars(self), k)
 
 
 def spent_on(part: str, ledger: Mapping[str, float]) -> dict[str, float]:

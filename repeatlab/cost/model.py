@@ -22,9 +22,6 @@ class CostModel:
         data: d, one fresh batch.
         scoring: Time of one sample's forward without a graph; by default `forward`.
         recording: c, what the loop itself takes of an update.
-        waking: w, what it costs besides to have slept until a batch came: the sleep ends late, and
-            what follows it is slower.
-        prefetch_waking: The same where batches are made meanwhile and the loader is the slower one.
     """
 
     forward: float
@@ -34,16 +31,12 @@ class CostModel:
     data: float = 0.0
     scoring: float | None = None
     recording: float = 0.0
-    waking: float = 0.0
-    prefetch_waking: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("forward", "backward_ratio", "batch_size"):
             if not 0 < getattr(self, field) < inf:
                 raise ValueError(f"{field} must be positive and finite, not {getattr(self, field)}")
-        for field in (
-            "optimizer", "data", "scoring", "recording", "waking", "prefetch_waking"
-        ):  # fmt: skip
+        for field in ("optimizer", "data", "scoring", "recording"):
             value = getattr(self, field)
             if value is not None and not 0 <= value < inf:
                 raise ValueError(f"{field} must not be negative, not {value}")
@@ -57,12 +50,12 @@ class CostModel:
     def fresh_batch(self, repeats: float = 1, *, prefetch: bool = False) -> float:
         """Return the time of a fresh batch with its `repeats` updates.
 
-        N update + d + w one after the other; max(d + w, N update) if data is made meanwhile (Choi
-        et al. 2019, data echoing).
+        N update + d one after the other; max(d, N update) if data is made meanwhile (Choi et al.
+        2019, data echoing).
         """
         if prefetch:
-            return max(self.data + self.prefetch_waking, repeats * self.update)
-        return repeats * self.update + self.data + self.waking
+            return max(self.data, repeats * self.update)
+        return repeats * self.update + self.data
 
     def run(self, updates: int, fresh_batches: int, *, prefetch: bool = False) -> float:
         """Return the time of a run of so many updates on so many fresh batches.
@@ -79,11 +72,11 @@ class CostModel:
         return presample * (self.data + self.batch_size * scoring) + self.update
 
     def free_repeats(self) -> float:
-        """Return up to how many updates a fresh batch are free under prefetch: (d + w) / update.
+        """Return up to how many updates a fresh batch are free under prefetch: d / update.
 
         Below 1 nothing is: the loader is faster than the updates.
         """
-        return (self.data + self.prefetch_waking) / self.update
+        return self.data / self.update
 
 
 def backward_ratio(presample: float, score_cost: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -114,3 +115,14 @@ def normalize(
         for values in (mean, std)
     )
     return result.sub_(shift).div_(scale)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return images in [0, 1] as uint8, rounded to the nearest of 256 levels."""
+    return images.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def as_pictures(images: Tensor) -> np.ndarray:
+    """Return uint8 images (n, channels, height, width) as (n, height, width[, 3])."""
+    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures

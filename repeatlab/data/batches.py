@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +44,11 @@ class TrainStream:
         std: One value for each channel, of pixels scaled to [0, 1].
         crop_padding: Zero pixels on each side before a random crop; 0 does not crop.
         flip: Whether to mirror each image at even odds.
+        fill: Whether samples that are fewer than a batch are repeated to fill it: an epoch then
+            visits each of them as often as it takes.
 
     Raises:
-        ValueError: `batch_size` is below 1 or above the number of samples.
+        ValueError: `batch_size` is below 1, or above the number of samples without `fill`.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class TrainStream:
         std: Sequence[float],
         crop_padding: int = 0,
         flip: bool = False,
+        fill: bool = False,
     ) -> None:
-        if not 1 <= batch_size <= len(data):
+        self._places = len(data) * (ceil(batch_size / len(data)) if fill else 1)
+        if not 1 <= batch_size <= self._places:
             raise ValueError(
                 f"`batch_size` must be from 1 to the {len(data)} samples of the train split;"
                 f" not {batch_size}."
@@ -78,7 +83,7 @@ class TrainStream:
     @property
     def batches_per_epoch(self) -> int:
         """Number of full batches in one pass over the data."""
-        return len(self.data) // self.batch_size
+        return self._places // self.batch_size
 
     def fresh_batch(self, index: int, view: int = 0) -> Batch:
         """Return the fresh batch number `index`, from 0.
@@ -118,8 +123,8 @@ class TrainStream:
             raise ValueError(f"`index` of a fresh batch counts from 0; not {index}.")
         epoch, place = divmod(index, self.batches_per_epoch)
         if epoch != self._epoch:
-            order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch))
-            self._order = order.to(self.data.labels.device, non_blocking=True)
+            order = torch.randperm(self._places, generator=generator(self.seed, "order", epoch))
+            self._order = (order % len(self.data)).to(self.data.labels.device, non_blocking=True)
             self._epoch = epoch
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from repeatlab.core.seeding import generator
-from repeatlab.data import sources, stl10
+from repeatlab.data import own_data, sources, stl10
 
 SPLIT_SEED = 0  # of the one split that all runs share
 
@@ -64,7 +64,7 @@ class Splits:
     """One dataset, split.
 
     Attributes:
-        name: The dataset's name in `DATASETS`.
+        name: The dataset's name in `DATASETS`; of one's own, its file and a digest of its content.
         train: What updates are made on.
         validation: What is tuned on.
         test: Read once, at the end.
@@ -90,8 +90,16 @@ class Splits:
         """
         if split != "train":
             return getattr(self, split)
-        order = torch.randperm(len(self.train), generator=generator(0, "train subset"))
-        return self.train.subset(order[: len(self.validation)].numpy())
+        return self.train.subset(self.train_subset().numpy())
+
+    def train_subset(self) -> Tensor:
+        """Return the numbers of the training samples that `evaluated("train")` holds: int64."""
+        return fixed_order(self.train)[: len(self.validation)]
+
+
+def fixed_order(data: ImageSet) -> Tensor:
+    """Return the numbers of all samples in a random order that is always the same: int64, (n,)."""
+    return torch.randperm(len(data), generator=generator(0, "train subset"))
 
 
 # A loader returns what may be trained on, what must not, and how many of the former validate.
@@ -108,20 +116,25 @@ def load_splits(
     """Load a dataset into the memory of `device`.
 
     Args:
-        name: A key of `DATASETS`.
+        name: A key of `DATASETS`, or the path of one's own data; see `data.own_data`.
         device: Where images and labels go.
         validation: Number of validation samples, taken class by class out of the training part;
-            by default 5,000 (`mnist`, `cifar10`), 500 (`stl10`) or 359 (`digits`).
+            by default 5,000 (`mnist`, `cifar10`), 500 (`stl10`) or a fifth of all.
         root: The data directory; by default `$REPEATLAB_DATA`, else `~/.cache/repeatlab`.
 
     Raises:
         ValueError: `name` is unknown, or `validation` leaves a class out of a split.
-        DataError: Files are missing or damaged.
+        DataError: Files are missing, damaged or not as they must be.
     """
-    if name not in DATASETS:
+    if own_data.is_path(name):
+        name, development, test, default_validation = _own(name, root)
+    elif name in DATASETS:
+        development, test, default_validation = DATASETS[name](root)
+    else:
         known = ", ".join(repr(key) for key in sorted(DATASETS))
-        raise ValueError(f"The `dataset` must be one of {known}; not {name!r}.")
-    development, test, default_validation = DATASETS[name](root)
+        raise ValueError(
+            f"`dataset` must be one of {known}, or the path of a folder or .npz file; not {name!r}."
+        )
     count = default_validation if validation is None else validation
     classes = int(development.labels.max()) + 1
     if not classes <= count <= len(development) - classes:
@@ -171,18 +184,34 @@ def _digits(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
     whole = ImageSet(
         torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(bunch.target.astype(np.int64))
     )
+    return _fifths(whole)
+
+
+def _fifths(whole: ImageSet) -> tuple[ImageSet, ImageSet, int]:
     fifth = round(len(whole) / 5)
     development, test = _stratified_split(whole, fifth)
     return development, test, fifth
 
 
+def _own(dataset: str, root: str | Path | None) -> tuple[str, ImageSet, ImageSet, int]:
+    name, train, test = own_data.load(dataset, root)
+    if test is None:
+        return name, *_fifths(ImageSet(*train))
+    return (
+        name,
+        ImageSet(*train),
+        ImageSet(*test),
+        max(round(len(train[1]) / 5), int(train[1].max()) + 1),
+    )
+
+
 def _mnist(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
     """60,000 + 10,000 digits of 28 x 28 pixels."""
-    contents = sources.read(sources.MNIST, root)
+    folder = sources.prepare(sources.MNIST, root) / "MNIST" / "raw"
 
     def part(prefix: str) -> ImageSet:
-        images = _idx(contents[f"MNIST/raw/{prefix}-images-idx3-ubyte"])
-        labels = _idx(contents[f"MNIST/raw/{prefix}-labels-idx1-ubyte"])
+        images = _idx((folder / f"{prefix}-images-idx3-ubyte").read_bytes())
+        labels = _idx((folder / f"{prefix}-labels-idx1-ubyte").read_bytes())
         return ImageSet(images.unsqueeze(1), labels.to(torch.int64))
 
     return part("train"), part("t10k"), 5_000
@@ -198,14 +227,11 @@ def _idx(content: bytes) -> Tensor:
 
 def _cifar10(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
     """50,000 + 10,000 colour images of 32 x 32 pixels."""
-    contents = sources.read(sources.CIFAR10, root)
+    folder = sources.prepare(sources.CIFAR10, root) / "cifar-10-batches-py"
 
     def part(*files: str) -> ImageSet:
-        # Pickles run code: these bytes have been held to their checksums.
-        batches = [
-            pickle.loads(contents[f"cifar-10-batches-py/{file}"], encoding="latin1")
-            for file in files
-        ]
+        # Pickles run code: these files have been held to their checksums.
+        batches = [pickle.loads((folder / file).read_bytes(), encoding="latin1") for file in files]
         images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
         labels = np.concatenate([batch["labels"] for batch in batches]).astype(np.int64)
         return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))

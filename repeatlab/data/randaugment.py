@@ -42,7 +42,8 @@ def strong_augment(images: Tensor, generator: torch.Generator) -> Tensor:
             if operation is None or not len(places):
                 continue
             strength = low + (high - low) * level[places]
-            strength = strength.to(images.device, non_blocking=True)
+            if operation not in GEOMETRIC:  # these make their matrices of it on the CPU
+                strength = strength.to(images.device, non_blocking=True)
             places = places.to(images.device, non_blocking=True)
             result.index_copy_(0, places, operation(result.index_select(0, places), strength))
     down, right = (centre * torch.tensor([[height], [width]])).floor().to(torch.int64)
@@ -79,8 +80,9 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     """Turn image i counter-clockwise around its centre; nearest pixels, black outside."""
-    # In float64 and on to float32 as torchvision does, so that ties between pixels fall alike.
-    angle = torch.deg2rad(degrees.to(torch.float64))
+    # In float64 and on to float32 as torchvision does, so that ties between pixels fall alike; on
+    # the CPU, as not every device has float64.
+    angle = torch.deg2rad(degrees.cpu().to(torch.float64))
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     return _affine(images, [cos, -sin, zero, sin, cos, zero])
 
@@ -110,17 +112,18 @@ def translate_y(images: Tensor, share: Tensor) -> Tensor:
 
 
 def _ones_zeros(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    values = values.to(torch.float64)
+    values = values.cpu().to(torch.float64)
     return torch.ones_like(values), torch.zeros_like(values), values
 
 
 def _affine(images: Tensor, matrix: list[Tensor]) -> Tensor:
     """Let target pixel (x, y), counted from the centre, read (a x + b y + c, d x + e y + f).
 
-    Nearest pixel, black outside. `matrix` is a to f, each float64, (b,).
+    Nearest pixel, black outside. `matrix` is a to f, each float64, (b,), on the CPU.
     """
     count, _, height, width = images.shape
     theta = torch.stack(matrix, 1).to(torch.float32).view(count, 2, 3)
+    theta = theta.to(images.device, non_blocking=True)
     x, y = (
         torch.linspace((1 - size) / 2, (size - 1) / 2, size, device=images.device)
         for size in (width, height)
@@ -163,6 +166,7 @@ def cutout(images: Tensor, down: Tensor, right: Tensor, side: int) -> Tensor:
     return images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], CUTOUT_GREY)
 
 
+GEOMETRIC = (rotate, shear_x, shear_y, translate_x, translate_y)
 Operation = Callable[[Tensor, Tensor], Tensor]
 
 # The paper's table of operations with the ranges of their strengths.

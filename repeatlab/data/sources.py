@@ -2,24 +2,26 @@
 
 Every byte is checked against a known MD5 before anything parses it: CIFAR-10 comes as pickles,
 and unpickling a wrong file runs whatever it says. The layout on disk is torchvision's, so one
-directory serves both.
+directory serves both. Files go from disk to disk in pieces: none is ever in memory as a whole.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
+import hashlib
 import os
 import shutil
 import tarfile
-import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import md5
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
+from typing import BinaryIO
 from urllib.request import urlopen
+
+from repeatlab.core.files import temporary_beside
 
 DIRECTORY_VARIABLE = "REPEATLAB_DATA"
 TIMEOUT_SECONDS = 5.0  # of one socket operation: without a network a run should say so at once
@@ -86,81 +88,97 @@ def data_directory(root: str | Path | None = None) -> Path:
     return Path(root).expanduser()
 
 
-def read(source: Source, root: str | Path | None = None) -> dict[str, bytes]:
-    """Return the verified content of each of `source.files`, by its relative path.
+def prepare(source: Source, root: str | Path | None = None) -> Path:
+    """Return the data directory, in which every one of `source.files` lies, complete and verified.
 
     Files that are not there are unpacked from a download lying beside them, or fetched. A file
-    that is there is never replaced: when it is damaged, its owner decides.
+    that is there is never replaced: when it is damaged, its owner decides. A process verifies each
+    file once.
 
     Raises:
-        DataError: A file is damaged, or missing and cannot be fetched; the message names every
-            file with its path and MD5.
+        DataError: A file is damaged, or missing and cannot be fetched or written; the message
+            names every file with its path and MD5.
     """
     directory = data_directory(root)
-    contents = {
-        file: _verified(directory / file, checksum)
-        for file, checksum in source.files.items()
-        if (directory / file).exists()
-    }
-    missing = [file for file in source.files if file not in contents]
+    missing = [file for file in source.files if not _verified(directory / file, source.files[file])]
     for download, checksum in source.downloads.items() if missing else ():
         is_archive = download.endswith(".tar.gz")
         if not is_archive and download.removesuffix(".gz") not in missing:
             continue
-        if not (directory / download).exists():
-            try:
-                _fetch(source.url + Path(download).name, directory / download, checksum)
-            except (OSError, HTTPException, DataError) as error:
-                raise DataError(advice(source, directory, missing, error)) from None
-        packed = _verified(directory / download, checksum)
-        unpacked = _untar(packed, missing) if is_archive else _gunzip(packed, download)
-        for file, content in unpacked.items():
-            contents[file] = content
-            with suppress(OSError):  # a read-only directory: unpack again next time
-                _write(directory / file, content)
-    return contents
+        packed = directory / download
+        try:
+            if not packed.exists():
+                _fetch(source.url + Path(download).name, packed, checksum)
+            _verify(packed, checksum)
+            _untar(packed, missing, directory) if is_archive else _gunzip(packed)
+        except (OSError, HTTPException) as error:
+            if isinstance(error, DataError) and packed.exists():
+                raise
+            raise DataError(advice(source, directory, missing, error)) from None
+    for file in missing:
+        _verified(directory / file, source.files[file])
+    return directory
 
 
-def _verified(path: Path, expected: str) -> bytes:
-    """Return the content of `path` after holding it to its MD5."""
-    content = path.read_bytes()
-    found = md5(content, usedforsecurity=False).hexdigest()
+def _verified(path: Path, expected: str) -> bool:
+    """Hold a file to its MD5 if it is there; return whether it is."""
+    if not path.exists():
+        return False
+    status = path.stat()
+    _verify_once(path, expected, status.st_size, status.st_mtime_ns)
+    return True
+
+
+@lru_cache
+def _verify_once(path: Path, expected: str, size: int, modified: int) -> None:
+    _verify(path, expected)
+
+
+def _verify(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != expected:
         raise DataError(
             f"{path} is damaged or not the expected file: its MD5 is {found}, expected {expected}"
-            f" ({len(content)} bytes). Remove it, or replace it with a good copy."
+            f" ({path.stat().st_size} bytes). Remove it, or replace it with a good copy."
         )
-    return content
 
 
 def _fetch(url: str, path: Path, checksum: str) -> None:
     """Download `url` to `path`, which appears only once it is complete and verified."""
-    with urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
-            partial = Path(folder) / path.name
-            with partial.open("wb") as file:
-                shutil.copyfileobj(response, file)
-            _verified(partial, checksum)
-            partial.replace(path)
+    with urlopen(url, timeout=TIMEOUT_SECONDS) as response, _complete(path) as partial:
+        _copy(response, partial)
+        _verify(partial, checksum)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write `path` in one step, so that another process never reads half of it."""
+def _gunzip(packed: Path) -> None:
+    with gzip.open(packed) as content, _complete(packed.with_suffix("")) as partial:
+        _copy(content, partial)
+
+
+def _untar(packed: Path, members: list[str], directory: Path) -> None:
+    with tarfile.open(packed, "r:gz") as archive:
+        for member in archive:  # in its own order: it cannot be read backwards cheaply
+            if member.name in members:
+                with _complete(directory / member.name) as partial:
+                    _copy(archive.extractfile(member), partial)
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """Give the name of a file that takes its place at `path` once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".write-") as folder:
-        partial = Path(folder) / path.name
-        partial.write_bytes(content)
+    partial = temporary_beside(path)
+    try:
+        yield partial
         partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _gunzip(packed: bytes, download: str) -> dict[str, bytes]:
-    return {download.removesuffix(".gz"): gzip.decompress(packed)}
-
-
-def _untar(packed: bytes, members: list[str]) -> dict[str, bytes]:
-    with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:
-        return {member: archive.extractfile(member).read() for member in members}
+def _copy(content: BinaryIO, path: Path) -> None:
+    with path.open("wb") as file:
+        shutil.copyfileobj(content, file, 1 << 20)
 
 
 def advice(source: Source, directory: Path, missing: list[str], error: Exception) -> str:

@@ -7,14 +7,7 @@ that were. The files are those of torchvision's layout, `stl10_binary/*.bin`.
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tarfile
-import tempfile
-from functools import lru_cache
-from http.client import HTTPException
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -87,68 +80,5 @@ def unlabelled(root: str | Path | None = None) -> MappedImages:
 
 
 def prepare(root: str | Path | None = None) -> Path:
-    """Return the data directory, in which every file of STL-10 lies, complete and verified.
-
-    Missing files are unpacked from the archive beside them, or fetched. Everything goes from disk
-    to disk in pieces: no file is ever in memory as a whole. A process verifies each file once.
-
-    Raises:
-        DataError: a file is damaged, or missing and cannot be fetched.
-    """
-    directory = sources.data_directory(root)
-    missing = [file for file in STL10.files if not (directory / file).exists()]
-    for download, checksum in STL10.downloads.items() if missing else ():
-        archive = directory / download
-        if not archive.exists():
-            try:
-                _fetch(STL10.url + download, archive)
-            except (OSError, HTTPException) as error:
-                raise DataError(sources.advice(STL10, directory, missing, error)) from None
-        _verify(archive, checksum)
-        _unpack(archive, missing, directory)
-    for file, checksum in STL10.files.items():
-        status = (directory / file).stat()
-        _verified(directory / file, checksum, status.st_size, status.st_mtime_ns)
-    return directory
-
-
-@lru_cache
-def _verified(path: Path, checksum: str, size: int, modified: int) -> None:
-    _verify(path, checksum)
-
-
-def _verify(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != expected:
-        raise DataError(
-            f"{path} is damaged or not the expected file: its MD5 is {found}, expected {expected}"
-            f" ({path.stat().st_size} bytes). Remove it, or replace it with a good copy."
-        )
-
-
-def _fetch(url: str, path: Path) -> None:
-    """Download `url` to `path`, which appears only once it is complete."""
-    with urlopen(url, timeout=sources.TIMEOUT_SECONDS) as response:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
-            partial = Path(folder) / path.name
-            with partial.open("wb") as file:
-                shutil.copyfileobj(response, file)
-            partial.replace(path)
-
-
-def _unpack(archive: Path, members: list[str], directory: Path) -> None:
-    """Write `members` of the archive into `directory`, each in one step."""
-    with (
-        tempfile.TemporaryDirectory(dir=directory, prefix=".unpack-") as folder,
-        tarfile.open(archive, "r:gz") as packed,
-    ):
-        for member in packed:  # in the archive's order: it cannot be read backwards cheaply
-            if member.name in members:
-                partial = Path(folder) / Path(member.name).name
-                with packed.extractfile(member) as source, partial.open("wb") as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
-                target = directory / member.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial.replace(target)
+    """Return the data directory, in which every file of STL-10 lies; see `sources.prepare`."""
+    return sources.prepare(STL10, root)

@@ -1,6 +1,6 @@
 """Does a method learn sooner? Learning curves and times to a target.
 
-Never imports torch. Bands are 95 % intervals: Student's of the mean of a curve, Kaplan and Meier's
+Never imports torch. Limits are 95 % intervals: Student's of the mean of a curve, Kaplan and Meier's
 with log-log limits of a share.
 """
 
@@ -8,27 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from repeatlab.analysis.frames import AXES
-from repeatlab.figures import (
+from repeatlab.figures.look import (
     FULL_WIDTH,
+    caption,
     colour,
+    counts_axis,
     in_order,
     label,
     line,
     line_legend,
+    logarithmic,
+    panels,
+    rows_of,
     said_n,
-    say_no_run,
+    say,
+    spans_decades,
     style,
+    tiles,
 )
 
 
+@style()
 def curves_against_standard(
     frame: pd.DataFrame, *, x: str, ylabel: str, log: bool = False, columns: int = 4
 ) -> Figure:
@@ -44,40 +50,34 @@ def curves_against_standard(
         columns: Panels in a row.
     """
     methods = [method for method in frame["method"].unique() if method != "standard"]
-    rows = max(1, -(-len(methods) // columns))
-    with style():
-        figure, grid = plt.subplots(
-            rows,
-            min(columns, max(1, len(methods))),
-            figsize=(FULL_WIDTH, 0.35 + 1.45 * rows),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-        )
-        for axes, method in zip(grid.flat, methods, strict=False):
-            for name in ("standard", method):
-                _curve(axes, frame[frame["method"] == name], x, name, log)
-            axes.set_title(label(method), color=colour(method), loc="left", fontweight="bold")
-        for place, axes in enumerate(grid.flat):
-            axes.set_visible(place < len(methods))
-            # Where the panel below is empty, the one above it carries the numbers.
-            axes.tick_params(labelbottom=place + columns >= len(methods))
+    figure, grid = tiles(
+        len(methods), columns=columns, height=1.45, head=0.35, sharex=True, sharey=True
+    )
+    for axes, method in zip(grid, methods, strict=True):
+        for name in ("standard", method):
+            curve = frame[frame["method"] == name]
+            axes.plot(curve[x], curve["mean"], color=colour(name), zorder=3)
+            low = _above_zero(curve) if log else curve["low"]
+            band = {"color": colour(name), "alpha": 0.2, "lw": 0}
+            axes.fill_between(curve[x], low, curve["high"], **band)
+            _cross(axes, curve, x, name)
+        axes.set_title(label(method), color=colour(method), loc="left", fontweight="bold")
         if log:
-            grid[0, 0].set_yscale("log")
-        figure.supxlabel(AXES[x], fontsize=8)
-        figure.supylabel(ylabel, fontsize=8)
-        figure.suptitle(_caption(frame), fontsize=8, x=0.01, ha="left")
+            logarithmic(axes, "y")
+        counts_axis(axes)
+    figure.supxlabel(AXES[x], fontsize=8)
+    figure.supylabel(ylabel, fontsize=8)
+    crosses = "; x: a run diverged" if frame["diverged"].any() else ""
+    tasks, seeds = ", ".join(frame["task"].unique()), said_n(frame["n"])
+    caption(
+        figure, f"{tasks}: mean and 95 % t-interval over {seeds} seeds; grey: standard{crosses}"
+    )
     return figure
 
 
-def _curve(axes: Axes, curve: pd.DataFrame, x: str, method: str, log: bool) -> None:
-    axes.plot(curve[x], curve["mean"], color=colour(method), zorder=3)
-    low = curve["low"]
-    if log:
-        # A t-interval can reach below zero, where this axis has nothing: cut at a tenth.
-        low = np.maximum(low, curve["mean"] * 0.1)
-    axes.fill_between(curve[x], low, curve["high"], color=colour(method), alpha=0.2, lw=0)
-    _cross(axes, curve, x, method)
+def _above_zero(curve: pd.DataFrame) -> pd.Series:
+    """Return lower limits that a logarithmic axis has: a t-interval is cut at a tenth."""
+    return np.maximum(curve["low"], curve["mean"] * 0.1)
 
 
 def _cross(axes: Axes, curve: pd.DataFrame, x: str, method: str) -> None:
@@ -87,15 +87,7 @@ def _cross(axes: Axes, curve: pd.DataFrame, x: str, method: str) -> None:
         axes.plot(end[x], end["mean"], "x", ms=5, mew=1.4, color=colour(method), zorder=4)
 
 
-def _caption(frame: pd.DataFrame) -> str:
-    """Say what is drawn: task, statistic, and over how many seeds."""
-    counts = sorted(frame["n"].unique())
-    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    tasks = ", ".join(frame["task"].unique())
-    crosses = "; x: a run diverged" if frame["diverged"].any() else ""
-    return f"{tasks}: mean and 95 % t-interval over {n} seeds; grey: standard{crosses}"
-
-
+@style()
 def time_to_target(frame: pd.DataFrame, *, x: str | Sequence[str], target: str) -> Figure:
     """Draw when each run first reached the target: a dot per seed, its median as a bar.
 
@@ -110,30 +102,25 @@ def time_to_target(frame: pd.DataFrame, *, x: str | Sequence[str], target: str) 
     """
     methods = in_order(frame["method"])
     shown = [x] if isinstance(x, str) else list(x)
-    width = FULL_WIDTH * (0.6 if len(shown) == 1 else 1.0)
-    with style():
-        figure, grid = plt.subplots(
-            1,
-            len(shown),
-            figsize=(width, 0.8 + 0.17 * max(3, len(methods))),
-            sharey=True,
-            squeeze=False,
-        )
-        for axes, name in zip(grid[0], shown, strict=True):
-            for row, method in enumerate(methods):
-                _dots(axes, frame[frame["method"] == method], name, row)
-            axes.set_xlim(left=0)
-            axes.set_xlabel(f"{AXES[name]} until {target}")
-        for row, method in enumerate(methods):
-            runs = frame[frame["method"] == method]
-            told = f"{int(runs['reached'].sum())}/{len(runs)}"
-            place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 6}
-            grid[0, -1].annotate(told, (1.01, row), **place)
-        axes = grid[0, 0]
-        axes.set_yticks(range(len(methods)), [label(method) for method in methods])
-        axes.set_ylim(len(methods) - 0.4, -0.6)
-        title = "dots: seeds; bar: median; triangles: missed by then; right: runs that reached it"
-        figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    size = {"width": FULL_WIDTH * (0.6 if len(shown) == 1 else 1.0)}
+    size |= {"height": 0.95 + 0.17 * max(3, len(methods))}
+    figure, (row,) = panels(1, len(shown), sharey=True, **size)
+    for axes, name in zip(row, shown, strict=True):
+        for place, method in enumerate(methods):
+            _dots(axes, frame[frame["method"] == method], name, place)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(f"{AXES[name]} until {target}")
+        counts_axis(axes)
+    for place, method in enumerate(methods):
+        runs = frame[frame["method"] == method]
+        hits = f"{int(runs['reached'].sum())}/{len(runs)}"
+        beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 6}
+        row[-1].annotate(hits, (1.01, place), **beside)
+    rows_of(row[0], [label(method) for method in methods])
+    caption(
+        figure,
+        "dots: seeds; bar: median; triangles: missed by then\nright: how many reached the target",
+    )
     return figure
 
 
@@ -153,6 +140,7 @@ def _dots(axes: Axes, runs: pd.DataFrame, x: str, row: int) -> None:
 # --- several tasks ----------------------------------------------------------------------------
 
 
+@style()
 def curves_over_tasks(
     frame: pd.DataFrame,
     *,
@@ -163,7 +151,8 @@ def curves_over_tasks(
 ) -> Figure:
     """Draw one panel per task with the mean curves of few methods.
 
-    The metric's axis follows the means: a band wider than the panel is cut. A curve over runs of
+    Limits are thin lines, of the standard arm and the last of the methods. The metric's axis
+    follows the means from the second evaluation on, what is beyond it is cut. A curve over runs of
     which some diverged, which ends with the first of them, ends in a cross.
 
     Args:
@@ -171,53 +160,54 @@ def curves_over_tasks(
         x: Its x column, a key of `analysis.AXES`.
         methods: Which, the last in front.
         ylabels: Task to the label of its metric, in the order of the panels.
-        log: Tasks whose metric's axis is logarithmic.
+        log: Tasks whose metric's axis is logarithmic, where it spans a decade.
     """
-    columns = min(3, len(ylabels))
-    rows = -(-len(ylabels) // columns)
-    with style():
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(FULL_WIDTH, 0.75 + 1.75 * rows), squeeze=False
-        )
-        for axes in grid.flat[len(ylabels) :]:
-            axes.set_visible(False)
-        for axes, (task, ylabel) in zip(grid.flat, ylabels.items(), strict=False):
-            of_task = frame[(frame["task"] == task) & frame["method"].isin(methods)]
-            axes.set_title(f"{task}, {said_n(of_task['n'])}" if len(of_task) else task, loc="left")
-            if not len(of_task):
-                say_no_run(axes)
+    figure, grid = tiles(len(ylabels), columns=3, height=1.75, head=0.75)
+    for axes, (task, ylabel) in zip(grid, ylabels.items(), strict=True):
+        of_task = frame[(frame["task"] == task) & frame["method"].isin(methods)]
+        axes.set_title(f"{task}, {said_n(of_task['n'])}" if len(of_task) else task, loc="left")
+        axes.set_ylabel(ylabel)
+        if not len(of_task):
+            say(axes, bare=True)
+            continue
+        started = of_task[of_task.groupby("method").cumcount() > 0]
+        means = (started if len(started) else of_task)["mean"].to_numpy(float)
+        on_log = task in log and spans_decades(means)
+        if on_log:
+            logarithmic(axes, "y")
+        for method in methods:
+            curve = of_task[of_task["method"] == method]
+            if not len(curve):
                 continue
-            if task in log:
-                axes.set_yscale("log")
-            for method in methods:
-                curve = of_task[of_task["method"] == method]
-                if len(curve):
-                    _strong_curve(axes, curve, x, method, log=task in log)
-            _follow_means(axes, of_task["mean"].to_numpy(float), task in log)
-            axes.set_ylabel(ylabel)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        figure.supxlabel(f"{AXES[x]}; mean and 95 % t-interval over n seeds", fontsize=8)
-        line_legend(figure, methods)
+            axes.plot(curve[x], curve["mean"], zorder=3, **line(method))
+            if method in ("standard", methods[-1]):
+                low = _above_zero(curve) if on_log else curve["low"]
+                for limit in (low, curve["high"]):
+                    axes.plot(curve[x], limit, lw=0.5, color=colour(method), alpha=0.7)
+            _cross(axes, curve, x, method)
+        _follow(axes, means, on_log)
+        counts_axis(axes)
+    figure.supxlabel(
+        f"{AXES[x]}; mean over n seeds; thin: 95 % t-interval of standard, {label(methods[-1])}",
+        fontsize=8,
+    )
+    line_legend(figure, methods)
     return figure
 
 
-def _strong_curve(axes: Axes, curve: pd.DataFrame, x: str, method: str, *, log: bool) -> None:
-    axes.plot(curve[x], curve["mean"], zorder=3, **line(method))
-    low = np.maximum(curve["low"], curve["mean"] * 0.01) if log else curve["low"]
-    axes.fill_between(curve[x], low, curve["high"], color=colour(method), alpha=0.1, lw=0)
-    _cross(axes, curve, x, method)
-
-
-def _follow_means(axes: Axes, means: np.ndarray, log: bool) -> None:
-    means = means[np.isfinite(means) & ((means > 0) | (not log))]
+def _follow(axes: Axes, means: np.ndarray, on_log: bool) -> None:
+    means = means[np.isfinite(means)]
     if not len(means):
         return
-    low, high = (np.log(means.min()), np.log(means.max())) if log else (means.min(), means.max())
+    low, high = means.min(), means.max()
+    if on_log:
+        low, high = np.log(low), np.log(high)
     pad = 0.12 * (high - low) or 0.1
-    limits = (low - pad, high + pad)
-    axes.set_ylim(*np.exp(limits) if log else limits)
+    limits = np.array([low - pad, high + pad])
+    axes.set_ylim(*np.exp(limits) if on_log else limits)
 
 
+@style()
 def target_curves(
     times: pd.DataFrame,
     survival: Mapping[tuple[str, str], np.ndarray],
@@ -239,46 +229,35 @@ def target_curves(
         targets: Task to its target in words, in the order of the rows.
     """
     others = [method for method in methods if method != "standard"]
-    with style():
-        figure, grid = plt.subplots(
-            len(targets),
-            len(others),
-            figsize=(FULL_WIDTH, 0.75 + 1.15 * len(targets)),
-            sharex="row",
-            sharey=True,
-            squeeze=False,
-        )
-        for row, (task, words) in zip(grid, targets.items(), strict=True):
-            of_task = times[times["task"] == task]
-            shown = of_task[of_task["method"].isin(methods)]
-            end = 1.05 * shown[x].max() if len(shown) else 1.0
-            for axes, method in zip(row, others, strict=True):
-                told = []
-                for name in ("standard", method):
-                    runs = of_task[of_task["method"] == name]
-                    hits = int(runs["reached"].sum())
-                    told.append(f"{hits}/{len(runs)}" if len(runs) else "no run")
-                    if len(runs):
-                        _reached(axes, survival[task, name], runs, x, end, name)
-                axes.set_title(f"{told[1]} ({told[0]})", fontsize=7, pad=2)
-                axes.set_ylim(-0.05, 1.05)
-                axes.set_xlim(left=0)
-                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-                if not len(of_task):
-                    axes.set_title("no run", fontsize=7, pad=2)
-                    axes.set_xticks([])
-            row[0].set_ylabel(f"{task}:\n{words}", fontsize=7)
-        for axes, method in zip(grid[0], others, strict=True):
-            hits = axes.get_title()
-            axes.set_title(f"{label(method)}\n{hits}", fontsize=7, pad=2, color=colour(method))
-        figure.supxlabel(AXES[x], fontsize=8)
-        figure.suptitle(
-            "share of runs that reached the target, with 95 % limits; above: runs that did "
-            "(in grey and brackets: standard)",
-            fontsize=7,
-            x=0.01,
-            ha="left",
-        )
+    height = 0.75 + 1.15 * len(targets)
+    figure, grid = panels(len(targets), len(others), height=height, sharex="row", sharey=True)
+    for place, (row, task) in enumerate(zip(grid, targets, strict=True)):
+        of_task = times[times["task"] == task]
+        shown = of_task[of_task["method"].isin(methods)]
+        end = 1.05 * shown[x].max() if len(shown) else 1.0
+        for axes, method in zip(row, others, strict=True):
+            hits = {}
+            for name in ("standard", method):
+                runs = of_task[of_task["method"] == name]
+                hits[name] = f"{int(runs['reached'].sum())}/{len(runs)}" if len(runs) else "no run"
+                if len(runs):
+                    _reached(axes, survival[task, name], runs, x, end, name)
+            title = f"{hits[method]} ({hits['standard']})" if len(of_task) else "no run"
+            if not place:
+                title = f"{label(method)}\n{title}"
+            axes.set_title(title, fontsize=7, pad=2, color=colour(method))
+            axes.set_ylim(-0.05, 1.05)
+            axes.set_xlim(left=0)
+            counts_axis(axes)
+            if not len(of_task):
+                axes.set_xticks([])
+        row[0].set_ylabel(f"{task}:\n{targets[task]}", fontsize=7)
+    figure.supxlabel(AXES[x], fontsize=8)
+    caption(
+        figure,
+        "share of runs that reached the target, with 95 % limits; above: runs that did (in "
+        "brackets, grey: standard)",
+    )
     return figure
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,12 +15,13 @@ from repeatlab.cost import (
     cost_ratio,
     tau_threshold,
 )
-from repeatlab.figures import COLOURS, FULL_WIDTH, colour, label, marker, style
+from repeatlab.figures.look import COLOURS, FULL_WIDTH, colour, label, marker, panels, style
 
 MOST_REPEATS = 8
 _LOADER_COLOURS = {"in turn": "#E25303", "prefetched": "#0072B2"}
 
 
+@style()
 def echo_times(model: CostModel, measured: pd.DataFrame) -> Figure:
     """Draw the time of an update over N, as the model has it and as it was measured.
 
@@ -29,17 +29,17 @@ def echo_times(model: CostModel, measured: pd.DataFrame) -> Figure:
         model: With the data time of the loader that was used.
         measured: Rows with `loader` (of `LOADERS`), `repeats` (N) and `seconds` (of an update).
     """
-    with style():
-        figure, axes = plt.subplots(figsize=(FULL_WIDTH * 0.6, 2.4))
-        for name in LOADERS:
-            rows = measured[measured["loader"] == name]
-            points = {"color": _LOADER_COLOURS[name], "mfc": "none", "ls": "none"}
-            axes.plot(rows["repeats"], 1000 * rows["seconds"], "o", **points)
-        _echo(axes, model)
-        axes.set_title("lines: predicted; circles: measured", loc="left")
+    figure, ((axes,),) = panels(1, 1, width=FULL_WIDTH * 0.6, height=2.4)
+    for name in LOADERS:
+        rows = measured[measured["loader"] == name]
+        points = {"color": _LOADER_COLOURS[name], "mfc": "none", "ls": "none"}
+        axes.plot(rows["repeats"], 1000 * rows["seconds"], "o", **points)
+    _echo(axes, model)
+    axes.set_title("lines: predicted; circles: measured", loc="left")
     return figure
 
 
+@style()
 def cost_curves(model: CostModel, *, presample: float) -> Figure:
     """Draw what repetition, importance sampling and selective backprop cost on such hardware.
 
@@ -48,29 +48,29 @@ def cost_curves(model: CostModel, *, presample: float) -> Figure:
         presample: p to mark.
     """
     k = model.backward_ratio
-    with style():
-        figure, axes = plt.subplots(1, 3, figsize=(FULL_WIDTH * 1.2, 2.4))
-        echo, importance, selective = axes
-        _echo(echo, model)
-        p = np.linspace(1, 10, 91)
-        against = {"label": "tau_th: an update / a uniform one", "color": COLOURS["hard_mining"]}
-        importance.plot(p, tau_threshold(p, k), **against)
-        _ratio(importance, p, cost_ratio(p, k), break_even_presample(k))
-        importance.plot(presample, cost_ratio(presample, k), "o", color="black")
-        importance.set_xlabel("presample p (batches)")
-        importance.legend(fontsize=6)
-        keep = np.linspace(0.05, 1, 96)
-        # All samples forward to select; those kept forward and backward.
-        _ratio(selective, keep, (1 + keep * (1 + k)) / (1 + k), break_even_keep(k))
-        selective.set_xlabel("share kept by selective backprop")
-        figure.suptitle(
-            f"an update {_ms(model.update)}, a fresh batch {_ms(model.data)}, k = {k:.2f}: "
-            f"R = {model.free_repeats():.3g} updates a batch are free",
-            fontsize=8,
-        )
+    size = {"width": FULL_WIDTH * 1.2, "height": 2.4}
+    figure, ((echo, importance, selective),) = panels(1, 3, **size)
+    _echo(echo, model)
+    p = np.linspace(1, 10, 91)
+    against = {"label": "tau_th: an update / a uniform one", "color": COLOURS["hard_mining"]}
+    importance.plot(p, tau_threshold(p, k), **against)
+    _ratio(importance, p, cost_ratio(p, k), break_even_presample(k))
+    importance.plot(presample, cost_ratio(presample, k), "o", color="black")
+    importance.set_xlabel("presample p (batches)")
+    importance.legend(fontsize=6)
+    keep = np.linspace(0.05, 1, 96)
+    # All samples forward to select; those kept forward and backward.
+    _ratio(selective, keep, (1 + keep * (1 + k)) / (1 + k), break_even_keep(k))
+    selective.set_xlabel("share kept by selective backprop")
+    figure.suptitle(
+        f"an update {_ms(model.update)}, a fresh batch {_ms(model.data)}, k = {k:.2f}: "
+        f"R = {model.free_repeats():.3g} updates a batch are free",
+        fontsize=8,
+    )
     return figure
 
 
+@style()
 def predictions(runs: pd.DataFrame) -> Figure:
     """Draw measured against predicted training time, a point for each run.
 
@@ -79,25 +79,24 @@ def predictions(runs: pd.DataFrame) -> Figure:
             `repeatlab.studies.diagnostics.prediction` returns them; without one, no point.
     """
     rows = runs.dropna(subset=["seconds", "predicted_seconds"])
-    with style():
-        figure, axes = plt.subplots(figsize=(FULL_WIDTH * 0.5, 2.8))
-        for method, own in rows.groupby("method", sort=False):
-            points = {
-                "color": colour(method),
-                "marker": marker(method),
-                "ls": "none",
-                "mfc": "none",
-            }
-            axes.plot(own["predicted_seconds"], own["seconds"], label=label(method), **points)
-        if len(rows):
-            times = rows[["seconds", "predicted_seconds"]]
-            ends = [times.min().min() * 0.8, times.max().max() * 1.25]
-            axes.plot(ends, ends, lw=0.8, color="black", zorder=0)
-            if ends[1] > 20 * ends[0]:
-                axes.loglog()
-            axes.legend(fontsize=7)
-        axes.set_xlabel("predicted seconds")
-        axes.set_ylabel("measured seconds")
+    figure, ((axes,),) = panels(1, 1, width=FULL_WIDTH * 0.5, height=2.8)
+    for method, own in rows.groupby("method", sort=False):
+        points = {
+            "color": colour(method),
+            "marker": marker(method),
+            "ls": "none",
+            "mfc": "none",
+        }
+        axes.plot(own["predicted_seconds"], own["seconds"], label=label(method), **points)
+    if len(rows):
+        times = rows[["seconds", "predicted_seconds"]]
+        ends = [times.min().min() * 0.8, times.max().max() * 1.25]
+        axes.plot(ends, ends, lw=0.8, color="black", zorder=0)
+        if ends[1] > 20 * ends[0]:
+            axes.loglog()
+        axes.legend(fontsize=7)
+    axes.set_xlabel("predicted seconds")
+    axes.set_ylabel("measured seconds")
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from repeatlab.figures import colour, label
+from repeatlab.figures.look import GREY, colour, label, rows_of, say
 
 
 def interval_rows(
@@ -23,8 +23,9 @@ def interval_rows(
 ) -> None:
     """Draw an estimate with its limits for each method, one below the other.
 
-    An interval that leaves the axis ends in an arrow; an estimate that does is a number at the
-    edge, so that one far arm does not flatten the others.
+    An interval that leaves the axis ends in an arrow, one without any limit is not drawn. An
+    estimate beyond the axis is a number at its edge, so that one far arm does not flatten the
+    others.
 
     Args:
         axes: Where; its y axis gets the methods.
@@ -37,20 +38,18 @@ def interval_rows(
     left, right = _range(rows)
     axes.set_xlim(left, right)
     axes.xaxis.set_major_locator(MaxNLocator(3))
-    axes.set_ylim(len(methods) - 0.4, -0.6)
-    axes.set_yticks(range(len(methods)), [label(method) for method in methods])
-    axes.tick_params(axis="y", length=0)
+    rows_of(axes, [label(method) for method in methods])
     if rows["estimate"].isna().all():
         axes.set_xticks([])
-        axes.text(0.5, 0.5, missing, transform=axes.transAxes, ha="center", color="#777777")
+        say(axes, missing)
         return
     for place, (method, row) in enumerate(rows.iterrows()):
         shade = colour(method)
         if np.isnan(row["estimate"]):
-            _beside(axes, 0.02, place, missing, "#777777", "left")
+            _beside(axes, 0.02, place, missing, GREY, "left")
             continue
         face = shade if solid is None or method in solid else "white"
-        if row["low"] <= row["high"]:
+        if np.isfinite([row["low"], row["high"]]).any():
             ends = np.clip([row["low"], row["high"]], left, right)
             axes.plot(ends, [place] * 2, color=shade, lw=1.0, solid_capstyle="butt")
             for end, sign, cut in (
@@ -88,3 +87,14 @@ def _range(rows: pd.DataFrame) -> tuple[float, float]:
     low, high = kept.min() - 1.3 * room, kept.max() + 1.3 * room
     pad = 0.05 * (high - low) or 0.1 * far
     return low - pad, high + pad
+
+
+def is_decided(table: pd.DataFrame) -> pd.Series:
+    """Return which rows of `comparison.comparison_table` are decided."""
+    return table["decision"].isin(["better", "worse"])
+
+
+def least_words(tables: Iterable[pd.DataFrame], decided: str) -> str:
+    """Return `decided`, or that so few seeds could not have decided any of the comparisons."""
+    least = min((table["least_p_adjusted"].min() for table in tables), default=np.nan)
+    return decided if least < 0.05 else "none can be decided: too few seeds for so many comparisons"

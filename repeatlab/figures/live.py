@@ -23,8 +23,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from repeatlab.core.files import StoreError
-from repeatlab.figures import FULL_WIDTH, label, line, style
-from repeatlab.figures.trace import binned, png
+from repeatlab.figures.look import colour, label, line, panels, png, style
+from repeatlab.figures.trace import binned
 from repeatlab.store.records import Run, Store
 
 MOST_LINES = 4
@@ -118,23 +118,21 @@ def picture(found: Progress, metric: str) -> Figure:
         metric: Its name among the evaluations, on the validation split.
     """
     with style():
-        figure = Figure(figsize=(FULL_WIDTH, 2.2))
-        panels = figure.subplots(1, 3, sharex=True)
+        figure, (row,) = panels(1, 3, height=2.2, sharex=True)
         for curve in found.curves:
-            _draw(panels, curve, metric)
-        for axes, ylabel in zip(panels, ("loss", "N", f"validation {label(metric)}"), strict=True):
+            _draw(row, curve, metric)
+        for axes, ylabel in zip(row, ("loss", "N", f"validation {label(metric)}"), strict=True):
             axes.set_ylabel(ylabel)
             axes.set_xlabel("update")
+        row[1].locator_params(axis="y", integer=True)
         if any(len(curve.updates) for curve in found.curves):
-            figure.legend(
-                *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4
-            )
-        panels[0].set_title(f"{found.done} of {found.planned} runs done", loc="left")
+            figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        row[0].set_title(f"{found.done} of {found.planned} runs done", loc="left")
     return figure
 
 
-def _draw(panels: np.ndarray, curve: Curve, metric: str) -> None:
-    loss, repeats, evaluated = panels
+def _draw(row: np.ndarray, curve: Curve, metric: str) -> None:
+    loss, repeats, evaluated = row
     if len(curve.updates):
         for axes, column in ((loss, "loss"), (repeats, "repeats")):
             # The rows of a stream are the updates in their order, from the first.
@@ -144,11 +142,7 @@ def _draw(panels: np.ndarray, curve: Curve, metric: str) -> None:
     if len(curve.evals):
         of = (curve.evals["split"] == "validation") & (curve.evals["metric"] == metric)
         rows = curve.evals[of]
-        evaluated.plot(rows["update"], rows["value"], "o-", ms=2, **_coloured(curve.method))
-
-
-def _coloured(method: str) -> dict:
-    return {"color": line(method)["color"]}
+        evaluated.plot(rows["update"], rows["value"], "o-", ms=2, color=colour(curve.method))
 
 
 @contextmanager

@@ -8,20 +8,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repeatlab.analysis.frames import mean_interval
-from repeatlab.figures import FULL_WIDTH, colour, in_order, label, line, marker, said_n, style
+from repeatlab.figures.look import (
+    FULL_WIDTH,
+    GREY,
+    caption,
+    colour,
+    in_order,
+    label,
+    line,
+    marker,
+    panels,
+    rows_of,
+    said_n,
+    say,
+    style,
+)
 
-GREY = "#777777"
 
-
+@style()
 def over_settings(
-    panels: Mapping[str, Mapping[str, Any]], *, ylabel: str, chance: float | None = None
+    shown: Mapping[str, Mapping[str, Any]], *, ylabel: str, chance: float | None = None
 ) -> Figure:
     """Draw the metric at T over settings, one panel for each, a line per method.
 
@@ -29,46 +41,45 @@ def over_settings(
     around each method's best value, with an arrow outwards where it is the edge of the range.
 
     Args:
-        panels: Title -> {"summary": of `sensitivity.over`, "best": of `sensitivity.best`,
+        shown: Title -> {"summary": of `sensitivity.over`, "best": of `sensitivity.best`,
             "xlabel"}. The values of x are drawn evenly, and each panel has its own y axis.
         ylabel: The metric, with its unit.
         chance: What a model that has learnt nothing has, if known.
     """
-    with style():
-        figure, grid = plt.subplots(1, len(panels), figsize=(FULL_WIDTH, 2.6), squeeze=False)
-        handles: dict[str, Any] = {}
-        counts: list[int] = []
-        for axes, panel in zip(grid[0], panels.values(), strict=True):
-            summary = panel["summary"]
-            values = _even(axes, summary["x"])
-            if not len(summary):
-                _say(axes, "no run")
-            methods = in_order(summary["method"].unique())
-            # Side by side, so that one method's marks do not hide another's.
-            shifts = dict(zip(methods, 0.16 * _centred(len(methods)), strict=True))
-            for method in methods:
-                rows = summary[summary["method"] == method]
-                rows = rows.assign(place=np.searchsorted(values, rows["x"]) + shifts[method])
-                handles.setdefault(method, _metric_line(axes, rows, method))
-                counts += list(rows.loc[rows["n"] > 0, "n"])
-            for row in panel["best"].itertuples():
-                _mark_best(axes, row, np.searchsorted(values, row.x) + shifts[row.method])
-            low, high = axes.get_ylim()
-            if chance is not None and low <= chance <= high:
-                axes.axhline(chance, color=GREY, lw=0.6, ls=":", zorder=0)
-                axes.annotate(
-                    "chance", (0.01, chance), (0, 2), color=GREY, fontsize=6,
-                    xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-                )  # fmt: skip
-            axes.set_xlabel(panel["xlabel"])
-        grid[0, 0].set_ylabel(ylabel)
-        names = [label(method) for method in handles]
-        figure.legend(handles.values(), names, loc="outside lower center", ncols=max(1, len(names)))
-        figure.suptitle(
-            f"Mean and 95 % t-interval, {said_n(counts)} seeds; ring: best of the range, arrow: at "
-            "its edge; cross: diverged runs",
-            fontsize=8, x=0.01, ha="left",
-        )  # fmt: skip
+    figure, (across,) = panels(1, len(shown), height=2.6)
+    handles: dict[str, Any] = {}
+    counts: list[int] = []
+    for axes, panel in zip(across, shown.values(), strict=True):
+        summary = panel["summary"]
+        values = _even(axes, summary["x"])
+        if not len(summary):
+            say(axes)
+        methods = in_order(summary["method"].unique())
+        # Side by side, so that one method's marks do not hide another's.
+        shifts = dict(zip(methods, 0.16 * _centred(len(methods)), strict=True))
+        for method in methods:
+            rows = summary[summary["method"] == method]
+            rows = rows.assign(place=np.searchsorted(values, rows["x"]) + shifts[method])
+            handles.setdefault(method, _metric_line(axes, rows, method))
+            counts += list(rows.loc[rows["n"] > 0, "n"])
+        for row in panel["best"].itertuples():
+            _mark_best(axes, row, np.searchsorted(values, row.x) + shifts[row.method])
+        low, high = axes.get_ylim()
+        if chance is not None and low <= chance <= high:
+            axes.axhline(chance, color=GREY, lw=0.6, ls=":", zorder=0)
+            axes.annotate(
+                "chance", (0.01, chance), (0, 2), color=GREY, fontsize=6,
+                xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+            )  # fmt: skip
+        axes.set_xlabel(panel["xlabel"])
+    across[0].set_ylabel(ylabel)
+    names = [label(method) for method in handles]
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=max(1, len(names)))
+    caption(
+        figure,
+        f"Mean and 95 % t-interval, {said_n(counts)} seeds; ring: best of the range, arrow: at "
+        "its edge; cross: diverged runs",
+    )
     return figure
 
 
@@ -113,10 +124,7 @@ def _mark_best(axes: Axes, row: Any, place: float) -> None:
         )  # fmt: skip
 
 
-def _say(axes: Axes, text: str) -> None:
-    axes.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", color=GREY)
-
-
+@style()
 def over_mean_repeats(frame: pd.DataFrame, *, ylabel: str) -> Figure:
     """Draw the metric at T against the mean N that came of it, mapping against mapping.
 
@@ -127,43 +135,42 @@ def over_mean_repeats(frame: pd.DataFrame, *, ylabel: str) -> Figure:
         frame: What `sensitivity.arms` returns, of one task.
         ylabel: The metric, with its unit.
     """
-    with style():
-        figure, axes = plt.subplots(figsize=(FULL_WIDTH * 0.75, 2.8))
-        means: dict[str, list[tuple[float, float]]] = {}
-        counts, absent = [], []
-        order = frame.groupby("method", sort=False)["repeats"].mean().sort_values().index
-        for method in order:
-            rows = frame[frame["method"] == method]
-            family, known = rows["family"].iloc[0], rows.dropna(subset="value")
-            if not len(known):
-                absent.append(method)
-                continue
-            mean, low, high = mean_interval(known["value"].to_numpy())
-            x = known["repeats"].mean()
-            axes.plot(known["repeats"], known["value"], ".", ms=2.5, color=colour(family))
-            axes.plot([x, x], [low, high], lw=0.8, color=colour(family))
-            axes.plot(x, mean, marker(family), ms=4.5, color=colour(family), mec="white", mew=0.5)
-            above = len(counts) % 2
-            axes.annotate(
-                known["said"].iloc[0], (x, mean), (0, 14 if above else -14), fontsize=6,
-                textcoords="offset points", ha="center", va="center", color=colour(family),
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.8},
-            )  # fmt: skip
-            means.setdefault(family, []).append((x, float(mean)))
-            counts.append(len(known))
-        for family in in_order(means):
-            points = np.array(sorted(means[family])).T
-            look = line(family) | {"lw": 0.8, "marker": marker(family), "ms": 4}
-            axes.plot(*points, label=label(family), zorder=1, **look)
-        axes.set_xlabel("mean N that came of it (updates / fresh batches)")
-        axes.set_ylabel(ylabel)
-        figure.legend(loc="outside right upper")
-        missing = f"; no complete run: {', '.join(map(label, absent))}" if absent else ""
-        figure.suptitle(f"Mean and 95 % t-interval, {said_n(counts)} seeds; dots: runs{missing}",
-                        fontsize=8, x=0.01, ha="left")  # fmt: skip
+    figure, ((axes,),) = panels(1, 1, width=FULL_WIDTH * 0.75, height=2.8)
+    means: dict[str, list[tuple[float, float]]] = {}
+    counts, absent = [], []
+    order = frame.groupby("method", sort=False)["repeats"].mean().sort_values().index
+    for method in order:
+        rows = frame[frame["method"] == method]
+        family, known = rows["family"].iloc[0], rows.dropna(subset="value")
+        if not len(known):
+            absent.append(method)
+            continue
+        mean, low, high = mean_interval(known["value"].to_numpy())
+        x = known["repeats"].mean()
+        axes.plot(known["repeats"], known["value"], ".", ms=2.5, color=colour(family))
+        axes.plot([x, x], [low, high], lw=0.8, color=colour(family))
+        axes.plot(x, mean, marker(family), ms=4.5, color=colour(family), mec="white", mew=0.5)
+        above = len(counts) % 2
+        axes.annotate(
+            known["said"].iloc[0], (x, mean), (0, 14 if above else -14), fontsize=6,
+            textcoords="offset points", ha="center", va="center", color=colour(family),
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.8},
+        )  # fmt: skip
+        means.setdefault(family, []).append((x, float(mean)))
+        counts.append(len(known))
+    for family in in_order(means):
+        points = np.array(sorted(means[family])).T
+        look = line(family) | {"lw": 0.8, "marker": marker(family), "ms": 4}
+        axes.plot(*points, label=label(family), zorder=1, **look)
+    axes.set_xlabel("mean N that came of it (updates / fresh batches)")
+    axes.set_ylabel(ylabel)
+    figure.legend(loc="outside right upper")
+    missing = f"; no complete run: {', '.join(map(label, absent))}" if absent else ""
+    caption(figure, f"Mean and 95 % t-interval, {said_n(counts)} seeds; dots: runs{missing}")
     return figure
 
 
+@style()
 def divergence(frame: pd.DataFrame, x: str, *, xlabel: str, learnt: float, lower: bool) -> Figure:
     """Draw how each run ended over a setting: learnt, not learnt, diverged, missing.
 
@@ -177,35 +184,33 @@ def divergence(frame: pd.DataFrame, x: str, *, xlabel: str, learnt: float, lower
         lower: Whether less of the metric is better.
     """
     methods = in_order(frame["method"].unique())
-    with style():
-        figure, axes = plt.subplots(figsize=(FULL_WIDTH * 0.75, 0.9 + 0.45 * len(methods)))
-        kinds = {
-            "learnt": {"marker": "o"},
-            f"not learnt (not beyond {learnt:g})": {"marker": "o", "mfc": "white"},
-            "diverged, at update": {"marker": "x"},
-            "missing": {"marker": "_"},
-        }
-        for name, look in kinds.items():
-            axes.plot([], [], ls="none", color="#333333", ms=4, label=name, **look)
-        values = _even(axes, frame[x])
-        for place, method in enumerate(methods):
-            rows = frame[(frame["method"] == method) & frame[x].notna()]
-            for value, group in rows.groupby(x):
-                at = int(np.searchsorted(values, value))
-                heights = place + np.linspace(-0.2, 0.2, len(group)) if len(group) > 1 else [place]
-                for height, run in zip(heights, group.itertuples(), strict=True):
-                    kind = list(kinds)[_ended(run, learnt, lower)]
-                    axes.plot(at, height, ls="none", ms=4, color=colour(method), **kinds[kind])
-                    if run.status == "diverged":
-                        axes.annotate(
-                            f"{run.diverged_at:.0f}", (at, height), (5, 0), fontsize=6,
-                            textcoords="offset points", va="center",
-                        )  # fmt: skip
-        axes.set_yticks(range(len(methods)), [label(method) for method in methods])
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.set_xlabel(xlabel)
-        figure.legend(loc="outside right upper")
+    size = {"width": FULL_WIDTH * 0.75, "height": 0.9 + 0.45 * len(methods)}
+    figure, ((axes,),) = panels(1, 1, **size)
+    kinds = {
+        "learnt": {"marker": "o"},
+        f"not learnt (not beyond {learnt:g})": {"marker": "o", "mfc": "white"},
+        "diverged, at update": {"marker": "x"},
+        "missing": {"marker": "_"},
+    }
+    for name, look in kinds.items():
+        axes.plot([], [], ls="none", color="#333333", ms=4, label=name, **look)
+    values = _even(axes, frame[x])
+    for place, method in enumerate(methods):
+        rows = frame[(frame["method"] == method) & frame[x].notna()]
+        for value, group in rows.groupby(x):
+            at = int(np.searchsorted(values, value))
+            heights = place + np.linspace(-0.2, 0.2, len(group)) if len(group) > 1 else [place]
+            for height, run in zip(heights, group.itertuples(), strict=True):
+                kind = list(kinds)[_ended(run, learnt, lower)]
+                axes.plot(at, height, ls="none", ms=4, color=colour(method), **kinds[kind])
+                if run.status == "diverged":
+                    axes.annotate(
+                        f"{run.diverged_at:.0f}", (at, height), (5, 0), fontsize=6,
+                        textcoords="offset points", va="center",
+                    )  # fmt: skip
+    rows_of(axes, [label(method) for method in methods])
+    axes.set_xlabel(xlabel)
+    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -218,40 +223,40 @@ def _ended(run: Any, learnt: float, lower: bool) -> int:
     return int(run.value >= learnt if lower else run.value <= learnt)
 
 
-def advantages(panels: Mapping[str, pd.DataFrame], *, ylabel: str) -> Figure:
+@style()
+def advantages(shown: Mapping[str, pd.DataFrame], *, ylabel: str) -> Figure:
     """Draw the paired difference of each method to standard training over conditions.
 
     Args:
-        panels: Study -> what `sensitivity.conditions` returns. The values of x are drawn evenly.
+        shown: Study -> what `sensitivity.conditions` returns. The values of x are drawn evenly.
         ylabel: What the differences are of.
     """
-    with style():
-        figure, grid = plt.subplots(1, len(panels), figsize=(FULL_WIDTH, 2.5), squeeze=False)
-        handles: dict[str, Any] = {}
-        counts: list[int] = []
-        for axes, rows in zip(grid[0], panels.values(), strict=True):
-            axes.axhline(0, color=GREY, lw=0.6, zorder=0)
-            values, methods = np.unique(rows["x"].dropna()), in_order(rows["method"].unique())
-            for place, method in enumerate(methods):
-                shift = 0.16 * _centred(len(methods))[place]
-                for row in rows[rows["method"] == method].itertuples():
-                    if row.x == row.x:
-                        at = float(np.searchsorted(values, row.x)) + shift
-                        counts.append(row.n)
-                        _advantage(axes, at, row, method)
-                look = {"marker": marker(method), "color": colour(method), "ms": 4, "ls": "none"}
-                handles.setdefault(method, axes.plot([], [], **look)[0])
-            axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-            axes.set_xlim(-0.5, max(0.5, len(values) - 0.5))
-            axes.set_xlabel(rows["setting"].iloc[0] if len(rows) else "")
-        grid[0, 0].set_ylabel(ylabel)
-        names = [label(method) for method in handles]
-        figure.legend(handles.values(), names, loc="outside lower center", ncols=max(1, len(names)))
-        figure.suptitle(
-            f"Method minus standard, paired by seed, {said_n(counts)}; above 0: better; filled: "
-            "decided after Holm; cross: a run diverged",
-            fontsize=8, x=0.01, ha="left",
-        )  # fmt: skip
+    figure, (across,) = panels(1, len(shown), height=2.5)
+    handles: dict[str, Any] = {}
+    counts: list[int] = []
+    for axes, rows in zip(across, shown.values(), strict=True):
+        axes.axhline(0, color=GREY, lw=0.6, zorder=0)
+        values, methods = np.unique(rows["x"].dropna()), in_order(rows["method"].unique())
+        for place, method in enumerate(methods):
+            shift = 0.16 * _centred(len(methods))[place]
+            for row in rows[rows["method"] == method].itertuples():
+                if row.x == row.x:
+                    at = float(np.searchsorted(values, row.x)) + shift
+                    counts.append(row.n)
+                    _advantage(axes, at, row, method)
+            look = {"marker": marker(method), "color": colour(method), "ms": 4, "ls": "none"}
+            handles.setdefault(method, axes.plot([], [], **look)[0])
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set_xlim(-0.5, max(0.5, len(values) - 0.5))
+        axes.set_xlabel(rows["setting"].iloc[0] if len(rows) else "")
+    across[0].set_ylabel(ylabel)
+    names = [label(method) for method in handles]
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=max(1, len(names)))
+    caption(
+        figure,
+        f"Method minus standard, paired by seed, {said_n(counts)}; above 0: better; filled: "
+        "decided after Holm; cross: a run diverged",
+    )
     return figure
 
 

@@ -19,7 +19,8 @@ import pandas as pd
 
 from repeatlab.cost import CostModel
 from repeatlab.figures.cost import cost_curves
-from repeatlab.figures.trace import png, repeats_on_trace
+from repeatlab.figures.look import png
+from repeatlab.figures.trace import repeats_on_trace
 from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import MAPPINGS, Mapping
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from repeatlab.figures import COLOURS, FULL_WIDTH, STYLE, style
+from repeatlab.figures.look import COLOURS, FULL_WIDTH, panels, style
 
 MOST_STEPS = 600  # what a screen can show
 
@@ -34,8 +31,8 @@ def repeats_on_trace(losses: np.ndarray, counts: np.ndarray, *, t: float | None 
     """
     spent = len(counts) < len(losses)
     with style():
-        figure = Figure(figsize=(FULL_WIDTH * 0.8, 2.8))
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+        size = {"width": FULL_WIDTH * 0.8, "height": 2.8, "height_ratios": [2, 1]}
+        figure, ((top,), (bottom,)) = panels(2, 1, sharex=True, **size)
         edges, means = binned(losses)
         top.stairs(means, edges, baseline=None, lw=0.7, color=COLOURS["linear"])
         if t is not None:
@@ -55,12 +52,3 @@ def repeats_on_trace(losses: np.ndarray, counts: np.ndarray, *, t: float | None 
         where = " (blue: the budget is spent)" if spent else ""
         bottom.set_xlabel(f"fresh batch{where}")
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file, for what is redrawn: a cell's end does not show it again."""
-    buffer = BytesIO()
-    with style():
-        figure.savefig(buffer, format="png", dpi=STYLE["figure.dpi"])
-    plt.close(figure)
-    return buffer.getvalue()

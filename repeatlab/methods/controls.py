@@ -30,7 +30,7 @@ def _trace(counts: np.ndarray) -> np.ndarray:
 
 def _windows(length: int, window: int) -> list[slice]:
     if window < 1:
-        raise ValueError(f"window must be at least 1 fresh batch, not {window}")
+        raise ValueError(f"window must be at least 1 fresh batch; not {window}")
     return [slice(start, start + window) for start in range(0, length, window)]
 
 
@@ -75,7 +75,7 @@ def anti_hard(counts: np.ndarray, losses: np.ndarray, *, window: int) -> np.ndar
     """
     counts, losses = _trace(counts), np.asarray(losses, dtype=np.float64)
     if losses.shape != counts.shape:
-        raise ValueError(f"losses must have the trace's shape {counts.shape}, not {losses.shape}")
+        raise ValueError(f"losses must have the trace's shape {counts.shape}; not {losses.shape}")
     result = np.empty_like(counts)
     for w in _windows(len(counts), window):
         order = np.argsort(losses[w], kind="stable")
@@ -95,7 +95,7 @@ def spaced(counts: np.ndarray, *, gap: int) -> np.ndarray:
     """
     counts = _trace(counts)
     if gap < 1:
-        raise ValueError(f"gap must be at least 1 fresh batch, not {gap}")
+        raise ValueError(f"gap must be at least 1 fresh batch; not {gap}")
     batch = np.repeat(np.arange(len(counts)), counts)
     visit = np.arange(len(batch)) - np.repeat(np.cumsum(counts) - counts, counts)
     due = batch + visit * gap
@@ -116,7 +116,7 @@ def falling(counts: np.ndarray, *, shape: str) -> np.ndarray:
     counts = _trace(counts)
     place = (np.arange(len(counts)) + 0.5) / len(counts)
     if shape not in ("linear", "cosine"):
-        raise ValueError(f"shape must be 'linear' or 'cosine', not {shape!r}")
+        raise ValueError(f"shape must be 'linear' or 'cosine'; not {shape!r}")
     share = 1 - place if shape == "linear" else (1 + np.cos(np.pi * place)) / 2
     targets = 1 + 2 * (counts.mean() - 1) * share
     totals = np.floor(np.cumsum(targets) + 0.5).astype(np.int64)

@@ -8,39 +8,77 @@ add one: write the class and name it in `SCHEDULES`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from math import cos, exp, isfinite, pi
 
 
-def _check_fraction(field: str, value: float) -> None:
+def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"{field} must lie between 0 and 1, not {value!r}")
-
-
-def _check_rate(value: float) -> None:
-    if not isfinite(value) or value <= 0:
-        raise ValueError(f"k must be a positive, finite number, not {value!r}")
+        raise ValueError(f"{name} must lie between 0 and 1; not {value!r}")
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Schedule(ABC):
+    """Base of all schedules: `factor = schedule(update, total)`, the whole rate at its highest.
+
+    With a `warm_up`, a share of all updates, the rate first rises linearly (Goyal et al. 2017,
+    arXiv 1706.02677, section 2.2); then it falls as without one, over the updates that are left, as
+    language models are trained. Under a budget the share is of T.
+
+    >>> [Constant(warm_up=0.04)(update, 100) for update in (0, 1, 3, 4, 99)]
+    [0.2, 0.4, 0.8, 1.0, 1.0]
+    """
+
+    warm_up: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_fraction("warm_up", self.warm_up)
+
+    def __call__(self, update: int, total: int) -> float:
+        """Return the factor at this update, 0 to `total - 1`."""
+        rising = round(self.warm_up * total)
+        if update < rising:
+            return (update + 1) / (rising + 1)
+        return self.falling(update - rising, total - rising)
+
+    @abstractmethod
+    def falling(self, update: int, total: int) -> float:
+        """Return the factor at this update of those that are left after the warm-up."""
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """1; a rate that stays, after its warm-up.
+
+    >>> Constant()(99, 100)
+    1.0
+    """
+
+    def falling(self, update: int, total: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
     """final + (1 - final) (1 + cos(pi update / total)) / 2 (Loshchilov and Hutter 2017, eq. 5).
 
-    >>> Cosine()(0, 100), round(Cosine()(50, 100), 9), Cosine(final=0.1)(100, 100)
-    (1.0, 0.5, 0.1)
+    >>> Cosine()(0, 100), round(Cosine()(50, 100), 9), round(Cosine(final=0.1)(99, 100), 4)
+    (1.0, 0.5, 0.1002)
     """
 
     final: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_fraction("final", self.final)
 
-    def __call__(self, update: int, total: int) -> float:
+    def falling(self, update: int, total: int) -> float:
         return self.final + (1 - self.final) * (1 + cos(pi * update / total)) / 2
 
 
 @dataclass(frozen=True)
-class LinearDecay:
+class LinearDecay(Schedule):
     """1 - (1 - final) update / total.
 
     >>> LinearDecay()(25, 100)
@@ -50,14 +88,15 @@ class LinearDecay:
     final: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_fraction("final", self.final)
 
-    def __call__(self, update: int, total: int) -> float:
+    def falling(self, update: int, total: int) -> float:
         return 1 - (1 - self.final) * update / total
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Schedule):
     """gamma to the power of how many `milestones`, as fractions of total, have been reached.
 
     >>> [Step()(update, 100) for update in (49, 50, 75)]
@@ -68,17 +107,28 @@ class Step:
     milestones: tuple[float, ...] = (0.5, 0.75)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_fraction("gamma", self.gamma)
         for milestone in self.milestones:
             _check_fraction("milestones", milestone)
 
-    def __call__(self, update: int, total: int) -> float:
+    def falling(self, update: int, total: int) -> float:
         # Not against a product: 0.55 * 100 is a little more than 55.
         return self.gamma ** sum(update / total >= milestone for milestone in self.milestones)
 
 
 @dataclass(frozen=True)
-class Exponential:
+class _Decay(Schedule):
+    k: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isfinite(self.k) or self.k <= 0:
+            raise ValueError(f"k must be a positive, finite number; not {self.k!r}")
+
+
+@dataclass(frozen=True)
+class Exponential(_Decay):
     """exp(-k update / total): the rate at the end is exp(-k) of the first.
 
     >>> Exponential(k=2.0)(0, 100), round(Exponential(k=2.0)(50, 100), 6)
@@ -87,53 +137,26 @@ class Exponential:
 
     k: float = 4.6
 
-    def __post_init__(self) -> None:
-        _check_rate(self.k)
-
-    def __call__(self, update: int, total: int) -> float:
+    def falling(self, update: int, total: int) -> float:
         return exp(-self.k * update / total)
 
 
 @dataclass(frozen=True)
-class InverseTime:
+class InverseTime(_Decay):
     """1 / (1 + k update / total): the "1/t" schedule, at the end 1 / (1 + k) of the first rate.
 
-    >>> InverseTime(k=1.0)(100, 100)
-    0.5
+    >>> InverseTime(k=1.0)(50, 100)
+    0.6666666666666666
     """
 
     k: float = 9.0
 
-    def __post_init__(self) -> None:
-        _check_rate(self.k)
-
-    def __call__(self, update: int, total: int) -> float:
+    def falling(self, update: int, total: int) -> float:
         return 1 / (1 + self.k * update / total)
 
 
-@dataclass(frozen=True)
-class WarmUp:
-    """start + (1 - start) update / updates, and 1 from update `updates` on.
-
-    Gradual warm-up (Goyal et al. 2017, arXiv 1706.02677, section 2.2); it multiplies a schedule.
-
-    >>> [WarmUp(4, start=0.5)(update) for update in (0, 2, 4, 99)]
-    [0.5, 0.75, 1.0, 1.0]
-    """
-
-    updates: int
-    start: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.updates < 1:
-            raise ValueError(f"updates must be at least 1, not {self.updates!r}")
-        _check_fraction("start", self.start)
-
-    def __call__(self, update: int) -> float:
-        return self.start + (1 - self.start) * min(1.0, update / self.updates)
-
-
 SCHEDULES: dict[str, type] = {
+    "constant": Constant,
     "cosine": Cosine,
     "linear": LinearDecay,
     "step": Step,

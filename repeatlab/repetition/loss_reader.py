@@ -31,6 +31,9 @@ class LossReader:
         self._cuda: _PinnedCopy | None = None
         self.host_reads = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cuda": None}  # streams are a process's own
+
     def start(self, loss: torch.Tensor | float) -> float | None:
         """Begin to read `loss`, a 0-d tensor or a float.
 

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from math import cos, floor, isfinite, pi
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -34,16 +35,32 @@ def _float32(value: float) -> float:
         return value
 
 
-def _check_count(field: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} must be an integer of at least 1, not {value!r}")
+def _check_count(mapping: Mapping, *names: str) -> None:
+    """Check fields that count something; numpy's integers become Python's."""
+    for name in names:
+        object.__setattr__(mapping, name, as_count(name, getattr(mapping, name)))
 
 
-def _check_positive(field: str, value: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # An integer beyond the range of floats is no usable number either.
-    if not number or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{field} must be a positive, finite number, not {value!r}")
+def as_count(name: str, value: int) -> int:
+    """Return a number of things as an int, whatever kind of integer it came as.
+
+    Raises:
+        ValueError: if it is none, or below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+    return int(value)
+
+
+def _check_positive(mapping: Mapping, *names: str) -> None:
+    """Check fields that measure something; numpy's numbers become Python's."""
+    for name in names:
+        value = getattr(mapping, name)
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        # An integer beyond the range of floats is no usable number either.
+        if not number or not 0 < value <= sys.float_info.max:
+            raise ValueError(f"{name} must be a positive, finite number, not {value!r}")
+        object.__setattr__(mapping, name, value if isinstance(value, int) else float(value))
 
 
 class Mapping(ABC):
@@ -101,7 +118,7 @@ class Constant(Mapping):
     needs_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("repeats", self.repeats)
+        _check_count(self, "repeats")
 
     @property
     def most(self) -> int:
@@ -125,10 +142,10 @@ class Uniform(Mapping):
     needs_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("low", self.low)
-        _check_count("high", self.high)
+        _check_count(self, "low", "high")
         if self.low > self.high:
             raise ValueError(f"low must not exceed high, but {self.low} > {self.high}")
+        object.__setattr__(self, "seed", int(self.seed))
 
     @property
     def most(self) -> int:
@@ -157,8 +174,8 @@ class Threshold(Mapping):
     calibrated: ClassVar[str | None] = "t"
 
     def __post_init__(self) -> None:
-        _check_positive("t", self.t)
-        _check_count("repeats", self.repeats)
+        _check_positive(self, "t")
+        _check_count(self, "repeats")
 
     @property
     def most(self) -> int:
@@ -186,8 +203,8 @@ class Linear(Mapping):
     calibrated: ClassVar[str | None] = "t"
 
     def __post_init__(self) -> None:
-        _check_positive("t", self.t)
-        _check_count("max_repeats", self.max_repeats)
+        _check_positive(self, "t")
+        _check_count(self, "max_repeats")
 
     @property
     def most(self) -> int:
@@ -218,8 +235,8 @@ class Until(Mapping):
     calibrated: ClassVar[str | None] = "t"
 
     def __post_init__(self) -> None:
-        _check_positive("t", self.t)
-        _check_count("max_repeats", self.max_repeats)
+        _check_positive(self, "t")
+        _check_count(self, "max_repeats")
 
     @property
     def most(self) -> int:
@@ -239,8 +256,7 @@ class Falling(Mapping):
     needs_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("high", self.high)
-        _check_count("low", self.low)
+        _check_count(self, "high", "low")
         if self.low > self.high:
             raise ValueError(f"low must not exceed high, but {self.low} > {self.high}")
 
@@ -291,9 +307,8 @@ class ControlLimit(Mapping):
     window: int = 100
 
     def __post_init__(self) -> None:
-        _check_positive("k", self.k)
-        _check_count("repeats", self.repeats)
-        _check_count("window", self.window)
+        _check_positive(self, "k")
+        _check_count(self, "repeats", "window")
 
     @property
     def most(self) -> int:
@@ -317,10 +332,10 @@ class Quantile(Mapping):
     window: int = 100
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))  # hashable, whatever it came as
+        object.__setattr__(self, "levels", tuple(map(float, self.levels)))  # hashable
         if not self.levels or not all(0 < level < 1 for level in self.levels):
             raise ValueError(f"levels must be numbers between 0 and 1, not {self.levels!r}")
-        _check_count("window", self.window)
+        _check_count(self, "window")
 
     @property
     def most(self) -> int:
@@ -344,9 +359,8 @@ class ZScore(Mapping):
     window: int = 100
 
     def __post_init__(self) -> None:
-        _check_positive("step", self.step)
-        _check_count("max_repeats", self.max_repeats)
-        _check_count("window", self.window)
+        _check_positive(self, "step")
+        _check_count(self, "max_repeats", "window")
 
     @property
     def most(self) -> int:
@@ -369,11 +383,10 @@ class Trace(Mapping):
     needs_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "counts", tuple(self.counts))  # hashable, whatever it came as
-        if not self.counts:
+        counts = tuple(as_count(f"counts[{i}]", count) for i, count in enumerate(self.counts))
+        object.__setattr__(self, "counts", counts)  # hashable, whatever it came as
+        if not counts:
             raise ValueError("counts must hold at least one count")
-        for position, count in enumerate(self.counts):
-            _check_count(f"counts[{position}]", count)
 
     @property
     def most(self) -> int:

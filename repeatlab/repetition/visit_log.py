@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from math import isfinite, nan
 
@@ -36,9 +37,14 @@ class VisitLog:
     """
 
     def __init__(
-        self, block: int, join: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self,
+        block: int,
+        join: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        *,
+        history: int = 1_000_000,
     ) -> None:
-        self.block = block
+        self.block, self.history = block, history
+        self._room = history  # visits until a word about them is due
         self._join = join  # from this rank's losses, (n,), to those of all
         self.fetches = 0
         self.restart(0, 0, 0, [])
@@ -80,6 +86,21 @@ class VisitLog:
                 # What came after has no meaning, and the first one is the one to name.
                 del self.losses[row + 1 :]
                 raise NonFiniteLoss(loss, self._first_update + row, int(self._expand()[0][row]))
+
+    def trim(self) -> None:
+        """Warn where more than `history` visits wait to be drained; forget what is beyond twice."""
+        if len(self.losses) <= self._room:
+            return
+        if self._room == self.history:
+            self._room *= 2
+            warnings.warn(
+                f"{self.history} visits have not been drained: call repeater.drain() now and then, "
+                f"or set history; from {self._room} on the oldest are forgotten",
+                stacklevel=4,
+            )
+        else:
+            self.fetch()
+            self.drain(held=self.history)
 
     def _expand(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return fresh batch, repeat index and N of every visit in `losses`."""

@@ -94,6 +94,12 @@ def read_profile(profile: str, root: Path, *, only: Collection[str] = ()) -> lis
         ConfigError: no such profile, a file that is not valid, a notebook that does not exist or a
             parameter that it does not have; a name in `only` that is no notebook of the profile.
     """
+    if not (root / "params").is_dir():
+        raise ConfigError(
+            f"{root / 'params'} must be there: notebooks/ and params/ come with a clone of the "
+            "repository, not with the installed package: call this in the folder of one "
+            "(git clone ADDRESS; cd repeatlab)"
+        )
     directory = root / "params" / profile
     files = sorted(directory.glob("*.yaml"))
     if not files:
@@ -113,12 +119,21 @@ def read_profile(profile: str, root: Path, *, only: Collection[str] = ()) -> lis
 
 
 def read_job(path: Path, root: Path) -> Job:
-    """Return the job that one parameter file describes, checked against its notebook."""
+    """Return the job that one parameter file describes, checked against its notebook.
+
+    Where there are no notebooks, as beside an installed package, it is not: training needs none.
+
+    Raises:
+        ConfigError: the file is not valid; see `read_profile`.
+    """
     content = read_yaml(path)
     if "space" in content:
         raise ConfigError(f"{path}: is a search, which `repeatlab search` makes")
     entry = parse(BatchEntry, content, source=str(path))
-    notebooks = {p.stem: p for p in (root / "notebooks").glob("*.ipynb")}
+    folder, parameters = root / "notebooks", _with_included(entry.parameters, path)
+    if not folder.is_dir():
+        return Job(path, folder / f"{entry.notebook}.ipynb", parameters, alone=entry.alone)
+    notebooks = {p.stem: p for p in folder.glob("*.ipynb")}
     if entry.notebook not in notebooks:
         hint = did_you_mean(entry.notebook, notebooks)
         raise ConfigError(f"{path}: notebook: unknown notebook {entry.notebook!r}; {hint}")
@@ -132,7 +147,7 @@ def read_job(path: Path, root: Path) -> Job:
                 f"{path}: parameters.{name}: {notebook.name} has no such parameter; "
                 f"{did_you_mean(name, known)}"
             )
-    return Job(path, notebook, _with_included(entry.parameters, path), alone=entry.alone)
+    return Job(path, notebook, parameters, alone=entry.alone)
 
 
 class Included(Model):
@@ -173,16 +188,45 @@ def parameter_names(notebook: Path) -> set[str]:
     """Return the names assigned in the cell that is tagged `parameters`.
 
     Read from the syntax tree: papermill's own inspector misses lines whose comment holds "=".
+
+    Raises:
+        ConfigError: it is no notebook, has no such cell, or one that is not Python.
     """
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    for cell in cells:
-        if "parameters" in cell["metadata"].get("tags", []):
-            tree = ast.parse("".join(cell["source"]))
-            targets = [
-                t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets
-            ]
-            return {target.id for target in targets if isinstance(target, ast.Name)}
-    raise ConfigError(f"{notebook}: no cell is tagged 'parameters'")
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        sources = [
+            "".join(cell["source"])
+            for cell in cells
+            if "parameters" in cell["metadata"].get("tags", [])
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ConfigError(f"{notebook}: must be a notebook") from None
+    if not sources:
+        raise ConfigError(f"{notebook}: no cell is tagged 'parameters'")
+    try:
+        tree = _syntax_tree(sources[0])
+    except SyntaxError as error:
+        where = f"{notebook}: the cell tagged 'parameters' must be Python: line {error.lineno}"
+        raise ConfigError(f"{where}: {error.msg}") from None
+    assigned = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    return {
+        part.id
+        for node in assigned
+        for target in getattr(node, "targets", None) or [node.target]
+        for part in ast.walk(target)
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+    }
+
+
+def _syntax_tree(source: str) -> ast.Module:
+    """Return the tree of a cell, which may hold magics such as `%matplotlib inline`."""
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        from IPython.core.inputtransformer2 import TransformerManager
+
+        first, _, rest = source.lstrip().partition("\n")  # `%%time` is the whole cell's
+        return ast.parse(TransformerManager().transform_cell(rest if first[:2] == "%%" else source))
 
 
 class Kernels:
@@ -206,7 +250,12 @@ class Kernels:
                 await super().start_kernel(**options)
                 managers.append(self)
 
-        return {"kernel_manager_class": Manager, "on_cell_start": self._check}
+        return {
+            "kernel_manager_class": Manager,
+            "on_cell_start": self._check,
+            # A kernel is interrupted before it is ended, and would report that as an error.
+            "extra_arguments": ["--log-level=CRITICAL"],
+        }
 
     def _check(self, **_: Any) -> None:
         # A kernel ignores what interrupts it between two cells.
@@ -265,7 +314,7 @@ def execute(
     # Kernels over TCP can lose the race for a port; a socket in a directory of its own cannot.
     with tempfile.TemporaryDirectory(prefix="rl") as sockets:
         try:
-            papermill.execute_notebook(
+            executed = papermill.execute_notebook(
                 job.notebook,
                 copy,
                 parameters=parameters,
@@ -279,18 +328,14 @@ def execute(
                 **(kernels or Kernels()).options(),
             )
         except (PapermillException, RuntimeError, TimeoutError) as error:
-            raise NotebookError(
-                f"{job.source}: {_last_line(error)} (executed copy: {copy})"
-            ) from error
-
-
-def _last_line(error: BaseException) -> str:
-    """Return what a failed cell raised, without papermill's frame of dashes."""
-    name, value = (
-        getattr(error, "ename", type(error).__name__),
-        getattr(error, "evalue", str(error)),
-    )
-    return f"{name}: {value}"
+            # What a failed cell raised, without papermill's frame of dashes.
+            name = getattr(error, "ename", type(error).__name__)
+            reason = f"{name}: {getattr(error, 'evalue', error)}"
+            raise NotebookError(f"{job.source}: {reason} (executed copy: {copy})") from error
+    # Papermill takes `sys.exit(0)` for a success.
+    if any(cell.metadata.get("papermill", {}).get("exception") for cell in executed.cells):
+        reason = "sys.exit must not end a notebook before its last cell"
+        raise NotebookError(f"{job.source}: {reason} (executed copy: {copy})")
 
 
 def execute_profile(

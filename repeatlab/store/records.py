@@ -7,21 +7,27 @@
         evals.parquet     one row per evaluated metric, with the ledger (evals.arrow meanwhile)
         sampler.parquet   one row per fresh batch, where the method's sampler has something to say
         pictures.npz      uint8 images (n, height, width[, 3]) by name, where a task makes any
-        status.json       running, complete, diverged or failed
-        summary.json      final metrics, ledger, calibration: written last, so it marks *done*
+        weights-*.pt      weights after so many updates, where they are kept
+        status.json       running, interrupted or failed, until it is done
+        summary.json      how it ended: final metrics, ledger, calibration, and the digest of every
+                          other file; written last, so it marks *done*
     runs/studies/<name>.json  which runs a study consists of
 
-A run without summary.json is not done. Its streams are readable up to their last whole block.
+A run without summary.json is not done. Its streams are readable up to their last whole block. The
+files of one that is done are held to their digests whenever they are read; config.json,
+summary.json and those of the studies carry their own.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +38,10 @@ import pyarrow.parquet as pq
 
 from repeatlab.core.files import (
     StoreError,
+    digest_of,
+    not_whole,
     not_written,
+    read_bytes,
     read_json,
     remove_temporaries,
     replacing,
@@ -54,6 +63,8 @@ UPDATES = pa.schema(
         "seconds": pa.float64(),
     }
 )
+# What is left of a run that is done.
+LASTING = ("config.json", "environment.json", "*.parquet", "pictures.npz", "weights-*.pt")
 
 
 class Store:
@@ -85,30 +96,42 @@ class Store:
             run.path.mkdir(parents=True)
         except OSError as error:
             raise not_written(run.path, error) from None
-        write_json(run.path / "config.json", config)
+        write_json(run.path / "config.json", config, sealed=True)
         write_json(run.path / "environment.json", {**environment, "attempts": attempts})
         return RunWriter(run.path)
 
-    def resume(self, run: Run, rows: Mapping[str, int]) -> RunWriter | None:
-        """Return a writer that goes on after the first `rows` of each of `run`'s tables.
+    def resume(self, run: Run, marks: Mapping[str, Mapping[str, Any]]) -> RunWriter | None:
+        """Return a writer that goes on with `run`'s tables as they were at `marks`.
 
-        None where the tables do not hold as many: another checkpoint, or a new start, is needed.
+        Args:
+            run: The run.
+            marks: What `RunWriter.synced` returned.
+
+        Returns:
+            None where the tables do not hold that any more, which is named in the log: another
+            checkpoint, or a new start, is needed.
         """
+        tables = {}
         try:
-            tables = {name: read_stream(run.path / f"{name}.arrow") for name in rows}
-        except StoreError:
-            return None
-        if any(len(tables[name]) < count for name, count in rows.items()):
+            _ = run.config  # which stays as it is
+            for name, mark in marks.items():
+                path = run.path / f"{name}.arrow"
+                content = read_bytes(path)[: mark["bytes"]]
+                if sha256(content).hexdigest() != mark["sha256"]:
+                    raise not_whole(path)
+                tables[name] = pa.ipc.open_stream(content).read_all()
+        except StoreError as error:
+            logging.getLogger(__name__).warning("%s; the run goes on from what lies before", error)
             return None
         remove_temporaries(run.path)
         attempts = run.environment.get("attempts", 0) + 1
         write_json(run.path / "environment.json", {**run.environment, "attempts": attempts})
         writer = RunWriter(run.path)
         for stream in run.path.glob("*.arrow"):
-            if stream.stem not in rows:  # begun after the checkpoint
+            if stream.stem not in marks:  # begun after the checkpoint
                 stream.unlink()
-        for name, count in rows.items():
-            writer.rewrite(name, tables[name].slice(0, count))
+        for name, table in tables.items():
+            writer.rewrite(name, table)
         return writer
 
     @contextmanager
@@ -154,13 +177,13 @@ class Store:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise not_written(directory, error) from None
-        write_json(directory / f"{safe_name('study', name)}.json", study)
+        write_json(directory / f"{safe_name('study', name)}.json", study, sealed=True)
 
     def read_study(self, name: str) -> dict[str, Any]:
         """Return what `write_study` wrote.
 
         Raises:
-            StoreError: there is no such study.
+            StoreError: there is no such study, or its file is damaged.
         """
         path = self.root / "studies" / f"{safe_name('study', name)}.json"
         if not path.exists():
@@ -169,7 +192,7 @@ class Store:
                 f"{self.root} holds no study '{name}' (it holds: {', '.join(known) or 'none'}); "
                 "run the task's notebook, or `repeatlab run` with the parameters of that study"
             )
-        return read_json(path)
+        return read_json(path, sealed=True)
 
 
 def _lock_file(run: Run) -> Path:
@@ -179,7 +202,10 @@ def _lock_file(run: Run) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """One run's directory."""
+    """One run's directory.
+
+    What is read raises a `StoreError` that names the file where that is damaged.
+    """
 
     path: Path
 
@@ -190,35 +216,48 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """The content of status.json; `{"status": "missing"}` where there is none.
+        """Its `status`, and what else was said of that; "missing" where it was not begun.
 
-        A run that is done has its summary's status, whatever came to be written after it.
+        A run that is done has its summary's, whatever came to be written after it.
         """
-        found = self._json("status.json") or {"status": "missing"}
-        if found["status"] not in ("complete", "diverged") and self.done:
-            return {"status": self.summary["status"]}
-        return found
+        if self.done:
+            summary = self.summary
+            return {key: summary[key] for key in ("status", "update", "reason") if key in summary}
+        found = self._json("status.json")
+        if found and "status" not in found:
+            raise StoreError(f"{self.path / 'status.json'} is damaged: it has no status")
+        begun = (self.path / "config.json").exists()
+        return found or {"status": "running" if begun else "missing"}
 
     @property
     def config(self) -> dict[str, Any]:
-        return self._json("config.json") or {}
+        path = self._file("config.json")
+        return read_json(path, sealed=True) if path else {}
 
     @property
     def environment(self) -> dict[str, Any]:
-        """On what it was made; empty where it was not begun, or this cannot be read."""
-        with suppress(StoreError):
-            return self._json("environment.json") or {}
-        return {}
+        """On what it was made; empty where it was not begun or, before it is done, is damaged."""
+        try:
+            return self._json("environment.json")
+        except StoreError:
+            if self.done:
+                raise
+            return {}
 
     @property
     def summary(self) -> dict[str, Any]:
         """Final metrics, ledger and calibration; empty unless the run is done."""
-        return self._json("summary.json") or {}
+        return read_json(self.path / "summary.json", sealed=True) if self.done else {}
 
     @property
     def updates(self) -> pd.DataFrame:
         """One row per update: the columns of `UPDATES`."""
         return self.table("updates").to_pandas()
+
+    @property
+    def fresh_batches(self) -> pd.DataFrame:
+        """One row per fresh batch: the columns of the function `fresh_batches`."""
+        return fresh_batches(self.updates)
 
     @property
     def evals(self) -> pd.DataFrame:
@@ -231,13 +270,15 @@ class Run:
         try:
             return self.table("sampler").to_pandas()
         except StoreError:
+            if self.done and self._file("sampler.parquet"):
+                raise
             return pd.DataFrame()
 
     @property
     def pictures(self) -> dict[str, np.ndarray]:
         """Images by name, uint8 (n, height, width[, 3]); empty where the task makes none."""
-        path = self.path / "pictures.npz"
-        if not path.exists():
+        path = self._file("pictures.npz")
+        if path is None:
             return {}
         with np.load(path, allow_pickle=False) as images:
             return dict(images)
@@ -246,20 +287,48 @@ class Run:
         """Write the run's status."""
         write_json(self.path / "status.json", {"status": status, **details})
 
-    def _json(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
-        return read_json(path) if path.exists() else None
-
     def table(self, name: str) -> pa.Table:
         """Return "updates", "evals" or "sampler" as an Arrow table.
 
         Raises:
-            StoreError: the run has no such table.
+            StoreError: the run has no such table, or it is damaged.
         """
-        finished = self.path / f"{name}.parquet"
-        if self.done and finished.exists():
-            return pq.read_table(finished)
-        return read_stream(self.path / f"{name}.arrow")
+        if not self.done:
+            return read_stream(self.path / f"{name}.arrow")
+        path = self._file(f"{name}.parquet")
+        if path is None:
+            raise StoreError(f"{self.path / name}.parquet is missing: the run has recorded nothing")
+        return pq.read_table(path)
+
+    def check(self) -> None:
+        """Hold every file of a run that is done to its digest, and the run to its name.
+
+        Raises:
+            StoreError: a file is damaged or not there, or of another run.
+        """
+        summary = self.summary
+        if summary["run"] != self.path.name:
+            raise StoreError(f"{self.path / 'summary.json'} is of the run {summary['run']}")
+        for name, digest in summary["files"].items():
+            if digest_of(self.path / name) != digest:
+                raise not_whole(self.path / name)
+        _ = self.config  # it may have been damaged before the end
+
+    def _file(self, name: str) -> Path | None:
+        """Return where a file is, if it is there; of a run that is done, once it is found whole."""
+        path = self.path / name
+        if not self.done:
+            return path if path.exists() else None
+        digest = self.summary["files"].get(name)
+        if digest is None:
+            return None
+        if digest_of(path) != digest:
+            raise not_whole(path)
+        return path
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self._file(name)
+        return read_json(path) if path else {}
 
     def _repr_html_(self) -> str:
         config, summary = self.config, self.summary
@@ -279,9 +348,47 @@ class Run:
             updates = self.updates
         except StoreError:
             return rows_table(rows)
-        first = updates[updates["repeat"] == 0]
-        curves = small_curve("first loss", first["loss"]) + small_curve("N", first["repeats"])
+        batches = fresh_batches(updates)
+        curves = small_curve("first loss", batches["loss"]) + small_curve("N", batches["repeats"])
         return rows_table(rows) + curves
+
+
+def fresh_batches(updates: pd.DataFrame) -> pd.DataFrame:
+    """Return what became of each fresh batch of a run, in the order in which they were drawn.
+
+    Visits that lie apart are put together here.
+
+    Args:
+        updates: Rows of one run, with the columns of `UPDATES`.
+
+    Returns:
+        One row per fresh batch:
+
+        - `fresh_batch`: its index, from 0;
+        - `update`: the number of its first visit, from 0;
+        - `repeats`: N, the visits planned for it; 0 where its loss was not finite;
+        - `visits`: the updates made on it: fewer than N where the run ended before;
+        - `loss`: at its first visit, before any update on it; maybe not finite, in the last row;
+        - `last_loss`: before the last update on it: `loss` where there was one at most;
+        - `lr`: the learning rate of the first visit;
+        - `seconds`: of training, up to the end of the first visit.
+    """
+    batch = updates["fresh_batch"].to_numpy()
+    order = np.lexsort((updates["repeat"].to_numpy(), batch))
+    starts = np.flatnonzero(np.diff(batch[order], prepend=-1))
+    losses = updates["loss"].to_numpy()[order]
+    # A loss that is not finite ends a run: in a batch it is the last one.
+    visits = np.add.reduceat(np.isfinite(losses).astype(np.int64), starts)
+    first = updates.iloc[order[starts]].reset_index(drop=True)
+    return pd.DataFrame(
+        {
+            **first[["fresh_batch", "update", "repeats"]],
+            "visits": visits,
+            "loss": first["loss"],
+            "last_loss": losses[starts + np.maximum(visits, 1) - 1],
+            **first[["lr", "seconds"]],
+        }
+    )
 
 
 def read_stream(path: Path) -> pa.Table:
@@ -290,9 +397,11 @@ def read_stream(path: Path) -> pa.Table:
         raise StoreError(f"{path} is missing: the run has recorded nothing yet")
     batches = []
     try:
-        for batch in pa.ipc.open_stream(str(path)):
+        for batch in pa.ipc.open_stream(read_bytes(path)):
+            batch.validate(full=True)
+            _ = batch.schema.names  # which may be no text
             batches.append(batch)
-    except (pa.ArrowInvalid, OSError):
+    except (pa.ArrowException, ValueError, OSError):
         pass  # the torn end
     if not batches:
         raise StoreError(f"{path} holds no whole block yet")
@@ -335,8 +444,10 @@ class RunWriter:
 
     def pictures(self, pictures: Mapping[str, np.ndarray]) -> None:
         """Keep the images that a task shows at its end."""
+        path = self.path / "pictures.npz"
         if pictures:
-            np.savez_compressed(self.path / "pictures.npz", **pictures)
+            with writing(path):
+                np.savez_compressed(path, **pictures)
 
     def finish(self, status: str, summary: Mapping[str, Any], **details: Any) -> None:
         """End the run as `complete` or `diverged`; summary.json comes last and marks it done."""
@@ -352,20 +463,26 @@ class RunWriter:
                 )
             with replacing(self.path / f"{name}.parquet") as temporary:
                 pq.write_table(table, temporary, compression="zstd")
-        self._set_status(status, **details)
         # Before the summary: nobody looks after a run that is done.
         remove_temporaries(self.path)
-        write_json(self.path / "summary.json", {"status": status, **summary})
+        lasting = sorted(path for pattern in LASTING for path in self.path.glob(pattern))
+        files = {path.name: digest_of(path) for path in lasting}
+        whole = {"run": self.path.name, "status": status, **details, **summary, "files": files}
+        write_json(self.path / "summary.json", whole, sealed=True)
         # Only now: a kill before this line leaves what a resume needs.
-        for name in names:
-            (self.path / f"{name}.arrow").unlink()
+        for name in ("status.json", *(f"{name}.arrow" for name in names)):
+            (self.path / name).unlink(missing_ok=True)
 
-    def synced(self) -> dict[str, int]:
-        """Make what was appended durable, and return how many rows each table has."""
+    def synced(self) -> dict[str, dict[str, Any]]:
+        """Make what was appended durable; return rows, bytes and digest of each table so far."""
+        marks = {}
         for name, stream in self._files.items():
-            with writing(self.path / f"{name}.arrow"):
+            path = self.path / f"{name}.arrow"
+            with writing(path):
                 os.fsync(stream.fileno())
-        return dict(self._rows)
+            written = {"rows": self._rows[name], "bytes": stream.tell()}
+            marks[name] = written | {"sha256": digest_of(path)}
+        return marks
 
     def rewrite(self, name: str, table: pa.Table) -> None:
         """Begin a table anew with these rows, in one step."""

@@ -1,1 +1,5 @@
 """Many runs: studies, workers, lock-step, search, checks and measurements."""
+
+from repeatlab import require_lab
+
+require_lab()

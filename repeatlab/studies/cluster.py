@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
+from uuid import uuid4
 
-from repeatlab.core.signals import held_back
-from repeatlab.training.config import RunConfig
-
-# Dask gives up a local worker that is absent at this time after its end; its nanny never does.
-NEVER = "1000 days"
-# Of Dask's own list without its MALLOC_TRIM_THRESHOLD_, which makes the allocator hand memory back
-# after every update: the digits CNN took 1.4 to 1.5 times the processor time.
-ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def _renew_pool() -> None:
-    """Give a process that was just copied a pool of its own for Dask's scheduler.
-
-    The copied pool counts on its thread, which was not copied with it: no run would ever begin.
-    """
-    if "distributed.utils" in sys.modules:
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="Dask-Offload")
-        sys.modules["distributed.utils"]._offload_executor = pool
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_pool)
+from repeatlab.core.signals import Stop
+from repeatlab.studies.processes import LEAVE_SECONDS, LocalWorkers, WorkerDied
 
 
 @dataclass(frozen=True)
@@ -59,40 +37,63 @@ class Places:
     runs_per_gpu: int = 1
     lockstep: bool = True
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this process trains."""
+        return self.workers == 0 and self.scheduler is None
+
+
+class Workers(Protocol):
+    """What makes runs."""
+
+    def count(self) -> int:
+        """Return how many there are now: so many jobs are done at a time."""
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Let one of them call `function(*args, stop=...)`, and return the job."""
+
+    def wait(self, jobs: Collection[Any], seconds: float) -> dict[Any, Any]:
+        """Wait until a job ends, `seconds` at most; return what it gave, or the exception.
+
+        Raises:
+            ConnectionError: there are no workers any more, nor will be.
+        """
+
+    def stop(self, jobs: Collection[Any]) -> None:
+        """Make these jobs leave, and wait until they have."""
+
 
 @contextmanager
-def open_client(places: Places, configs: Mapping[str, RunConfig]) -> Iterator[Any]:
-    """Yield a Dask client of the workers that are to make these runs, by their ids.
+def open_workers(places: Places, *, runs: int, on_cpu: bool, stop: Stop) -> Iterator[Workers]:
+    """Yield what makes runs.
+
+    Args:
+        places: Where.
+        runs: How many there are: no more workers are started.
+        on_cpu: Whether they need no GPU.
+        stop: What stops those that are made in this process.
 
     Raises:
         ConnectionError: there is no scheduler at the address, or its encryption is another.
     """
-    if places.scheduler is not None:
-        with _connected(places.scheduler) as client:
-            yield client
-        return
-    gpus = [] if all(config.device == "cpu" for config in configs.values()) else _gpus()
-    most = len(gpus) * places.runs_per_gpu if gpus else os.cpu_count() or 1
-    with local_client(min(places.workers or most, len(configs))) as client:
-        if gpus:
-            _share_gpus(client, gpus, places.runs_per_gpu)
-        yield client
+    if places.is_here:
+        yield Here(stop)
+    elif places.scheduler is not None:
+        with _connected(places.scheduler) as client, DaskWorkers(client) as workers:
+            yield workers
+    else:
+        gpus = [] if on_cpu else gpu_names()
+        most = len(gpus) * places.runs_per_gpu if gpus else os.cpu_count() or 1
+        numbers = range(min(places.workers or most, runs))
+        share = [
+            {"CUDA_VISIBLE_DEVICES": gpu_of(n, gpus, places.runs_per_gpu)} if gpus else {}
+            for n in numbers
+        ]
+        with LocalWorkers(len(numbers), share) as workers:
+            yield workers
 
 
-def _connected(address: str) -> Any:
-    from distributed import Client
-
-    try:
-        return Client(address)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ConnectionError(
-            f"scheduler: no connection to {address}: {error}. It must be the address that `dask "
-            "scheduler` prints, such as tcp://HOST:8786; one with tls:// needs the certificates of "
-            "Dask's configuration (distributed.comm.tls), which README shows how to set"
-        ) from error
-
-
-def _gpus() -> list[str]:
+def gpu_names() -> list[str]:
     """Return the names under which this process sees its GPUs."""
     import torch
 
@@ -110,70 +111,120 @@ def gpu_of(worker: int, gpus: Sequence[str], runs_per_gpu: int) -> str:
     return gpus[worker // runs_per_gpu % len(gpus)]
 
 
-def _share_gpus(client: Any, gpus: Sequence[str], runs_per_gpu: int) -> None:
-    """Give each worker one GPU; also a process that comes in the place of one that died."""
-    from distributed import WorkerPlugin
+class Here:
+    """This process: a job is done when it is waited for."""
 
-    class OneGPU(WorkerPlugin):
-        def setup(self, worker: Any) -> None:
-            gpu = gpu_of(int(worker.name), gpus, runs_per_gpu)
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
 
-    client.register_plugin(OneGPU())
+    def count(self) -> int:
+        """One."""
+        return 1
 
+    def submit(self, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+        """Return a job that `wait` does."""
+        return partial(function, *args, stop=self._stop)
 
-@contextmanager
-def local_client(workers: int) -> Iterator[Any]:
-    """Yield the client of a Dask cluster of single-threaded processes on this machine."""
-    forked = _start_fork_server()
-    import dask
-    from distributed import Client, LocalCluster
+    def wait(self, jobs: Collection[Any], seconds: float) -> dict[Any, Any]:
+        """Do a job; its errors are this process's own."""
+        job = next(iter(jobs))
+        return {job: job()}
 
-    settings = {
-        "distributed.deploy.lost-worker-timeout": NEVER,
-        "distributed.worker.preload": [__name__],
-        "distributed.nanny.pre-spawn-environ": dict.fromkeys(ONE_THREAD, 1),
-        "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
-    }
-    with dask.config.set(settings), ExitStack() as opened:
-        # A cluster whose start is broken off cannot be closed: in a notebook its processes stay.
-        with held_back():
-            cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                # Not its fixed port, which another study may have.
-                dashboard_address="127.0.0.1:0",
-                silence_logs=logging.ERROR,
-                # The server's environment is that of its start.
-                env=dict(os.environ) if forked else None,
-            )
-            client = opened.enter_context(Client(opened.enter_context(cluster)))
-        yield client
+    def stop(self, jobs: Collection[Any]) -> None:
+        """Nothing is under way."""
 
 
-def dask_setup(worker: Any) -> None:
-    """Dask calls this in every local worker: Ctrl-C reaches all processes of a terminal or kernel.
+def _connected(address: str) -> Any:
+    from distributed import Client
 
-    It would end the worker in the middle of an update; this study's own process passes it on.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _start_fork_server() -> bool:
-    """Begin to import the libraries in a process whose copies become workers, now and later.
-
-    False where there is to be none: CUDA must not be touched before a copy is made, and a process
-    that is itself a copy of one with such a server cannot reach it.
-    """
-    if sys.platform != "linux" or _gpus():
-        return False
-    for name in ONE_THREAD:  # as Dask does for workers that are no copies
-        os.environ.setdefault(name, "1")
-    forkserver.set_forkserver_preload(["repeatlab.studies.preload"])
     try:
-        forkserver.ensure_running()
-    except ChildProcessError:
-        return False
-    return True
+        return Client(address)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ConnectionError(
+            f"scheduler: no connection to {address}: {error}. It must be the address that `dask "
+            "scheduler` prints, such as tcp://HOST:8786; one with tls:// needs the certificates of "
+            "Dask's configuration (distributed.comm.tls), which README shows how to set"
+        ) from error
+
+
+class DaskWorkers:
+    """The workers of a Dask cluster, which may be somebody else's: only the jobs of this are told.
+
+    To be entered: jobs that are under way at the block's end are told to leave.
+    """
+
+    def __init__(self, client: Any) -> None:
+        from distributed import Event
+
+        self._client, self._token = client, f"stop-{uuid4().hex}"
+        self._event = Event(self._token, client=client)
+
+    def __enter__(self) -> DaskWorkers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(Exception):  # a scheduler that is gone
+            self._event.set()
+
+    def count(self) -> int:
+        """Return how many have joined and not left; `wait` says it if the scheduler is gone."""
+        try:
+            return len(self._client.nthreads())
+        except OSError:
+            return 0
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return the future of a job; see `Workers`."""
+        return self._client.submit(_in_turn, self._token, function, *args, pure=False)
+
+    def wait(self, jobs: Collection[Any], seconds: float) -> dict[Any, Any]:
+        """Return what the futures that are done gave; see `Workers`."""
+        from distributed import KilledWorker, wait
+        from distributed.client import FuturesCancelledError
+
+        with suppress(TimeoutError, FuturesCancelledError):
+            wait(list(jobs), timeout=seconds, return_when="FIRST_COMPLETED")
+        if any(job.cancelled() for job in jobs):
+            raise ConnectionError(
+                "scheduler: it has ended, or given up the study's runs. What was under way goes on "
+                "from its checkpoints when the same command is given again"
+            )
+        answers = {job: job.exception() or job.result() for job in jobs if job.done()}
+        return {
+            job: WorkerDied() if isinstance(answer, KilledWorker) else answer
+            for job, answer in answers.items()
+        }
+
+    def stop(self, jobs: Collection[Any]) -> None:
+        """Make the jobs leave; see `Workers`."""
+        from distributed import wait
+
+        with suppress(Exception):  # a scheduler that is gone: leave at once
+            self._event.set()
+            wait(list(jobs), timeout=LEAVE_SECONDS)
+
+
+# Runs share torch's random state: one at a time in a process, however many threads a worker has.
+_turn = threading.Lock()
+
+
+def _in_turn(token: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Do a job in a Dask worker, and pass on to it that it is to stop."""
+    from distributed import Event, get_client
+
+    stop, over = Stop(), threading.Event()
+    asked = Event(token, client=get_client())
+
+    def listen() -> None:
+        with suppress(Exception):  # the job is over, or the worker
+            while not over.is_set():
+                if asked.wait(timeout=1):
+                    stop.set()
+                    return
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        with _turn:
+            return function(*args, stop=stop)
+    finally:
+        over.set()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from repeatlab.core.environment import commit
 from repeatlab.core.files import StoreError, safe_name
 from repeatlab.core.html_view import rows_table
-from repeatlab.core.schema import Model, did_you_mean, parse
+from repeatlab.core.schema import Model, Name, did_you_mean, parse, shown
+from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
-from repeatlab.studies.scheduling import execute
+from repeatlab.studies.scheduling import open_trainer
 from repeatlab.tasks import TaskConfig
 from repeatlab.training.config import (
     BudgetConfig,
@@ -33,6 +34,7 @@ from repeatlab.training.config import (
     Threads,
 )
 
+MOST_SEEDS = 10_000
 # Of a run that was reported as made.
 ABSENT = "it is not in the store: do the workers see the same directory under this path?"
 
@@ -57,11 +59,13 @@ class Planned(NamedTuple):
 def _seeds(value: Any) -> int | tuple[int, ...]:
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     valid = numbers and all(
-        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers
     )
-    if not valid or value == 0 or len(set(numbers)) < len(numbers):
+    count = len(numbers) if isinstance(value, (list, tuple)) else value
+    if not valid or not 0 < count <= MOST_SEEDS or len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"must be a count of at least 1 or a list of different seeds, not {value!r}"
+            f"must be a count of at least 1 and at most {MOST_SEEDS}, or a list of as many "
+            f"different seeds; not {shown(value)}"
         )
     return tuple(numbers) if isinstance(value, (list, tuple)) else value
 
@@ -70,9 +74,9 @@ class Study(Model):
     """Every method with every seed on every task, all under the same budget of updates."""
 
     name: str
-    tasks: Annotated[dict[str, TaskChoice], Field(min_length=1)]
+    tasks: Annotated[dict[Name, TaskChoice], Field(min_length=1)]
     """What tables and figures call the task -> its configuration."""
-    methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
+    methods: Annotated[dict[Name, MethodConfig], Field(min_length=1)]
     seeds: Annotated[Any, PlainValidator(_seeds)] = 5
     """How many seeds, counted from 0, or which."""
     max_updates: PositiveInt
@@ -100,6 +104,10 @@ class Study(Model):
 
     def planned(self) -> list[Planned]:
         """Return all runs, seed by seed, so that an early look has every method."""
+        return self._planned
+
+    @cached_property
+    def _planned(self) -> list[Planned]:
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         return [
             Planned(label, name, seed, self._config(task, method, seed))
@@ -274,42 +282,63 @@ def run_studies(
     Raises:
         StudyError: runs have failed, or a task lacks its data.
         StoreError: the store cannot be written.
-        KeyboardInterrupt: Ctrl-C; every run that was under way has left a checkpoint.
+        Stopped: Ctrl-C, which is a KeyboardInterrupt; every run that was under way has left a
+            checkpoint. After SIGTERM and SIGHUP it is SystemExit.
     """
     store = Store(runs)
     store.check_writable()
     configs = {p.config.run_id: p.config for study in studies for p in study.planned()}
     for study in studies:
         store.write_study(study.name, _manifest(study))
-    missing = {i: c for i, c in configs.items() if not _handle(store, c).done}
+    handles = {i: store.run(config.task.name, i) for i, config in configs.items()}
+    missing = {i: config for i, config in configs.items() if not handles[i].done}
     failed: dict[str, str] = {}
+    found: set[str] = set()
     if missing:
         # Once and here, so that what is not there is one message, and workers do not all fetch it.
         for task in {config.task for config in missing.values()}:
             task.prepare()
-        places = places or Places(workers=workers)
         apart = {
             p.config.run_id for study in studies if not study.lockstep for p in study.planned()
         }
-        # Closed at once, also where a traceback keeps hold of it: it makes the runs leave.
-        with closing(execute(missing, store, places, apart=apart)) as outcomes:
-            progress = tqdm(outcomes, total=len(missing), desc="runs", unit="run")
-            failed = {run_id: why for run_id, why in progress if why is not None}
-        lost = {i: ABSENT for i, c in missing.items() if not _handle(store, c).done}
-        failed = lost | failed
-    status = {i: _handle(store, config).status["status"] for i, config in configs.items()}
-    retried = {
-        i: attempts
-        for i, config in missing.items()
-        if (attempts := _handle(store, config).environment.get("attempts", 1)) > 1
-    }
-    report = Report(status, trained=len(missing), retried=retried)
+        with open_trainer(store, places or Places(workers=workers)) as train:
+            outcomes = train(missing, apart=apart)
+            try:
+                for run_id, outcome in tqdm(outcomes, total=len(missing), desc="runs", unit="run"):
+                    if outcome.failure:
+                        failed[run_id] = outcome.failure
+                    elif not outcome.trained:  # another process has made it meanwhile
+                        found.add(run_id)
+            except Interrupted:
+                raise Interrupted(_stopped(handles.values())) from None
+        failed = {i: ABSENT for i in missing if not handles[i].done} | failed
+    report = Report(
+        {i: handle.status["status"] for i, handle in handles.items()},
+        trained=len(missing) - len(found),
+        retried={
+            i: attempts
+            for i in missing
+            if (attempts := handles[i].environment.get("attempts", 1)) > 1
+        },
+    )
     if failed:
-        lines = [f"  {_handle(store, configs[i]).path}: {why}" for i, why in failed.items()]
+        lines = [f"  {handles[i].path}: {why}" for i, why in failed.items()]
         raise StudyError(
             f"{len(failed)} of {len(configs)} runs failed:\n" + "\n".join(lines), report
         )
     return report
+
+
+def _stopped(handles: Collection[Run]) -> str:
+    """Return what a user is told of runs that were stopped."""
+    from repeatlab.training.checkpoint import CURRENT
+
+    done = sum(run.done for run in handles)
+    left = sum((run.path / CURRENT).exists() for run in handles)
+    return (
+        f"Stopped: {done} of {len(handles)} runs done, {left} {'has' if left == 1 else 'have'} a "
+        "checkpoint; run this again to go on."
+    )
 
 
 def _manifest(study: Study) -> dict[str, Any]:
@@ -330,7 +359,3 @@ def _manifest(study: Study) -> dict[str, Any]:
         "study": study.model_dump(mode="json", exclude_unset=True),
         "commit": commit(),
     }
-
-
-def _handle(store: Store, config: RunConfig) -> Run:
-    return store.run(config.task.name, config.run_id)

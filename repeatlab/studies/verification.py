@@ -8,12 +8,10 @@ from math import nan
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
 
-from repeatlab.core.files import StoreError
-from repeatlab.store.records import UPDATES, Run, Store
+from repeatlab.core.files import StoreError, read_json
+from repeatlab.store.records import Run, Store
 from repeatlab.studies.diagnostics.prediction import with_prediction
 
 # In the order of a table: what is there, what is on its way, what is not.
@@ -21,9 +19,14 @@ STATES = ("complete", "diverged", "running", "interrupted", "failed", "missing")
 
 
 class Damage(NamedTuple):
-    """A run that says it is done and is not whole."""
+    """A run that says it is done and is not whole, or a study whose file is not.
 
-    run: Run
+    Attributes:
+        path: The run's directory, or the study's file.
+        reason: What is wrong; it names the file.
+    """
+
+    path: Path
     reason: str
 
 
@@ -54,13 +57,16 @@ def timed_states(store: Store, name: str) -> pd.DataFrame:
     Raises:
         StoreError: there is no such study, or a measurement is of another version.
     """
-    rows = study_states(store, name)
-    done = rows["state"].isin(["complete", "diverged"])
-    rows["seconds"] = [
-        Run(Path(run)).summary["ledger"]["seconds"] if finished else nan
-        for run, finished in zip(rows["run"], done, strict=True)
-    ]
-    rows["lockstep"] = [Run(Path(run)).environment.get("lockstep", 0) for run in rows["run"]]
+    rows = study_states(store, name).assign(seconds=nan, lockstep=0)
+    for row in rows[rows["state"].isin(["complete", "diverged"])].itertuples():
+        run = Run(Path(row.run))
+        try:
+            run.check()
+        except StoreError as error:
+            rows.loc[row.Index, ["state", "reason"]] = "failed", str(error)
+            continue
+        rows.loc[row.Index, "seconds"] = run.summary["ledger"]["seconds"]
+        rows.loc[row.Index, "lockstep"] = run.environment.get("lockstep", 0)
     timed = with_prediction(rows.rename(columns={"run": "path", "state": "status"}), store)
     return timed.rename(columns={"path": "run", "status": "state"})
 
@@ -75,8 +81,7 @@ def run_state(store: Store, run: Run) -> tuple[str, str]:
         return status["status"], status.get("reason", "")
     if store.is_locked(run):
         return "running", ""
-    if status["status"] in ("running", "complete", "diverged"):
-        # It was killed: whatever it says, nobody is at it and it is not done.
+    if status["status"] == "running":  # nobody is at it: it was killed
         return "interrupted", "its process has died; the next start goes on from its checkpoint"
     return status["status"], status.get("error", "")
 
@@ -89,52 +94,37 @@ def summary_table(store: Store, names: list[str]) -> pd.DataFrame:
 
 
 def damaged(store: Store) -> Iterator[Damage]:
-    """Yield every run of the store that is done by its files and not whole."""
+    """Yield every run of the store that is done and not whole, and every damaged study."""
     for summary in sorted(store.root.glob("*/*/summary.json")):
         run = Run(summary.parent)
         try:
-            reason = _fault(run)
-        except (StoreError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            reason = f"{type(error).__name__}: {error}"
-        if reason:
-            yield Damage(run, reason)
+            run.check()
+        except StoreError as error:
+            yield Damage(run.path, str(error))
+    for path in sorted((store.root / "studies").glob("*.json")):
+        try:
+            read_json(path, sealed=True)
+        except StoreError as error:
+            yield Damage(path, str(error))
 
 
-def _fault(run: Run) -> str | None:
-    """Return what is wrong with a run that is done, or None."""
-    updates, summary = run.updates, run.summary
-    if summary["status"] != run.status["status"]:
-        return f"status.json says {run.status['status']}, summary.json {summary['status']}"
-    if list(updates) != UPDATES.names:
-        return f"updates.parquet has the columns {list(updates)}"
-    if updates["update"].tolist() != list(range(len(updates))):
-        return "updates.parquet does not hold every update once, in order"
-    made = summary["ledger"]["updates"]
-    finite = int(np.isfinite(updates["loss"]).sum())
-    if finite != made:
-        return f"updates.parquet holds {finite} updates, the ledger {made}"
-    if summary["status"] == "complete" and finite != len(updates):
-        return "a complete run has losses that are not finite"
-    if run.config.get("max_updates", 0) < made:
-        return f"the ledger holds {made} updates, the configuration allows fewer"
-    if run.config["evaluation"]["splits"] and not len(run.evals):
-        return "evals.parquet holds no evaluation"
-    return None
-
-
-def remove(store: Store, run: Run) -> None:
-    """Delete a run, so that the next start of its study makes it again.
+def remove(store: Store, path: Path) -> None:
+    """Delete a run or a study's file, so that the next start of the study makes it again.
 
     Of a run that is a link, the link: what it leads to is not the store's.
+
+    Args:
+        store: The store.
+        path: As in `Damage`.
 
     Raises:
         StoreError: it cannot be deleted.
     """
-    with store.locked(run):
+    with store.locked(Run(path)):
         try:
-            if run.path.is_symlink():
-                run.path.unlink()
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
             else:
-                shutil.rmtree(run.path)
+                path.unlink()
         except OSError as error:
-            raise StoreError(f"{run.path} cannot be deleted: {error.strerror}") from None
+            raise StoreError(f"{path} cannot be deleted: {error.strerror}") from None

@@ -1,8 +1,7 @@
 """One run, or a group of runs in lock-step, as the job of a worker: idempotent, and ended in time.
 
 A run that is made twice is found in the store, one that was killed goes on from its checkpoint. So
-a job may be given again to another worker, whatever has become of the first. In a process there is
-one at a time, however many threads a worker has: runs share torch's random state.
+a job may be given again to another worker, whatever has become of the first.
 """
 
 from __future__ import annotations
@@ -10,121 +9,80 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
-from threading import Lock, Timer
-from typing import Any
+from threading import Timer
+from typing import Any, NamedTuple
 
 from repeatlab.core.files import StoreError
+from repeatlab.core.signals import Interrupted, Stop
 from repeatlab.store.records import Store
-from repeatlab.studies.warm_imports import import_libraries
+from repeatlab.studies.processes import import_libraries
 from repeatlab.training.config import RunConfig
 
 TIME_LIMIT_EXIT = 124
-# Held by the job that is under way in this process, and whose study it is.
-_turn, _study = Lock(), None
-# Studies that are told to leave: by the token of their call, so that no other's runs stop.
-_left: set[str] = set()
 
 
-class RunFailed(RuntimeError):
-    """A run failed in a worker; the message says why."""
+class Outcome(NamedTuple):
+    """What a job has made of a run.
 
-
-def run_job(
-    config: dict[str, Any], runs: str, *, limit: float | None = None, study: str | None = None
-) -> None:
-    """Train one run in a worker, as `train_job`; that it did not fail needs no fetching.
-
-    Raises:
-        RunFailed: it failed.
+    Attributes:
+        failure: Why it has failed, or None.
+        trained: Whether it was trained now and here; else it was found in the store.
     """
-    why = train_job(config, runs, limit=limit, study=study)
-    if why is not None:
-        raise RunFailed(why)
+
+    failure: str | None = None
+    trained: bool = False
 
 
-def train_job(
-    config: dict[str, Any], runs: str, *, limit: float | None = None, study: str | None = None
-) -> str | None:
-    """Train one run in a worker; return why it failed, or None.
+def train_runs(
+    configs: Sequence[dict[str, Any]], runs: str, limit: float | None = None, *, stop: Stop
+) -> dict[str, Outcome]:
+    """Train a run, or several in lock-step; return the outcomes by run id.
 
-    Idempotent, since Dask may execute a job twice: a run in the store is not made again. An attempt
-    that takes longer than `limit` seconds ends its process: nothing less stops what hangs. Waiting
-    for another process that is at the run is no part of that.
+    Where a group fails as a whole, nothing is returned, and its runs are to be made one by one. An
+    attempt that takes longer than `limit` seconds for each run ends its process: nothing less stops
+    what hangs. Waiting for another process that is at the run is no part of that.
 
     Args:
-        config: The run's, as JSON.
+        configs: The runs', as JSON.
         runs: The store's directory.
-        limit: Seconds that it may take.
-        study: What `stop_training` tells it by.
-    """
-    from repeatlab.training.data_parallel import TeamBroken
-    from repeatlab.training.loop import train
-    from repeatlab.training.training import Interrupted
-
-    run = RunConfig.from_json(config)
-    import_libraries()
-    with _in_turn(study) as left:
-        if left:
-            return "interrupted"
-        try:
-            train(run, runs, watch=partial(_ending_after, limit, runs))
-        except Interrupted:
-            return "interrupted"
-        except TeamBroken:
-            raise  # no other run can be trained by these processes
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-    return None
-
-
-def group_job(
-    configs: Sequence[dict[str, Any]],
-    runs: str,
-    *,
-    limit: float | None = None,
-    study: str | None = None,
-) -> dict[str, str | None]:
-    """Train runs in lock-step; return by run id why one failed, or None.
-
-    As `train_job`, with the time of as many attempts. Where the group as a whole fails, nothing is
-    returned, and its runs are to be made one by one.
+        limit: Seconds that a run may take.
+        stop: Makes the runs leave checkpoints and be "interrupted".
     """
     from repeatlab.studies.lockstep.group import train_group
-    from repeatlab.training.training import Interrupted
+    from repeatlab.training.data_parallel import TeamBroken
+    from repeatlab.training.loop import train
 
     found = [RunConfig.from_json(config) for config in configs]
-    import_libraries()
-    interrupted = {run.run_id: "interrupted" for run in found}
-    with _in_turn(study) as left:
-        if left:
-            return interrupted
-        try:
-            watch = partial(_ending_after, limit and limit * len(found), runs)
-            return train_group(found, runs, watch=watch)
-        except Interrupted:
-            return interrupted
-        except Exception:
+    ids = [run.run_id for run in found]
+    trained: set[str] = set()
+
+    @contextmanager
+    def watch(under_way: Sequence[RunConfig]) -> Iterator[None]:
+        """Note which of these are not done, now that they are this process's, and limit them."""
+        missing = [run for run in under_way if not Store(runs).run(run.task.name, run.run_id).done]
+        trained.update(run.run_id for run in missing)
+        with _ending_after(limit and limit * len(missing), runs, missing):
+            yield
+
+    if limit is not None:
+        import_libraries()  # no part of it
+    failures: dict[str, str | None] = dict.fromkeys(ids)
+    try:
+        if stop.is_set():
+            raise Interrupted
+        if len(found) == 1:
+            train(found[0], runs, watch=watch, stop=stop)
+        else:
+            failures = train_group(found, runs, watch=watch, stop=stop)
+    except Interrupted:
+        failures = dict.fromkeys(ids, "interrupted")
+    except TeamBroken:
+        raise  # no other run can be trained by these processes
+    except Exception as error:
+        if len(found) > 1:
             return {}
-
-
-@contextmanager
-def _in_turn(study: str | None) -> Iterator[bool]:
-    """Wait for this process's other job, and tell whether the study has been left meanwhile."""
-    global _study
-    with _turn:
-        if study is None:  # in the study's own process, which knows by itself
-            yield False
-            return
-        from repeatlab.training.training import STOP
-
-        _study = study
-        STOP.clear()
-        try:
-            yield study in _left
-        finally:
-            _study = None
-            STOP.clear()
+        failures = {ids[0]: f"{type(error).__name__}: {error}"}
+    return {i: Outcome(why, i in trained) for i, why in failures.items()}
 
 
 @contextmanager
@@ -139,21 +97,12 @@ def _ending_after(limit: float | None, runs: str, configs: Sequence[RunConfig]) 
                     run.note("failed", error=f"took longer than the time limit of {limit:g} s")
         os._exit(TIME_LIMIT_EXIT)
 
-    watch = Timer(limit, end) if limit else None
-    if watch is not None:
-        watch.daemon = True
-        watch.start()
+    timer = Timer(limit, end) if limit else None
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
     try:
         yield
     finally:
-        if watch is not None:
-            watch.cancel()
-
-
-def stop_training(study: str) -> None:
-    """Make the study's run in this process leave a checkpoint and end, and begin no other."""
-    _left.add(study)
-    if _study == study:
-        from repeatlab.training.training import STOP
-
-        STOP.set()
+        if timer is not None:
+            timer.cancel()

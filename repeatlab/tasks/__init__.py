@@ -6,7 +6,14 @@ field. To add one: write the file and name its class in `TASKS`.
 
 from __future__ import annotations
 
+from repeatlab import require_lab
+
+require_lab()
+
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
@@ -18,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
     from torch.optim import Optimizer
+
+    from repeatlab.tasks.optimization import OptimizerStep
 
 TASKS: dict[str, str] = {
     "supervised": "repeatlab.tasks.supervised:Supervised",
@@ -34,6 +43,51 @@ TASKS: dict[str, str] = {
 }
 
 
+# Part of the identity of every run of these tasks: raised when a task's code means something else.
+VERSIONS = {
+    "supervised": 1,
+    "semisupervised": 1,
+    "selfsupervised": 1,
+    "reinforcement": 1,
+    "unsupervised": 1,
+    "generative": 1,
+    "transfer": 1,
+    "continual": 1,
+    "noisy_labels": 1,
+    "co_teaching": 1,
+}
+
+
+def version(name: str) -> int | str:
+    """Return what the runs of a task are told apart by when its code is another one.
+
+    For tasks in `VERSIONS` it is the number there, since their code changes in many ways that leave
+    every record as it was. Any other is known by its code: the beginning of the SHA-256 of its
+    module's source, as it was when the class was first asked for. After a change of it the store
+    has none of its runs. What the module imports is not part of it.
+
+    Raises:
+        ValueError: the source cannot be read, as that of a class typed into Python's prompt.
+    """
+    return VERSIONS.get(name) or _digest(load_task(TASKS[name]))
+
+
+@cache
+def _digest(task: type[Task]) -> str:
+    try:
+        module = inspect.getmodule(task)
+        # What a notebook defines is in no file, but in its cells.
+        in_file = getattr(module, "__file__", None) is not None
+        parts = [module] if in_file else [task, task.Config]
+        text = "\n".join(inspect.getsource(part) for part in parts)
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"task: the source of {task.__qualname__} must be readable, since it tells its runs "
+            f"apart: write it into a file ({error})"
+        ) from error
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def load_task(target: str) -> type[Task]:
     """Return the class that an entry of `TASKS` names, importing its file only now."""
     module, name = target.split(":")
@@ -45,6 +99,11 @@ class TaskConfig(Model):
 
     unshared: ClassVar[str | None] = "data-parallel training is not built for it"
     """Why several processes cannot share its batches; None where they can."""
+    most: ClassVar = dict.fromkeys(("width", "latent", "hidden", "projection"), 10_000) | {
+        "batch_size": 10**6,
+        "capacity": 10**7,
+        "fid_samples": 10**6,
+    }
 
     name: str
     lr: Annotated[float, Field(gt=0)]
@@ -78,6 +137,7 @@ class Task(Protocol):
     Attributes:
         Config: The task's configuration model.
         optimizers: Every optimizer of the task; the loop sets their learning rates.
+        optimizer_steps: What moves weights with them, each with a `lap` for who times an update.
         batch_size: b, the samples of a fresh batch.
         device: Where batches are.
         forward_samples: Samples that go forward in one update.
@@ -90,6 +150,7 @@ class Task(Protocol):
 
     Config: ClassVar[type[TaskConfig]]
     optimizers: Sequence[Optimizer]
+    optimizer_steps: Sequence[OptimizerStep]
     batch_size: int
     device: Any
     forward_samples: int

@@ -1,27 +1,26 @@
-"""What the tasks beyond the six share: image classifiers, their data and their metrics."""
+"""Image classifiers: what the tasks that train them share, from their data to their metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.core.seeding import derive, generator
-from repeatlab.data import Batch, ImageSet, Splits, TrainStream, load_splits
+from repeatlab.core.seeding import generator
+from repeatlab.data import Batch, ImageSet, Splits
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
-from repeatlab.tasks.models import build_encoder
+from repeatlab.tasks.learner import Learner
+from repeatlab.tasks.models import build_encoder, drawn_from
 from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, chosen
-from repeatlab.tasks.supervised import AUGMENTATION
 
 
-class ClassifierConfig(DatasetTaskConfig, OptimizationConfig):
-    """Settings of a task that trains one or several classifiers; defaults for the embedded data."""
+class ImageModelConfig(DatasetTaskConfig, OptimizationConfig):
+    """Settings of a task that trains a convolutional network by SGD."""
 
     model: Literal["cnn", "norm_cnn", "strided_cnn", "resnet18"] = "cnn"
     width: Annotated[int, Field(ge=1)] = 16
@@ -29,6 +28,11 @@ class ClassifierConfig(DatasetTaskConfig, OptimizationConfig):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     optimizer: OptimizerChoice = chosen("momentum")
     batch_size: Annotated[int, Field(ge=1)] = 64
+
+
+class ClassifierConfig(ImageModelConfig):
+    """Settings of a task that trains one or several classifiers; defaults for the embedded data."""
+
     augment: bool = True
 
     def refusals(self) -> dict[str, str]:
@@ -37,43 +41,28 @@ class ClassifierConfig(DatasetTaskConfig, OptimizationConfig):
 
 
 class ClassifierTask(DatasetTask):
-    """Data and batches of classifiers; see `repeatlab.tasks.Task` for the methods.
+    """A task whose batches are images with labels, by default with one network.
 
-    A subclass sets `stream`, its networks, `descents` and `optimizers`.
+    What the network makes of a batch are its logits, (b, classes).
     """
 
-    forward_samples: int
-    backward_samples: int
+    saved: ClassVar[Mapping[str, str]] = {
+        name: f"learner.{path}" for name, path in Learner.saved.items()
+    }
 
-    def __init__(self, config: ClassifierConfig, *, seed: int, device: str) -> None:
-        self.config, self.seed, self.device = config, seed, torch.device(device)
-        self.data = load_splits(config.dataset, device=device)
-        self.forward_samples = self.backward_samples = config.batch_size
+    def train_with(self, *learners: Learner) -> None:
+        """Have these networks trained; one alone is `model`, the average of its weights `ema`."""
+        super().train_with(*learners)
+        if len(learners) == 1:
+            self.model, self.ema = self.learner.network, self.learner.average
 
-    def fresh_batch(self, index: int) -> Batch:
-        return self.stream.fresh_batch(index)
+    def outputs(self, batch: Batch) -> Tensor:
+        """Return the logits, (b, classes)."""
+        return self.learner(batch.images)
 
-    def refresh(self, batch: Batch, visit: int) -> Batch:
-        return self.stream.batch_of(batch.indices, batch.index, view=visit)
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        return {}
-
-
-def make_stream(
-    train: ImageSet, data: Splits, *, batch_size: int, seed: int, augment: bool
-) -> TrainStream:
-    """Return the fresh batches of `train`, normalised and augmented as the dataset usually is."""
-    padding, flip = AUGMENTATION.get(data.name, (0, False)) if augment else (0, False)
-    return TrainStream(
-        train,
-        batch_size=batch_size,
-        seed=seed,
-        mean=data.mean,
-        std=data.std,
-        crop_padding=padding,
-        flip=flip,
-    )
+    def bounds(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the norm of the cross-entropy's gradient at every sample's logits, (b,)."""
+        return cross_entropy_bounds(logits, batch.labels)
 
 
 def make_classifier(
@@ -81,10 +70,29 @@ def make_classifier(
 ) -> nn.Sequential:
     """Return an encoder and a linear head behind it, with weights from a random stream."""
     _, channels, side, _ = data.train.images.shape
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(derive(seed, stream))
+    with drawn_from(seed, stream):
         encoder, features = build_encoder(config.model, channels, side=side, width=config.width)
         return nn.Sequential(encoder, nn.Linear(features, outputs))
+
+
+def corrupt(
+    data: ImageSet, share: float, classes: int, *, seed: int
+) -> tuple[ImageSet, Tensor | None]:
+    """Return the data with symmetric label noise, and which samples have it: bool, (n,).
+
+    round(share n) samples, chosen at random, get one of the other classes; None without noise.
+    """
+    if not share:
+        return data, None
+    draws = generator(seed, "label noise")
+    chosen = torch.randperm(len(data), generator=draws)[: round(share * len(data))]
+    shift = torch.randint(1, classes, (len(chosen),), generator=draws)
+    labels = data.labels.cpu().clone()
+    labels[chosen] = (labels[chosen] + shift) % classes
+    corrupted = torch.zeros(len(data), dtype=torch.bool)
+    corrupted[chosen] = True
+    device = data.labels.device
+    return ImageSet(data.images, labels.to(device)), corrupted.to(device)
 
 
 def of_classes(data: ImageSet, classes: Sequence[int]) -> ImageSet:
@@ -100,9 +108,11 @@ def metrics_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
         logits: (n, classes).
         labels: int64, (n,).
     """
-    truth, guesses = labels.cpu(), logits.argmax(1).cpu()
+    # First to the CPU: not every device has float64.
+    logits, truth = logits.cpu().double(), labels.cpu()
+    guesses = logits.argmax(1)
     return {
-        "loss": functional.cross_entropy(logits.double(), labels).item(),
+        "loss": functional.cross_entropy(logits, truth).item(),
         "accuracy": (guesses == truth).double().mean().item(),
         "macro_f1": float(f1_score(truth, guesses, average="macro", zero_division=0.0)),
     }
@@ -119,15 +129,26 @@ def noise_metrics(logits: Tensor, given: Tensor, corrupted: Tensor) -> dict[str,
         given: int64, (n,): the labels that are trained on.
         corrupted: bool, (n,): which are false, some of them but not all.
     """
-    losses = functional.cross_entropy(logits.double(), given, reduction="none")
+    logits, given, corrupted = logits.cpu().double(), given.cpu(), corrupted.cpu()
+    losses = functional.cross_entropy(logits, given, reduction="none")
     repeated = (logits.argmax(1) == given)[corrupted]
     return {
         "memorized": repeated.double().mean().item(),
-        "noise_auc": float(roc_auc_score(corrupted.cpu(), losses.cpu())),
+        "noise_auc": float(roc_auc_score(corrupted, losses)),
     }
 
 
-def train_subset(splits: Splits) -> Tensor:
-    """Return the numbers of the training samples that `Splits.evaluated("train")` holds: int64."""
-    order = torch.randperm(len(splits.train), generator=generator(0, "train subset"))
-    return order[: len(splits.validation)]
+def cross_entropy_bounds(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Return ||softmax - target||_2 of every sample, (b,): 0.948683 for ten equal classes.
+
+    The norm of the cross-entropy's gradient at the last pre-activation, which bounds that at the
+    weights up to a factor (Katharopoulos and Fleuret 2018, arXiv 1803.00942, eq. 16).
+
+    Args:
+        logits: (b, classes).
+        labels: int64, (b,).
+        smoothing: Share of the target that all classes get alike, as in torch's cross-entropy.
+    """
+    classes = logits.shape[1]
+    target = (1 - smoothing) * functional.one_hot(labels, classes) + smoothing / classes
+    return (logits.softmax(1) - target).norm(dim=1)

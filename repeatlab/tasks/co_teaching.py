@@ -26,8 +26,8 @@ learnt from; with `selected` they hardly count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -39,14 +39,13 @@ from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     ClassifierTask,
+    corrupt,
     make_classifier,
-    make_stream,
     metrics_of,
     noise_metrics,
-    train_subset,
 )
+from repeatlab.tasks.dataset import make_stream
 from repeatlab.tasks.learner import Learner
-from repeatlab.tasks.supervised import corrupt
 
 
 class CoTeachingConfig(ClassifierConfig):
@@ -83,6 +82,7 @@ class CoTeaching(ClassifierTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = CoTeachingConfig
+    saved: ClassVar[Mapping[str, str]] = {"learners": "learners", "updates": "updates"}
 
     def __init__(self, config: CoTeachingConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
@@ -93,7 +93,7 @@ class CoTeaching(ClassifierTask):
             train, self.data, batch_size=config.batch_size, seed=seed, augment=config.augment
         )
         rates = {"weights": config.lr, "second weights": config.second_lr or config.lr}
-        self.learners = [
+        learners = [
             Learner(
                 make_classifier(config, self.data, self.data.classes, seed=seed, stream=stream),
                 config.model_copy(update={"lr": lr}),
@@ -101,10 +101,9 @@ class CoTeaching(ClassifierTask):
             )
             for stream, lr in rates.items()
         ]
-        self.first, self.second = (learner.network for learner in self.learners)
-        self.first_ema, self.second_ema = (learner.average for learner in self.learners)
-        self.descents = [learner.descent for learner in self.learners]
-        self.optimizers = [descent.optimizer for descent in self.descents]
+        self.train_with(*learners)
+        self.first, self.second = (learner.network for learner in learners)
+        self.first_ema, self.second_ema = (learner.average for learner in learners)
         self.forward_samples = self.backward_samples = 2 * config.batch_size
         self.updates = 0
 
@@ -118,7 +117,7 @@ class CoTeaching(ClassifierTask):
     def step(
         self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
-        losses = self._losses(batch)
+        losses = self.outputs(batch)
         taught = self._taught(losses)
         drivers = self._driver(losses, taught).detach()
         if weights is None:
@@ -130,12 +129,16 @@ class CoTeaching(ClassifierTask):
             learner.step(own.mean())
         self.updates += 1
 
-    def _losses(self, batch: Batch) -> list[Tensor]:
+    def outputs(self, batch: Batch) -> list[Tensor]:
         """Return the cross-entropy of the given labels under each network: (b,) each."""
         return [
             functional.cross_entropy(learner(batch.images), batch.labels, reduction="none")
             for learner in self.learners
         ]
+
+    def losses(self, losses: list[Tensor], batch: Batch) -> tuple[Tensor, None]:
+        """Return the driver loss of every sample, (b,); each network descends one of its own."""
+        return self._driver(losses, self._taught(losses)), None
 
     def _taught(self, losses: list[Tensor]) -> list[Tensor]:
         """Return what each network descends, (b,) each: its losses on what its peer has chosen.
@@ -151,13 +154,6 @@ class CoTeaching(ClassifierTask):
         return torch.stack(taught if self.config.driver == "selected" else losses).mean(0)
 
     @torch.no_grad()
-    def sample_losses(self, batch: Batch) -> Tensor:
-        first, second = self.learners
-        with first.evaluating(), second.evaluating():
-            losses = self._losses(batch)
-        return self._driver(losses, self._taught(losses))
-
-    @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
         """Return loss, accuracy and macro-F1 by true labels, each the mean of both networks.
 
@@ -169,24 +165,15 @@ class CoTeaching(ClassifierTask):
         both = [each.classify(each.features(data, self.data)) for each in self.learners]
         metrics = _mean([metrics_of(logits, data.labels) for logits in both])
         differ = both[0].argmax(1) != both[1].argmax(1)
-        metrics["disagreement"] = differ.double().mean().item()
+        metrics["disagreement"] = differ.cpu().double().mean().item()
         if split == "train" and self.corrupted is not None:
-            chosen = train_subset(self.data).to(data.labels.device)
+            chosen = self.data.train_subset().to(data.labels.device)
             given, false = self.stream.data.labels[chosen], self.corrupted[chosen]
             metrics |= _mean([noise_metrics(logits, given, false) for logits in both])
             losses = [functional.cross_entropy(o, given, reduction="none") for o in both]
             kept = small_losses(torch.stack(losses), 1 - self.config.label_noise)
-            metrics["label_precision"] = (~false).expand(2, -1)[kept].double().mean().item()
+            metrics["label_precision"] = (~false).expand(2, -1)[kept].cpu().double().mean().item()
         return metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        learners = [learner.state_dict() for learner in self.learners]
-        return {"learners": learners, "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for learner, saved in zip(self.learners, state["learners"], strict=True):
-            learner.load_state_dict(saved)
-        self.updates = state["updates"]
 
 
 def small_losses(losses: Tensor, share: float) -> Tensor:

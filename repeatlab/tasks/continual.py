@@ -32,9 +32,8 @@ view. BatchNorm's running statistics see a batch at every visit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -44,15 +43,15 @@ from torch.nn import functional
 
 from repeatlab.core.schema import ConfigError
 from repeatlab.data import Batch, ImageSet, Splits
+from repeatlab.data.augment import as_pictures
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     ClassifierTask,
-    make_stream,
     metrics_of,
     of_classes,
 )
-from repeatlab.tasks.dataset import check_batch_size
+from repeatlab.tasks.dataset import check_batch_size, make_stream
 from repeatlab.tasks.learner import Learner, encode
 from repeatlab.tasks.pretraining import PretrainingConfig, pretrained
 from repeatlab.tasks.retrieval import retrieval
@@ -138,18 +137,11 @@ class Continual(ClassifierTask):
                 torch.cat([train.images, kept.images]), torch.cat([train.labels, kept.labels])
             )
         self.stream = make_stream(
-            train,
-            self.data,
-            batch_size=config.batch_size,
-            seed=seed,
-            augment=config.augment,
+            train, self.data, batch_size=config.batch_size, seed=seed, augment=config.augment
         )
         if config.strategy == "lwf":
             self.forward_samples = 2 * config.batch_size
-        self.learner = Learner(network, config, device=device)
-        self.model, self.ema = self.learner.network, self.learner.average
-        self.descents = [self.learner.descent]
-        self.optimizers = [self.learner.descent.optimizer]
+        self.train_with(Learner(network, config, device=device))
 
     def _choose_exemplars(self) -> Tensor:
         """Return which training images of the first half are kept, and charge for the choice."""
@@ -163,22 +155,7 @@ class Continual(ClassifierTask):
             self.pretraining["pretraining_forward_samples"] += len(members)
         return torch.cat(chosen)
 
-    def step(
-        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
-    ) -> None:
-        logits, answers = self._outputs(batch)
-        new, total = self._losses(logits, answers, batch.labels)
-        drivers = self._driver(new, total).detach()
-        if weights is None:
-            report(drivers.mean())
-            loss = total.mean()
-        else:
-            bounds = self._bounds(logits.detach(), answers, batch.labels)
-            report(drivers.mean(), drivers, bounds)
-            loss = (weights * total).mean()
-        self.learner.step(loss)
-
-    def _outputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the logits, and what the old network says: (b, first classes) at temperature."""
         if self.config.strategy != "lwf":
             return self.learner(batch.images), None
@@ -186,38 +163,25 @@ class Continual(ClassifierTask):
             old = self.old(batch.images)[:, : len(self.first)]
         return self.learner(batch.images), (old / self.config.temperature).softmax(1)
 
-    def _losses(
-        self, logits: Tensor, answers: Tensor | None, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy of every sample, and the loss that is descended: (b,) each."""
-        new = functional.cross_entropy(logits, labels, reduction="none")
-        if answers is None:
-            return new, new
-        scaled = logits[:, : len(self.first)] / self.config.temperature
-        distilled = functional.cross_entropy(scaled, answers, reduction="none")
-        return new, new + self.config.distillation_weight * distilled
+    def losses(self, outputs: tuple[Tensor, Tensor | None], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the driver loss of every sample, and the loss that is descended: (b,) each."""
+        logits, answers = outputs
+        new = total = functional.cross_entropy(logits, batch.labels, reduction="none")
+        if answers is not None:
+            scaled = logits[:, : len(self.first)] / self.config.temperature
+            distilled = functional.cross_entropy(scaled, answers, reduction="none")
+            total = new + self.config.distillation_weight * distilled
+        return total if self.config.driver == "total" else new, total
 
-    def _bounds(self, logits: Tensor, answers: Tensor | None, labels: Tensor) -> Tensor:
+    def bounds(self, outputs: tuple[Tensor, Tensor | None], batch: Batch) -> Tensor:
         """Return the norm of the gradient of every sample's loss at its logits, (b,)."""
-        gradient = logits.softmax(1) - functional.one_hot(labels, logits.shape[1])
+        logits, answers = outputs
+        gradient = logits.softmax(1) - functional.one_hot(batch.labels, logits.shape[1])
         if answers is not None:
             temperature, first = self.config.temperature, len(self.first)
             excess = (logits[:, :first] / temperature).softmax(1) - answers
             gradient[:, :first] += self.config.distillation_weight / temperature * excess
         return gradient.norm(dim=1)
-
-    def _driver(self, new: Tensor, total: Tensor) -> Tensor:
-        return total if self.config.driver == "total" else new
-
-    @torch.no_grad()
-    def sample_losses(self, batch: Batch) -> Tensor:
-        with self.learner.evaluating():
-            return self._driver(*self._losses(*self._outputs(batch), batch.labels))
-
-    @torch.no_grad()
-    def gradient_bounds(self, batch: Batch) -> Tensor:
-        with self.learner.evaluating():
-            return self._bounds(*self._outputs(batch), batch.labels)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
@@ -237,6 +201,7 @@ class Continual(ClassifierTask):
         return metrics_of(logits, data.labels) | now | lost | retrieval(features, data.labels)
 
     def _by_half(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        logits, labels = logits.cpu(), labels.cpu()
         first = labels < len(self.first)
         right = (logits.argmax(1) == labels).double()
         known = (logits[:, : len(self.first)].argmax(1) == labels).double()
@@ -250,15 +215,7 @@ class Continual(ClassifierTask):
         """Return the exemplars that `replay` keeps, class by class, uint8."""
         if self.config.strategy != "replay":
             return {}
-        kept = self.data.train.images[self.exemplars.to(self.device)].permute(0, 2, 3, 1)
-        kept = kept.cpu().numpy()
-        return {"exemplars": kept[..., 0] if kept.shape[-1] == 1 else kept}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.learner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state)
+        return {"exemplars": as_pictures(self.data.train.images[self.exemplars.to(self.device)])}
 
 
 def herding(features: Tensor, count: int) -> Tensor:
@@ -271,9 +228,9 @@ def herding(features: Tensor, count: int) -> Tensor:
         features: float, (n, d), of all images of the class.
         count: At most n.
     """
-    unit = functional.normalize(features.double(), dim=1)
+    unit = functional.normalize(features.cpu().double(), dim=1)
     mean, total = unit.mean(0), torch.zeros_like(unit[0])
-    free = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
+    free = torch.ones(len(unit), dtype=torch.bool)
     chosen = []
     for k in range(1, count + 1):
         distances = (mean - (total + unit) / k).norm(dim=1)

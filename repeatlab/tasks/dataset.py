@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import field_validator
 from torch import Tensor
-from torch.nn import functional
 
 from repeatlab.core.schema import ConfigError, did_you_mean
 from repeatlab.data import DATASETS, ImageSet, Splits, TrainStream, gather, load_splits
+from repeatlab.data.own_data import is_path
 from repeatlab.data.unlabelled import labelled_subset
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.optimization import Descent
+from repeatlab.tasks.learner import LearningTask
+
+# Zero pixels around the random crop, and whether to mirror: what the field uses for each dataset.
+AUGMENTATION = {
+    "digits": (1, False),
+    "mnist": (2, False),
+    "cifar10": (4, True),
+    "stl10": (12, True),
+}
 
 
 class DatasetTaskConfig(TaskConfig):
-    """A task on one of `repeatlab.data.DATASETS`; by default the embedded one."""
+    """A task on one of `repeatlab.data.DATASETS`, by default the embedded one, or on own data."""
 
     dataset: str = "digits"
+    """A name, or the path of a folder of images by class or an .npz file; see `data.own_data`."""
 
     def prepare(self) -> None:
         self.check_sizes(load_splits(self.dataset))
@@ -41,35 +51,54 @@ class DatasetTaskConfig(TaskConfig):
     @field_validator("dataset")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in DATASETS:
-            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
-        return value
+        return known_dataset(value)
 
 
-class DatasetTask:
-    """How samplers draw from a data set; see `repeatlab.tasks.Task` for the methods."""
+def known_dataset(name: str) -> str:
+    """Return the name of a dataset if it can be one; a path is looked at by `prepare`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if name not in DATASETS and not is_path(name):
+        hint = did_you_mean(name, DATASETS)
+        raise ValueError(f"unknown dataset {name!r}; {hint}; own data by a path: ./{name}")
+    return name
+
+
+class DatasetTask(LearningTask):
+    """Data and batches of a task on a data set; see `repeatlab.tasks.Task` for the methods.
+
+    A subclass sets `stream` and what is trained.
+
+    Attributes:
+        data: The data set, on the device.
+        stream: The fresh batches.
+        share: This process's samples of every batch, in data-parallel training.
+    """
 
     stream: TrainStream
-    forward_samples: int
-    environment_steps = 0
-    share: slice | None = None  # this process's samples of every batch, in data-parallel training
-    descents: Sequence[Descent] = ()
+    share: slice | None = None
 
-    @property
-    def skipped_steps(self) -> int:
-        return sum(descent.skipped for descent in self.descents)
+    def __init__(self, config: Any, *, seed: int, device: str, data: Splits | None = None) -> None:
+        """Make the task; `data` is its data set on the device, where others have loaded it."""
+        self.config, self.seed, self.device = config, seed, torch.device(device)
+        self.data = data or load_splits(config.dataset, device=device)
+        self.forward_samples = self.backward_samples = config.batch_size
 
     @property
     def batch_size(self) -> int:
         return self.stream.batch_size
 
-    @property
-    def scoring_samples(self) -> int:
-        return self.forward_samples
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> Any:
+        """Return the samples `indices`, int64, (b,), as fresh batch `index` looks at its visit."""
+        return self.stream.batch_of(indices, index, view=visit)
 
-    @property
-    def bound_samples(self) -> int:
-        return self.forward_samples
+    def fresh_batch(self, index: int) -> Any:
+        return self.make_batch(self.stream.indices(index), index)
+
+    def refresh(self, batch: Any, visit: int) -> Any:
+        return self.make_batch(batch.indices, batch.index, visit)
 
     def population(self, index: int) -> range:
         return range(len(self.stream.data))
@@ -78,10 +107,33 @@ class DatasetTask:
         return self.fresh_batch(block)
 
     def batch_of(self, indices: Tensor, index: int) -> Any:
-        return self.stream.batch_of(indices, index)
+        return self.make_batch(indices, index)
 
     def pick(self, blocks: Sequence[Any], picks: Tensor, index: int) -> Any:
         return gather(blocks, picks, index)
+
+
+def make_stream(
+    train: ImageSet,
+    data: Splits,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: bool = True,
+    fill: bool = False,
+) -> TrainStream:
+    """Return the fresh batches of `train`, normalised and augmented as the dataset usually is."""
+    padding, flip = AUGMENTATION.get(data.name, (0, False)) if augment else (0, False)
+    return TrainStream(
+        train,
+        batch_size=batch_size,
+        seed=seed,
+        mean=data.mean,
+        std=data.std,
+        crop_padding=padding,
+        flip=flip,
+        fill=fill,
+    )
 
 
 def check_batch_size(field: str, batch_size: int, samples: int, what: str) -> None:
@@ -106,19 +158,3 @@ def keep_labels(data: ImageSet, labels: int | None, split_seed: int) -> ImageSet
         return labelled_subset(data, labels, split_seed)
     except ValueError as error:
         raise ConfigError(f"task.labels: {error}") from None
-
-
-def cross_entropy_bounds(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Return ||softmax - target||_2 of every sample, (b,): 0.948683 for ten equal classes.
-
-    The norm of the cross-entropy's gradient at the last pre-activation, which bounds that at the
-    weights up to a factor (Katharopoulos and Fleuret 2018, arXiv 1803.00942, eq. 16).
-
-    Args:
-        logits: (b, classes).
-        labels: int64, (b,).
-        smoothing: Share of the target that all classes get alike, as in torch's cross-entropy.
-    """
-    classes = logits.shape[1]
-    target = (1 - smoothing) * functional.one_hot(labels, classes) + smoothing / classes
-    return (logits.softmax(1) - target).norm(dim=1)

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from repeatlab.data import Batch
-from repeatlab.tasks.optimization import move_average
+from repeatlab.tasks.classification import ClassifierTask
 from repeatlab.tasks.supervised import Supervised
 
 
@@ -53,48 +52,30 @@ class Distilled(Supervised):
             spent: What the teacher has cost.
         """
         self.targets = targets.float().to(self.device)
-        self.temperature, self.share, self.pretraining = temperature, share, spent
+        self.temperature, self.of_teacher, self.pretraining = temperature, share, spent
 
     def step(
         self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
-        logits = self.precision(self.model, batch.images)
-        losses = self._mixed(logits, batch)
-        loss = losses.mean()
-        if weights is None:
-            report(loss)
-        else:
-            report(loss.detach(), losses.detach(), self._mixed_bounds(logits.detach(), batch))
-            loss = (weights * losses).mean()
-        self.descent(loss)
-        move_average(self.ema, self.model, self.config.ema_decay)
+        # Not by the fused mean of the supervised task: this loss has none.
+        ClassifierTask.step(self, batch, report, weights)
 
-    @torch.no_grad()
-    def sample_losses(self, batch: Batch) -> Tensor:
-        self.model.eval()
-        losses = self._mixed(self.precision(self.model, batch.images), batch)
-        self.model.train()
-        return losses
-
-    @torch.no_grad()
-    def gradient_bounds(self, batch: Batch) -> Tensor:
-        self.model.eval()
-        bounds = self._mixed_bounds(self.precision(self.model, batch.images), batch)
-        self.model.train()
-        return bounds
-
-    def _mixed(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return every sample's loss, (b,)."""
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return every sample's mixed loss, (b,), which drives and is descended."""
         targets = self.targets[batch.indices]
         student = (logits / self.temperature).log_softmax(1)
         soft = functional.kl_div(student, targets, reduction="none").sum(1)
         soft = self.temperature**2 * soft
-        return (1 - self.share) * self._losses(logits, batch.labels) + self.share * soft
+        hard, _ = super().losses(logits, batch)
+        mixed = (1 - self.of_teacher) * hard + self.of_teacher * soft
+        return mixed, mixed
 
-    def _mixed_bounds(self, logits: Tensor, batch: Batch) -> Tensor:
+    def bounds(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the norm of every sample's gradient at the logits, (b,)."""
         classes, smoothing = logits.shape[1], self.config.label_smoothing
         label = (1 - smoothing) * functional.one_hot(batch.labels, classes) + smoothing / classes
         soft = (logits / self.temperature).softmax(1) - self.targets[batch.indices]
         hard = logits.softmax(1) - label
-        return ((1 - self.share) * hard + self.share * self.temperature * soft).norm(dim=1)
+        return ((1 - self.of_teacher) * hard + self.of_teacher * self.temperature * soft).norm(
+            dim=1
+        )

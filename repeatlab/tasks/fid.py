@@ -21,8 +21,6 @@ Its value depends on extractor, resolution and sample count, so none of them is 
 
 from __future__ import annotations
 
-import pickle
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException
@@ -34,7 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repeatlab.core.files import StoreError, replacing
 from repeatlab.core.seeding import derive
+from repeatlab.core.tensor_files import read_tensors, write_tensors
 from repeatlab.data import DataError, Splits, TrainStream, load_splits
 from repeatlab.data.augment import normalize
 from repeatlab.data.sources import data_directory
@@ -121,7 +121,7 @@ class Fid:
             split: "validation" or "test": all of its images are compared with.
 
         Raises:
-            DataError: the extractor's weights cannot be had.
+            DataError: the extractor's weights cannot be loaded.
         """
         if split not in self._real:
             self._real[split] = moments(self.features(getattr(self.data, split).images))
@@ -132,25 +132,14 @@ class Fid:
         """Return the features of uint8 images (n, channels, height, width): float64, (n, d)."""
         network = load_extractor(self.extractor, self.data, images.device)
         pieces = images.split(BATCH[self.extractor])
-        return torch.cat([network(piece) for piece in pieces]).double().cpu().numpy()
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Return images in [0, 1] as uint8, rounded to the nearest of 256 levels."""
-    return images.mul(255).round().clamp(0, 255).to(torch.uint8)
-
-
-def as_pictures(images: Tensor) -> np.ndarray:
-    """Return uint8 images (n, channels, height, width) as (n, height, width[, 3])."""
-    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures
+        return torch.cat([network(piece) for piece in pieces]).cpu().double().numpy()
 
 
 def prepare(extractor: Extractor, dataset: str) -> None:
     """Make the extractor's weights ready on disk, once, before workers ask for them.
 
     Raises:
-        DataError: the dataset or the weights cannot be had.
+        DataError: the dataset or the weights cannot be loaded.
     """
     load_extractor(extractor, load_splits(dataset), torch.device("cpu"))
 
@@ -166,7 +155,7 @@ def load_extractor(
     """Return the network, uint8 images (n, ...) to features (n, d), kept for this process.
 
     Raises:
-        DataError: the weights of Inception cannot be had.
+        DataError: the weights of Inception cannot be loaded.
     """
     key = (extractor, str(device))
     if extractor == "classifier":
@@ -192,18 +181,17 @@ class ClassifierFeatures(nn.Module):
 def load_classifier(data: Splits) -> nn.Sequential:
     """Return the classifier, from disk where it lies there, else trained and put there."""
     path = classifier_path(data)
-    # A file that is torn, or of another network, is made anew.
-    with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    # A file that is damaged, or holds something else, is made anew.
+    with suppress(StoreError, RuntimeError, TypeError):
         model = _initial_classifier(data)
-        model.load_state_dict(state)
+        model.load_state_dict(read_tensors(path))
         return model.eval()
     model = train_classifier(data)
-    with suppress(OSError):  # a read-only directory: each process trains its own, equal one
+    # A directory that cannot be written: each process trains its own, equal one.
+    with suppress(OSError, StoreError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".write-") as folder:
-            torch.save(model.state_dict(), Path(folder) / path.name)
-            (Path(folder) / path.name).replace(path)
+        with replacing(path) as temporary:
+            write_tensors(temporary, model.state_dict())
     return model
 
 
@@ -301,6 +289,6 @@ def _inception() -> InceptionFeatures:
     except (OSError, HTTPException, RuntimeError) as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise DataError(
-            f"the weights of Inception v3 could not be had ({type(error).__name__}: {error})."
+            f"the weights of Inception v3 cannot be loaded ({type(error).__name__}: {error})."
             f" Put {weights.url} at {file}, or set `extractor: classifier`."
         ) from None

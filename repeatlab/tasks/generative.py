@@ -31,9 +31,9 @@ generated again after D's step), forward and backward alike: the ledger counts 4
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -41,22 +41,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
-from repeatlab.core.seeding import derive, generator
-from repeatlab.data import Batch, ImageSet, TrainStream, iter_batches, load_splits
+from repeatlab.core.seeding import generator
+from repeatlab.data import Batch, TrainStream, iter_batches
+from repeatlab.data.augment import as_pictures, to_uint8
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
-from repeatlab.tasks.fid import Extractor, Fid, as_pictures, prepare, to_uint8
-from repeatlab.tasks.optimization import (
-    Descent,
-    OptimizationConfig,
-    OptimizerChoice,
-    averaged,
-    chosen,
-    move_average,
-)
-from repeatlab.tasks.precision import Precision, place
+from repeatlab.tasks.fid import Extractor, Fid, prepare
+from repeatlab.tasks.learner import EVALUATION_BATCH, Learner
+from repeatlab.tasks.models import drawn_from
+from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, chosen
 
-EVALUATION_BATCH = 500
 PICTURES = 64
 
 
@@ -101,10 +95,17 @@ class Generative(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = GenerativeConfig
+    saved: ClassVar[Mapping[str, str]] = {
+        "generator": "g",
+        "discriminator": "d",
+        "g_optimizer": "g_learner.optimizer_step",
+        "d_optimizer": "d_learner.optimizer_step",
+        "noise": "noise",
+        "ema": "g_ema",
+    }
 
     def __init__(self, config: GenerativeConfig, *, seed: int, device: str) -> None:
-        self.config, self.seed, self.device = config, seed, device
-        self.data = load_splits(config.dataset, device=device)
+        super().__init__(config, seed=seed, device=device)
         channels, pixels = self.data.train.images.shape[1:3]
         size = 1 << (pixels - 1).bit_length()  # the next power of two
         self.frame = (size - pixels) // 2
@@ -112,20 +113,15 @@ class Generative(DatasetTask):
         self.stream = TrainStream(
             self.data.train, batch_size=config.batch_size, seed=seed, **self.scale
         )
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(derive(seed, "weights"))
+        with drawn_from(seed):
             shape = {"channels": channels, "size": size, "width": config.width}
             g = build_generator(**shape, latent=config.latent).apply(initialize)
             d = build_discriminator(**shape).apply(initialize)
-        self.precision = Precision.of(config, device)
-        self.g, self.d = (place(network, config, device) for network in (g, d))
-        self.g_ema = averaged(self.g, config.ema_decay)
-        self.d_descent, self.g_descent = self.descents = [
-            Descent(network.parameters(), config, self.precision, device=device)
-            for network in (self.d, self.g)
-        ]
-        self.optimizers = [descent.optimizer for descent in self.descents]
-        self.d_optimizer, self.g_optimizer = self.optimizers
+        self.g_learner = Learner(g, config, device=device)
+        self.d_learner = Learner(d, config, device=device, average=False)
+        self.train_with(self.d_learner, self.g_learner)
+        self.g, self.g_ema = self.g_learner.network, self.g_learner.average
+        self.d = self.d_learner.network
         self.noise = generator(seed, "noise")
         self.fid = Fid(self.data, config.extractor)
         self.forward_samples = self.backward_samples = 4 * config.batch_size
@@ -138,13 +134,10 @@ class Generative(DatasetTask):
     def bound_samples(self) -> int:
         return self.batch_size
 
-    def fresh_batch(self, index: int) -> Batch:
-        return self._framed(self.stream.fresh_batch(index))
-
     def refresh(self, batch: Batch, visit: int) -> Batch:
         return batch
 
-    def batch_of(self, indices: Tensor, index: int) -> Batch:
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> Batch:
         return self._framed(self.stream.batch_of(indices, index))
 
     def _framed(self, batch: Batch) -> Batch:
@@ -156,11 +149,10 @@ class Generative(DatasetTask):
         self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
         driver, weighted = self.config.driver, weights is not None
-        run = self.precision
-        fake = run(self.g, self._latents(batch, self.noise))
+        fake = self.g_learner(self._latents(batch))
 
-        real_logits = run(self.d, batch.images)
-        real_losses, fake_losses = softplus(-real_logits), softplus(run(self.d, fake.detach()))
+        real_logits = self.d_learner(batch.images)
+        real_losses, fake_losses = softplus(-real_logits), softplus(self.d_learner(fake.detach()))
         d_loss = real_losses.mean() + fake_losses.mean()
         objective = d_loss
         if weighted:
@@ -169,22 +161,21 @@ class Generative(DatasetTask):
             bounds = (-real_logits.detach()).sigmoid()
         if driver == "discriminator":
             report(d_loss, *((d_losses, bounds) if weighted else ()))
-        self.d_descent(objective)
+        self.d_learner.step(objective)
 
         self.d.requires_grad_(False)  # G's gradient passes through D, and leaves nothing there
-        g_losses = softplus(-run(self.d, fake))
+        g_losses = softplus(-self.d_learner(fake))
         g_loss = g_losses.mean()
         if driver != "discriminator":
             of_samples = (self._driver(d_losses, g_losses.detach()), bounds) if weighted else ()
             report(self._driver(d_loss.detach(), g_loss), *of_samples)
-        self.g_descent(g_loss)
+        self.g_learner.step(g_loss)
         self.d.requires_grad_(True)
-        move_average(self.g_ema, self.g, self.config.ema_decay)
 
-    def _latents(self, batch: Batch, noise: torch.Generator) -> Tensor:
+    def _latents(self, batch: Batch) -> Tensor:
         """Return one draw for every sample, made on the CPU: (batch, latent, 1, 1)."""
-        if not self.config.redraw_noise:
-            noise = generator(self.seed, "noise", batch.index)
+        redrawn = self.config.redraw_noise
+        noise = self.noise if redrawn else generator(self.seed, "noise", batch.index)
         shape = (len(batch.images), self.config.latent, 1, 1)
         return torch.randn(shape, generator=noise).to(self.device, non_blocking=True)
 
@@ -196,31 +187,21 @@ class Generative(DatasetTask):
         train with the batch's own BatchNorm statistics. With `driver: generator` a loss depends on
         z alone, so it says nothing about the real image.
         """
-        upcoming = torch.Generator()
-        upcoming.set_state(self.noise.get_state())
-        self._evaluating(True)
-        run = self.precision
-        fake_logits = run(self.d, run(self.g, self._latents(batch, upcoming)))
-        d_losses = softplus(-run(self.d, batch.images)) + softplus(fake_logits)
-        self._evaluating(False)
+        with self.evaluating():
+            fake_logits = self.d_learner(self.g_learner(self._latents(batch)))
+            d_losses = softplus(-self.d_learner(batch.images)) + softplus(fake_logits)
         return self._driver(d_losses, softplus(-fake_logits))
 
     @torch.no_grad()
     def gradient_bounds(self, batch: Batch) -> Tensor:
         """Return 1 - D(x) of every real image, its part of the gradient at D's logit."""
-        self._evaluating(True)
-        bounds = (-self.precision(self.d, batch.images)).sigmoid()
-        self._evaluating(False)
-        return bounds
+        with self.evaluating():
+            return (-self.d_learner(batch.images)).sigmoid()
 
     def _driver(self, d_loss: Tensor, g_loss: Tensor) -> Tensor:
         if self.config.driver == "sum":
             return d_loss + g_loss
         return d_loss if self.config.driver == "discriminator" else g_loss
-
-    def _evaluating(self, on: bool) -> None:
-        self.g.train(not on)
-        self.d.train(not on)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
@@ -230,13 +211,14 @@ class Generative(DatasetTask):
         statistics. FID on validation and test. Where G's weights are averaged, the average's images
         are evaluated.
         """
-        run = self.precision
-        self._evaluating(True)
-        real = [run(self.d, self._framed(batch).images) for batch in self._batches(split)]
-        fakes = self._samples(self.config.fid_samples)
-        logits = torch.cat([run(self.d, piece) for piece in fakes.split(EVALUATION_BATCH)]).double()
-        self._evaluating(False)
-        d_loss = softplus(-torch.cat(real).double()).mean() + softplus(logits).mean()
+        data = self.data.evaluated(split)
+        with self.evaluating():
+            batches = iter_batches(data, EVALUATION_BATCH, **self.scale)
+            real = [self.d_learner(self._framed(batch).images) for batch in batches]
+            fakes = self._samples(self.config.fid_samples)
+            fake = [self.d_learner(piece) for piece in fakes.split(EVALUATION_BATCH)]
+        real_logits, logits = (torch.cat(pieces).cpu().double() for pieces in (real, fake))
+        d_loss = softplus(-real_logits).mean() + softplus(logits).mean()
         g_loss = softplus(-logits).mean()
         metrics = {
             "loss": self._driver(d_loss, g_loss).item(),
@@ -247,15 +229,11 @@ class Generative(DatasetTask):
             metrics[self.fid.name] = self.fid(self._to_pixels(fakes), split)
         return metrics
 
-    def _batches(self, split: str) -> Any:
-        data: ImageSet = self.data.evaluated(split)
-        return iter_batches(data, EVALUATION_BATCH, **self.scale)
-
     def _samples(self, count: int) -> Tensor:
         """Return G's images for fixed z, always the same, in [-1, 1]: (count, ...)."""
         shape = (count, self.config.latent, 1, 1)
         latents = torch.randn(shape, generator=generator(0, "latents")).to(self.device)
-        g = self.g_ema or self.g
+        g = self.g_learner.evaluated
         return torch.cat([self.precision(g, z) for z in latents.split(EVALUATION_BATCH)])
 
     def _to_pixels(self, images: Tensor) -> Tensor:
@@ -266,30 +244,10 @@ class Generative(DatasetTask):
     @torch.no_grad()
     def pictures(self) -> dict[str, np.ndarray]:
         """Return validation images, and G's for the z that FID begins with."""
-        self._evaluating(True)
-        samples = self._to_pixels(self._samples(PICTURES))
-        self._evaluating(False)
+        with self.evaluating():
+            samples = self._to_pixels(self._samples(PICTURES))
         images = {"data": self.data.validation.images[:PICTURES], "samples": samples}
         return {name: as_pictures(value) for name, value in images.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {
-            "generator": self.g.state_dict(),
-            "discriminator": self.d.state_dict(),
-            "g_optimizer": self.g_descent.state_dict(),
-            "d_optimizer": self.d_descent.state_dict(),
-            "noise": self.noise.get_state(),
-        }
-        return state if self.g_ema is None else state | {"ema": self.g_ema.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.g.load_state_dict(state["generator"])
-        self.d.load_state_dict(state["discriminator"])
-        self.g_descent.load_state_dict(state["g_optimizer"])
-        self.d_descent.load_state_dict(state["d_optimizer"])
-        self.noise.set_state(state["noise"])
-        if self.g_ema is not None:
-            self.g_ema.load_state_dict(state["ema"])
 
 
 def stages(size: int, width: int) -> list[int]:

@@ -1,97 +1,203 @@
-"""One classifier in training: its optimizer, its number format, the average of its weights."""
+"""A network in training: its optimizer, its number format, the average of its weights.
+
+A task is made of one learner or several; `LearningTask` has what tasks do alike with theirs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from operator import attrgetter
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from repeatlab.data import ImageSet, Splits, iter_batches
-from repeatlab.tasks.optimization import Descent, OptimizationConfig, averaged, move_average
+from repeatlab.tasks.optimization import (
+    OptimizationConfig,
+    OptimizerStep,
+    averaged,
+    move_average,
+)
 from repeatlab.tasks.precision import Precision, place
 
 EVALUATION_BATCH = 500
 
 
-class Learner:
-    """An encoder with a linear head, as `OptimizationConfig` says that it is trained.
-
-    Args:
-        network: Encoder and head; it is moved to `device`.
-        config: An `OptimizationConfig` with an `lr`.
-        device: Where it is trained.
-        head_only: Whether the encoder is left as it is, in evaluation mode.
+class Saved:
+    """Something whose state is that of its parts.
 
     Attributes:
-        network: Encoder and head.
-        average: The average of their weights that is evaluated; None where they are themselves.
-        descent: Moves the weights.
+        saved: By its name in the state, where each part is: modules, learners, generators, numbers,
+            lists of learners. What is None is left out.
     """
+
+    saved: ClassVar[Mapping[str, str]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that later updates depend on."""
+        parts = {name: attrgetter(path)(self) for name, path in self.saved.items()}
+        return {name: _state_of(part) for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        for name, path in self.saved.items():
+            part = attrgetter(path)(self)
+            if isinstance(part, (int, float)):
+                setattr(self, path, state[name])
+            elif part is not None:
+                _restore(part, state[name])
+
+
+def _state_of(part: Any) -> Any:
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    if isinstance(part, (list, tuple)):
+        return [_state_of(one) for one in part]
+    return part.state_dict() if hasattr(part, "state_dict") else part
+
+
+def _restore(part: Any, state: Any) -> None:
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, (list, tuple)):
+        for one, its in zip(part, state, strict=True):
+            _restore(one, its)
+    else:
+        part.load_state_dict(state)
+
+
+class Learner(Saved):
+    """A network, trained as `OptimizationConfig` says.
+
+    Args:
+        network: It is moved to `device`.
+        config: An `OptimizationConfig` with an `lr`.
+        device: Where it is trained.
+        parts: The networks that it is made of, where it is not called as a whole.
+        frozen: A part that is left as it is, in evaluation mode.
+        average: Whether the average of the weights is kept, where `config` asks for it.
+
+    Attributes:
+        network: The network.
+        average: The average of its weights that is evaluated; None where they are themselves.
+        precision: In which it is computed.
+        optimizer_step: Moves the weights.
+        optimizer: Of these weights.
+    """
+
+    saved: ClassVar[Mapping[str, str]] = {
+        "network": "network",
+        "optimizer": "optimizer_step",
+        "average": "average",
+    }
 
     def __init__(
         self,
-        network: nn.Sequential,
+        network: nn.Module,
         config: OptimizationConfig,
         *,
         device: str,
-        head_only: bool = False,
+        parts: Sequence[nn.Module] = (),
+        frozen: nn.Module | None = None,
+        average: bool = True,
     ) -> None:
-        self._precision = Precision.of(config, device)
-        self._decay, self._head_only = config.ema_decay, head_only
-        self.network: Any = place(network, config, device)
-        self.average = averaged(network, config.ema_decay)
-        if head_only:
-            network[0].requires_grad_(False)
+        self.precision = Precision.of(config, device)
+        self._decay, self._frozen = config.ema_decay if average else 0.0, frozen
+        for part in parts or (network,):
+            place(part, config, device)
+        self.network: Any = network
+        self.average: Any = averaged(network, self._decay)
+        if frozen is not None:
+            frozen.requires_grad_(False)
         self._train(True)
         weights = [weight for weight in network.parameters() if weight.requires_grad]
-        self.descent = Descent(weights, config, self._precision, device=device)
+        self.optimizer_step = OptimizerStep(weights, config, self.precision, device=device)
+        self.optimizer = self.optimizer_step.optimizer
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return the logits of normalised images, float32."""
-        return self._precision(self.network, images)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Return what the network makes of its inputs: float32."""
+        return self.precision(self.network, *inputs)
 
-    def step(self, loss: Tensor) -> None:
-        """Make one update along the gradient of a 0-d loss."""
-        self.descent(loss)
-        move_average(self.average, self.network, self._decay)
+    @property
+    def evaluated(self) -> Any:
+        """The network that is evaluated."""
+        return self.network if self.average is None else self.average
+
+    def step(self, loss: Tensor, *, average: bool = True) -> None:
+        """Make one update along the gradient of a 0-d loss; the average follows unless told not."""
+        self.optimizer_step(loss)
+        if average:
+            move_average(self.average, self.network, self._decay)
+
+    def descend(
+        self,
+        losses: Tensor,
+        report: Callable[..., None],
+        weights: Tensor | None = None,
+        *,
+        drivers: Tensor | None = None,
+        bounds: Callable[[], Tensor] | None = None,
+        average: bool = True,
+    ) -> None:
+        """Report the driver loss, and make one update along the mean of the samples' losses.
+
+        Args:
+            losses: (b,), whose mean is descended, weighted with `weights`, (b,), if given.
+            report: As of `Task.step`.
+            weights: As of `Task.step`.
+            drivers: (b,), the samples' driver losses; by default `losses`.
+            bounds: Returns the samples' gradient bounds, (b,), where the task has them.
+            average: As in `step`.
+        """
+        told = (losses if drivers is None else drivers).detach()
+        if weights is None:
+            loss = losses.mean()
+            report(loss if drivers is None else told.mean())
+        else:
+            with torch.no_grad():
+                bounded = () if bounds is None else (bounds(),)
+            report(told.mean(), told, *bounded)
+            loss = (weights * losses).mean()
+        self.step(loss, average=average)
 
     def _train(self, mode: bool) -> None:
         self.network.train(mode)
-        if self._head_only:
-            self.network[0].eval()
+        if self._frozen is not None:
+            self._frozen.eval()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Have the network in evaluation mode for a while."""
         self._train(False)
-        yield
-        self._train(True)
+        try:
+            yield
+        finally:
+            self._train(True)
+
+    def outputs(self, data: ImageSet, splits: Splits, network: Any = None) -> Tensor:
+        """Return what the evaluated network makes of images as they are: float32, (n, ...).
+
+        Args:
+            data: The images.
+            splits: How they are normalised.
+            network: Another network, or a part of the evaluated one.
+        """
+        with self.evaluating():
+            network = self.evaluated if network is None else network
+            return encode(network, data, splits, precision=self.precision)
 
     def features(self, data: ImageSet, splits: Splits) -> Tensor:
-        """Return what the evaluated encoder makes of images as they are: float32, (n, features)."""
-        with self.evaluating():
-            encoder, _ = self.average or self.network
-            return encode(encoder, data, splits, precision=self._precision)
+        """Return the evaluated features of images, (n, features), of an encoder with a head."""
+        encoder, _ = self.evaluated
+        return self.outputs(data, splits, encoder)
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits that the evaluated head gives to features."""
-        _, head = self.average or self.network
+        _, head = self.evaluated
         return head(features)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that later updates depend on."""
-        state = {"network": self.network.state_dict(), "optimizer": self.descent.state_dict()}
-        return state if self.average is None else state | {"average": self.average.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.network.load_state_dict(state["network"])
-        self.descent.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
 
 
 @torch.no_grad()
@@ -106,3 +212,87 @@ def encode(
     precision = precision or Precision()
     batches = iter_batches(data, EVALUATION_BATCH, splits.mean, splits.std)
     return torch.cat([precision(network, batch.images) for batch in batches])
+
+
+class LearningTask(Saved):
+    """What tasks do alike with their learners; see `repeatlab.tasks.Task` for the methods.
+
+    An update is three functions of a subclass, each of the samples of one batch:
+
+        outputs(batch)           what the networks make of it
+        losses(outputs, batch)   the driver losses and the losses that are descended, (b,) each;
+                                 the same tensor where they are one
+        bounds(outputs, batch)   the gradient bounds, (b,), where they mean something
+
+    Attributes:
+        learners: All that is trained.
+        learner: The only one, where there is one; likewise `optimizer`.
+        noise: The generator of what a visit redraws, if anything.
+    """
+
+    learners: Sequence[Learner] = ()
+    noise: torch.Generator | None = None
+    environment_steps = 0
+
+    def train_with(self, *learners: Learner) -> None:
+        """Have these networks trained."""
+        self.learners = learners
+        self.optimizer_steps = [learner.optimizer_step for learner in learners]
+        self.optimizers = [learner.optimizer for learner in learners]
+        self.learner, self.optimizer = learners[0], self.optimizers[0]
+        self.precision = self.learner.precision
+
+    @property
+    def skipped_steps(self) -> int:
+        return sum(step.skipped for step in self.optimizer_steps)
+
+    @property
+    def scoring_samples(self) -> int:
+        return self.forward_samples
+
+    @property
+    def bound_samples(self) -> int:
+        return self.forward_samples
+
+    def step(
+        self,
+        batch: Any,
+        report: Callable[..., None],
+        weights: Tensor | None = None,
+        *,
+        average: bool = True,
+    ) -> None:
+        outputs = self.outputs(batch)
+        drivers, losses = self.losses(outputs, batch)
+        self.learner.descend(
+            losses,
+            report,
+            weights,
+            drivers=None if drivers is losses else drivers,
+            bounds=lambda: self.bounds(outputs, batch),
+            average=average,
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Have the networks in evaluation mode for a while, and leave the noise as it was."""
+        noise = None if self.noise is None else self.noise.get_state()
+        with ExitStack() as modes:
+            for learner in self.learners:
+                modes.enter_context(learner.evaluating())
+            yield
+        if noise is not None:
+            self.noise.set_state(noise)
+
+    @torch.no_grad()
+    def sample_losses(self, batch: Any) -> Tensor:
+        with self.evaluating():
+            return self.losses(self.outputs(batch), batch)[0]
+
+    @torch.no_grad()
+    def gradient_bounds(self, batch: Any) -> Tensor:
+        with self.evaluating():
+            return self.bounds(self.outputs(batch), batch)
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        return {}

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
+
+from repeatlab.core.seeding import derive
 
 # From this side on, ResNet-18 has its original stem, which quarters the image at once.
 LARGE_IMAGE = 64
+
+
+@contextmanager
+def drawn_from(seed: int, stream: str = "weights") -> Iterator[None]:
+    """Have initial weights drawn from a random stream of the run, on the CPU."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(derive(seed, stream))
+        yield
 
 
 def small_cnn(channels: int, classes: int, *, width: int) -> nn.Module:

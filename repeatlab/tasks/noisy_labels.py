@@ -28,8 +28,8 @@ The record has the share of visits and of extra visits that fell on false labels
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -41,14 +41,13 @@ from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     ClassifierTask,
+    corrupt,
     make_classifier,
-    make_stream,
     metrics_of,
     noise_metrics,
-    train_subset,
 )
+from repeatlab.tasks.dataset import make_stream
 from repeatlab.tasks.learner import Learner
-from repeatlab.tasks.supervised import corrupt
 
 
 class NoisyLabelsConfig(ClassifierConfig):
@@ -85,6 +84,7 @@ class NoisyLabels(ClassifierTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = NoisyLabelsConfig
+    saved: ClassVar[Mapping[str, str]] = {"learner": "learner", "updates": "updates"}
 
     def __init__(self, config: NoisyLabelsConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
@@ -95,25 +95,13 @@ class NoisyLabels(ClassifierTask):
             train, self.data, batch_size=config.batch_size, seed=seed, augment=config.augment
         )
         network = make_classifier(config, self.data, self.data.classes, seed=seed)
-        self.learner = Learner(network, config, device=device)
-        self.model, self.ema = self.learner.network, self.learner.average
-        self.descents = [self.learner.descent]
-        self.optimizers = [self.learner.descent.optimizer]
+        self.train_with(Learner(network, config, device=device))
         self.updates = 0
 
     def step(
         self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
-        logits = self.learner(batch.images)
-        given, corrected = self._losses(logits, batch.labels)
-        drivers = self._driver(given, corrected).detach()
-        if weights is None:
-            report(drivers.mean())
-            loss = corrected.mean()
-        else:
-            report(drivers.mean(), drivers, self._bounds(logits.detach(), batch.labels))
-            loss = (weights * corrected).mean()
-        self.learner.step(loss)
+        super().step(batch, report, weights)
         self.updates += 1
 
     @property
@@ -121,18 +109,17 @@ class NoisyLabels(ClassifierTask):
         """What the next update descends."""
         return "none" if self.updates < self.config.warm_up else self.config.correction
 
-    def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the given labels' cross-entropy and the loss that is descended: (b,) each."""
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the driver loss of every sample, and the loss that is descended: (b,) each."""
         config = self.config
-        given = functional.cross_entropy(logits, labels, reduction="none")
-        if self.correction == "none":
-            return given, given
+        given = corrected = functional.cross_entropy(logits, batch.labels, reduction="none")
         if self.correction == "weighted":
-            return given, -torch.expm1(-config.q * given) / config.q
-        trust = self._trust(given)
-        log_p = logits.log_softmax(1)
-        own = -log_p.amax(1) if config.target == "hard" else -(log_p.exp() * log_p).sum(1)
-        return given, trust * given + (1 - trust) * own
+            corrected = -torch.expm1(-config.q * given) / config.q
+        elif self.correction == "bootstrap":
+            trust, log_p = self._trust(given), logits.log_softmax(1)
+            own = -log_p.amax(1) if config.target == "hard" else -(log_p.exp() * log_p).sum(1)
+            corrected = trust * given + (1 - trust) * own
+        return corrected if config.driver == "corrected" else given, corrected
 
     def _trust(self, given: Tensor) -> Tensor:
         """Return w of every sample, from the cross-entropy of its given label: (b,)."""
@@ -141,13 +128,13 @@ class NoisyLabels(ClassifierTask):
             return torch.full_like(given, beta)
         return beta + (1 - beta) * (-self.config.q * given.detach()).exp()
 
-    def _bounds(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def bounds(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the norm of the gradient of every sample's loss at its logits, (b,)."""
         p, log_p = logits.softmax(1), logits.log_softmax(1)
-        gradient = p - functional.one_hot(labels, logits.shape[1])
+        gradient = p - functional.one_hot(batch.labels, logits.shape[1])
         if self.correction == "none":
             return gradient.norm(dim=1)
-        given = functional.cross_entropy(logits, labels, reduction="none")
+        given = functional.cross_entropy(logits, batch.labels, reduction="none")
         if self.correction == "weighted":
             return (-self.config.q * given).exp() * gradient.norm(dim=1)
         if self.config.target == "hard":
@@ -156,19 +143,6 @@ class NoisyLabels(ClassifierTask):
             own = p * ((p * log_p).sum(1, keepdim=True) - log_p)
         trust = self._trust(given).unsqueeze(1)
         return (trust * gradient + (1 - trust) * own).norm(dim=1)
-
-    def _driver(self, given: Tensor, corrected: Tensor) -> Tensor:
-        return corrected if self.config.driver == "corrected" else given
-
-    @torch.no_grad()
-    def sample_losses(self, batch: Batch) -> Tensor:
-        with self.learner.evaluating():
-            return self._driver(*self._losses(self.learner(batch.images), batch.labels))
-
-    @torch.no_grad()
-    def gradient_bounds(self, batch: Batch) -> Tensor:
-        with self.learner.evaluating():
-            return self._bounds(self.learner(batch.images), batch.labels)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
@@ -180,15 +154,8 @@ class NoisyLabels(ClassifierTask):
         logits = self.learner.classify(self.learner.features(data, self.data))
         metrics = metrics_of(logits, data.labels)
         if split == "train" and self.corrupted is not None:
-            chosen = train_subset(self.data).to(data.labels.device)
+            chosen = self.data.train_subset().to(data.labels.device)
             metrics |= noise_metrics(
                 logits, self.stream.data.labels[chosen], self.corrupted[chosen]
             )
         return metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"learner": self.learner.state_dict(), "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
-        self.updates = state["updates"]

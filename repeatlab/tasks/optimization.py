@@ -20,11 +20,12 @@ once per update, and so N times on a batch repeated N times; BatchNorm's statist
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from math import inf
-from typing import Annotated, Any, TypeVar
+from dataclasses import asdict, dataclass
+from math import inf, nextafter
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -37,90 +38,90 @@ from repeatlab.tasks.precision import Precision, PrecisionConfig
 N = TypeVar("N", bound=nn.Module)
 
 
-def _check(field: str, value: float, *, low: float = 0.0, below: float = inf) -> None:
-    if not low <= value < below:
-        upper = "" if below == inf else f" and below {below:g}"
-        raise ValueError(f"{field} must be at least {low:g}{upper}, not {value!r}")
+# Of each setting, where it begins and what it stays below.
+RANGES = {
+    "weight_decay": (0.0, inf),
+    "momentum": (0.0, 1.0),
+    "alpha": (0.0, 1.0),
+    "betas": (0.0, 1.0),
+    "eps": (nextafter(0.0, 1.0), inf),
+}
 
 
-def _check_positive(field: str, value: float) -> None:
-    if not 0 < value < inf:
-        raise ValueError(f"{field} must be positive and finite, not {value!r}")
+class TorchOptimizer:
+    """Base of the optimizers' settings: each a frozen dataclass with torch's names of its fields.
 
+    Class attributes:
+        kind: torch's optimizer.
+        fixed: Its settings that are no field.
+        fused: On which types of device torch has it in one kernel; None if on no one.
+    """
 
-def _fused(device: str) -> bool:
-    return torch.device(device).type != "mps"
+    kind: ClassVar[type[Optimizer]]
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    fused: ClassVar[tuple[str, ...] | None] = ("cpu", "cuda")
+
+    def __post_init__(self) -> None:
+        for field, value in asdict(self).items():
+            low, below = RANGES[field]
+            for number in value if isinstance(value, tuple) else (value,):
+                if not low <= number < below:
+                    least = "positive and finite" if field == "eps" else f"at least {low:g}"
+                    upper = "" if below == inf else f" and below {below:g}"
+                    raise ValueError(f"{field} must be {least}{upper}, not {number!r}")
+
+    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
+        """Return torch's optimizer of these weights."""
+        settings = asdict(self) | self.fixed
+        if self.fused is not None:
+            settings["fused"] = torch.device(device).type in self.fused
+        return self.kind(weights, lr=lr, **settings)
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(TorchOptimizer):
     """w -= lr g."""
 
     weight_decay: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check("weight_decay", self.weight_decay)
-
-    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
-        """Return torch's optimizer of these weights."""
-        settings = {"weight_decay": self.weight_decay, "fused": _fused(device)}
-        return torch.optim.SGD(weights, lr=lr, **settings)
+    kind = torch.optim.SGD
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(TorchOptimizer):
     """v = momentum v + g; w -= lr v."""
 
     momentum: float = 0.9
     weight_decay: float = 0.0
 
-    nesterov = False
-
-    def __post_init__(self) -> None:
-        _check("momentum", self.momentum, below=1.0)
-        _check("weight_decay", self.weight_decay)
-        if self.nesterov and not self.momentum:
-            raise ValueError("momentum must be above 0 for nesterov")
-
-    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
-        """Return torch's optimizer of these weights."""
-        return torch.optim.SGD(
-            weights,
-            lr=lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-            fused=_fused(device),
-        )
+    kind = torch.optim.SGD
 
 
 @dataclass(frozen=True)
 class Nesterov(Momentum):
     """v = momentum v + g; w -= lr (g + momentum v) (Sutskever et al. 2013)."""
 
-    nesterov = True
+    fixed = MappingProxyType({"nesterov": True})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.momentum:
+            raise ValueError("momentum must be above 0 for nesterov")
 
 
 @dataclass(frozen=True)
-class Adagrad:
+class Adagrad(TorchOptimizer):
     """s += g^2; w -= lr g / (sqrt(s) + eps) (Duchi et al. 2011)."""
 
     eps: float = 1e-10
     weight_decay: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check_positive("eps", self.eps)
-        _check("weight_decay", self.weight_decay)
-
-    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
-        """Return torch's optimizer of these weights."""
-        fused = torch.device(device).type == "cpu"  # torch has it for no other device
-        settings = {"eps": self.eps, "weight_decay": self.weight_decay, "fused": fused}
-        return torch.optim.Adagrad(weights, lr=lr, **settings)
+    kind = torch.optim.Adagrad
+    fused = ("cpu",)
 
 
 @dataclass(frozen=True)
-class RMSprop:
+class RMSprop(TorchOptimizer):
     """s = alpha s + (1 - alpha) g^2; w -= lr g / (sqrt(s) + eps) (Tieleman and Hinton 2012).
 
     With a momentum, that of v = momentum v + g / (sqrt(s) + eps).
@@ -131,26 +132,12 @@ class RMSprop:
     momentum: float = 0.0
     weight_decay: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check("alpha", self.alpha, below=1.0)
-        _check_positive("eps", self.eps)
-        _check("momentum", self.momentum, below=1.0)
-        _check("weight_decay", self.weight_decay)
-
-    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
-        """Return torch's optimizer of these weights."""
-        return torch.optim.RMSprop(
-            weights,
-            lr=lr,
-            alpha=self.alpha,
-            eps=self.eps,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
+    kind = torch.optim.RMSprop
+    fused = None
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(TorchOptimizer):
     """m and s as running means of g and g^2; w -= lr m / (sqrt(s) + eps), without their bias.
 
     Kingma and Ba 2015, arXiv 1412.6980, algorithm 1.
@@ -161,23 +148,6 @@ class Adam:
     weight_decay: float = 0.0
 
     kind = torch.optim.Adam
-
-    def __post_init__(self) -> None:
-        for beta in self.betas:
-            _check("betas", beta, below=1.0)
-        _check_positive("eps", self.eps)
-        _check("weight_decay", self.weight_decay)
-
-    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Optimizer:
-        """Return torch's optimizer of these weights."""
-        return self.kind(
-            weights,
-            lr=lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            fused=_fused(device),
-        )
 
 
 @dataclass(frozen=True)
@@ -230,7 +200,11 @@ class OptimizationConfig(PrecisionConfig):
     """Of the average of the weights that is evaluated; 0 evaluates the weights themselves."""
 
 
-class Descent:
+def _nobody(part: str) -> None:
+    """Stand for somebody who asks what takes the time."""
+
+
+class OptimizerStep:
     """One update of some weights for each call with their loss.
 
     Args:
@@ -241,11 +215,13 @@ class Descent:
 
     Attributes:
         optimizer: Of these weights.
+        lap: Called with "forward", "optimizer" or "backward" at the end of each of these parts.
     """
 
     def __init__(
         self, weights: Iterable[Tensor], config: Any, precision: Precision, *, device: str
     ) -> None:
+        self.lap: Callable[[str], None] = _nobody
         settings = config.optimizer.build()
         self.optimizer: Optimizer = settings.make(weights, lr=config.lr, device=device)
         self._clip_norm = config.clip_norm
@@ -260,16 +236,21 @@ class Descent:
 
     def __call__(self, loss: Tensor) -> None:
         """Go backward from the 0-d loss, clip, and move the weights."""
+        self.lap("forward")
         self.optimizer.zero_grad()
-        if self._scaler is not None:
+        self.lap("optimizer")
+        if self._scaler is None:
+            loss.backward()
+            self.lap("backward")
+            self._clip()
+            self.optimizer.step()
+        else:
             self._scaled(loss, self._scaler)
-            return
-        loss.backward()
-        self._clip()
-        self.optimizer.step()
+        self.lap("optimizer")
 
     def _scaled(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
         scaler.scale(loss).backward()
+        self.lap("backward")
         if self._clip_norm is not None:
             scaler.unscale_(self.optimizer)
             self._clip()

@@ -19,14 +19,9 @@ from torch.nn import functional
 from repeatlab.core.schema import Model
 from repeatlab.core.seeding import derive
 from repeatlab.data import load_splits
-from repeatlab.tasks.classification import (
-    ClassifierConfig,
-    make_classifier,
-    make_stream,
-    of_classes,
-)
-
-MOMENTUM = 0.9
+from repeatlab.tasks.classification import ClassifierConfig, make_classifier, of_classes
+from repeatlab.tasks.dataset import make_stream
+from repeatlab.tasks.optimization import Momentum
 
 
 class PretrainingConfig(Model):
@@ -99,10 +94,7 @@ def _trained(
         seed=derive(seed, "pretraining"),
         augment=config.augment,
     )
-    fused = torch.device(device).type != "mps"
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=settings.lr, momentum=MOMENTUM, fused=fused
-    )
+    optimizer = Momentum().make(network.parameters(), lr=settings.lr, device=device)
     start = perf_counter()
     for index in range(settings.updates):
         batch = stream.fresh_batch(index)

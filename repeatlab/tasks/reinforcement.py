@@ -39,31 +39,30 @@ lie in [-1, 0]. Public reference: CleanRL's DQN reaches 488.69 +- 16.11 after 50
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Self
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.core.seeding import EndlessDraws, derive, generator
+from repeatlab.core.seeding import EndlessDraws, generator
 from repeatlab.data import gather
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.actor import Actor
-from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
-from repeatlab.tasks.optimization import Descent, OptimizationConfig, OptimizerChoice, chosen
-from repeatlab.tasks.precision import Precision, place
-from repeatlab.tasks.q_learning import double_q_targets, greedy, huber_bounds, q_network, taken
-from repeatlab.tasks.replay_buffer import Transitions
+from repeatlab.tasks.cartpole import ACTIONS, OBSERVED, CartPole, CartPoleConfig, greedy_episodes
+from repeatlab.tasks.learner import Learner, LearningTask
+from repeatlab.tasks.models import drawn_from
+from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, chosen
+from repeatlab.tasks.replay_buffer import ReplayBuffer, Transitions, whole_episodes
 
 PROBED_TRANSITIONS = 1000
 
 
-class ReinforcementConfig(TaskConfig, OptimizationConfig):
+class ReinforcementConfig(CartPoleConfig, OptimizationConfig):
     """Settings of the reinforcement task; the defaults are the plan's.
 
     The plan's recipe also lets the learning rate fall to 0 linearly: that is the method's choice,
@@ -97,16 +96,6 @@ class ReinforcementConfig(TaskConfig, OptimizationConfig):
     epsilon_clock: Literal["environment_steps", "updates"] = "environment_steps"
     """`updates` begins to count them at `learning_starts`."""
     driver: Literal["huber", "td_error"] = "huber"
-    sutton_barto_reward: bool = True
-    """0, and -1 for the failure, in place of 1 for every step."""
-    observation_scale: Annotated[tuple[float, float, float, float], Field(strict=False)] = (
-        2.0,
-        1.0,
-        10.0,
-        1.0,
-    )
-    """Factors on position, velocity, angle and angular velocity: all are then of the order of 1."""
-    evaluation_episodes: Annotated[int, Field(ge=1)] = 20
 
     def refusals(self) -> dict[str, str]:
         return {
@@ -130,10 +119,22 @@ class ReinforcementConfig(TaskConfig, OptimizationConfig):
         return self
 
 
-class Reinforcement:
-    """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
+class Reinforcement(LearningTask):
+    """See the module's docstring, and `repeatlab.tasks.Task` for the methods.
+
+    Attributes:
+        environment: Where the agent lives.
+        buffer: What it remembers of it.
+        updates: Made so far.
+    """
 
     Config: ClassVar[type[TaskConfig]] = ReinforcementConfig
+    saved: ClassVar[Mapping[str, str]] = {
+        "model": "model",
+        "target": "target",
+        "optimizer": "learner.optimizer_step",
+        "updates": "updates",
+    }
 
     def __init__(
         self,
@@ -149,48 +150,71 @@ class Reinforcement:
             config: Its settings.
             seed: Its weights, its environment and all draws follow from it.
             device: Where its networks are.
-            beginning: What `actor.state_dict()` was before the first update of an agent that is
-                equal but for the learning rate, in place of living through it again.
+            beginning: What `lived()` was before the first update of an agent that is equal but for
+                the learning rate, in place of living through it again.
         """
-        self.config, self.seed, self.device = config, seed, device
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(derive(seed, "weights"))
-            self.model = place(q_network(config.hidden), config, device)
+        self.config, self.seed, self.device = config, seed, torch.device(device)
+        with drawn_from(seed):
+            model = q_network(config.hidden)
+        self.train_with(Learner(model, config, device=device))
+        self.model = self.learner.network
         self.target = deepcopy(self.model).requires_grad_(False)
-        self.precision = Precision.of(config, device)
-        self.descent = Descent(self.model.parameters(), config, self.precision, device=device)
-        self.optimizer = self.descent.optimizer
-        self.optimizers = [self.optimizer]
-        self.batch_size = config.batch_size
+        self.batch_size = self.backward_samples = config.batch_size
         self.forward_samples = 3 * config.batch_size
-        self.scoring_samples = self.bound_samples = self.forward_samples
-        self.backward_samples = config.batch_size
         self.updates = 0
 
-        self._draws: dict[int, EndlessDraws] = {}
-        self.actor = Actor(
-            config,
-            seed,
-            # Looked up at every step: in lock-step another function stands in its place.
-            greedy=lambda seen: self.greedy_action(seen),
-            updates=lambda: self.updates,
-            beginning=beginning,
+        self.environment = CartPole(config, seed)
+        self.buffer = ReplayBuffer(
+            config.capacity, OBSERVED, n_steps=config.n_steps, gamma=config.gamma
         )
-        self.buffer = self.actor.buffer
+        self._draws: dict[int, EndlessDraws] = {}
+        self._chances = EndlessDraws(
+            seed, "explore", lambda g, numbers: torch.rand(len(numbers), 2, generator=g).tolist()
+        )
+        if beginning is None:
+            self.act(config.learning_starts)
+        else:
+            self.relive(beginning)
+
+    # --- acting -----------------------------------------------------------------------------------
 
     @property
     def environment_steps(self) -> int:
-        return self.actor.steps
+        return self.buffer.steps
 
-    @property
-    def skipped_steps(self) -> int:
-        return self.descent.skipped
+    def epsilon(self) -> float:
+        """Return the probability of a random action at the next step."""
+        config, clock = self.config, self.environment_steps
+        if config.epsilon_clock == "updates" and clock > config.learning_starts:
+            clock = config.learning_starts + self.updates
+        fraction = min(1.0, clock / config.epsilon_steps)
+        return config.epsilon_start + fraction * (config.epsilon_end - config.epsilon_start)
+
+    def act(self, steps: int) -> None:
+        """Make steps with the epsilon-greedy policy, and remember them."""
+        environment = self.environment
+        for _ in range(steps):
+            chance, choice = self._chances[self.environment_steps]
+            seen = environment.observation
+            explores = chance < self.epsilon()
+            action = int(choice * ACTIONS) if explores else self.greedy_action(seen)
+            reward, terminated, truncated = environment.step(action)
+            self.buffer.add(
+                seen,
+                action,
+                reward,
+                environment.observation,
+                terminated=terminated,
+                truncated=truncated,
+            )
+            if terminated or truncated:
+                environment.next_episode()
 
     @torch.no_grad()
     def greedy_action(self, seen: np.ndarray) -> int:
         """Return the action of the highest value where `seen`, float32, (4,), is observed."""
         observation = torch.from_numpy(seen).to(self.device, non_blocking=True)
-        return greedy(self.precision(self.model, observation))
+        return greedy(self.learner(observation))
 
     # --- learning ---------------------------------------------------------------------------------
 
@@ -208,7 +232,7 @@ class Reinforcement:
             config = self.config
             if config.target_clock == "fresh_batches" and index % config.target_every == 0:
                 self._copy_target()
-            self.actor.act(missing)
+            self.act(missing)
 
     def _steps_at(self, index: int) -> int:
         return self.config.learning_starts + (index + 1) * self.config.train_frequency
@@ -261,17 +285,21 @@ class Reinforcement:
     def step(
         self, batch: Transitions, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
-        values, targets = self._values_and_targets(batch)
+        values, targets = self.outputs(batch)
         if weights is None:
             loss = functional.smooth_l1_loss(values, targets)
             huber = self.config.driver == "huber"
             report(loss if huber else (values.detach() - targets).abs().mean())
+            self.learner.step(loss)
         else:
-            losses = functional.smooth_l1_loss(values, targets, reduction="none")
-            loss = (weights * losses).mean()
-            drivers = self._driver_losses(values.detach(), targets)
-            report(drivers.mean(), drivers, huber_bounds(values.detach(), targets))
-        self.descent(loss)
+            drivers, losses = self.losses((values, targets), batch)
+            self.learner.descend(
+                losses,
+                report,
+                weights,
+                drivers=drivers,
+                bounds=lambda: self.bounds((values, targets), batch),
+            )
         self.count_update()
 
     def count_update(self) -> None:
@@ -281,21 +309,27 @@ class Reinforcement:
         if config.target_clock == "updates" and self.updates % config.target_every == 0:
             self._copy_target()
 
-    def _values_and_targets(self, batch: Transitions) -> tuple[Tensor, Tensor]:
+    def outputs(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) and the double DQN targets of it, both (batch,)."""
         with torch.no_grad():
-            next_values = self.precision(self.model, batch.next_observations)
+            next_values = self.learner(batch.next_observations)
             targets = double_q_targets(batch, next_values, self._target_values(batch))
-        return taken(self.precision(self.model, batch.observations), batch), targets
+        return taken(self.learner(batch.observations), batch), targets
 
     def _target_values(self, batch: Transitions) -> Tensor:
         """Return what the target network says of where transitions end, (batch, 2)."""
         return self.precision(self.target, batch.next_observations)
 
-    def _driver_losses(self, values: Tensor, targets: Tensor) -> Tensor:
-        if self.config.driver == "td_error":
-            return (values - targets).abs()
-        return functional.smooth_l1_loss(values, targets, reduction="none")
+    def losses(self, outputs: tuple[Tensor, Tensor], batch: Transitions) -> tuple[Tensor, Tensor]:
+        """Return the driver loss and the Huber loss of every transition, (batch,) each."""
+        values, targets = outputs
+        losses = functional.smooth_l1_loss(values, targets, reduction="none")
+        return losses if self.config.driver == "huber" else (values - targets).abs(), losses
+
+    def bounds(self, outputs: tuple[Tensor, Tensor], batch: Transitions) -> Tensor:
+        """Return min(1, |delta|), (batch,): the Huber loss's gradient, and what replay ranks by."""
+        values, targets = outputs
+        return (values - targets).abs().clamp(max=1.0)
 
     @torch.no_grad()
     def _copy_target(self) -> None:
@@ -305,15 +339,6 @@ class Reinforcement:
     def _target_is_equal(self) -> bool:
         pairs = zip(self.target.parameters(), self.model.parameters(), strict=True)
         return all(torch.equal(copy, weight) for copy, weight in pairs)
-
-    @torch.no_grad()
-    def sample_losses(self, batch: Transitions) -> Tensor:
-        """Return the driver loss of every transition, (batch,); their mean is the driver."""
-        return self._driver_losses(*self._values_and_targets(batch))
-
-    @torch.no_grad()
-    def gradient_bounds(self, batch: Transitions) -> Tensor:
-        return huber_bounds(*self._values_and_targets(batch))
 
     # --- evaluating -------------------------------------------------------------------------------
 
@@ -326,50 +351,122 @@ class Reinforcement:
         is how the agent fared while it learnt: the last 20 training episodes, exploration included,
         and 1000 transitions spread evenly over the replay buffer.
         """
-        lengths, *lived = self._lived() if split == "train" else self.play(split)
+        lengths, *lived = self._latest() if split == "train" else self.play(split)
         seen, values, next_values = (part.to(self.device) for part in lived)
         # Evaluations are mostly made when the target network has just been copied.
         later = next_values if self._target_is_equal() else self._target_values(seen)
         targets = double_q_targets(seen, next_values, later)
-        losses = self._driver_losses(taken(values, seen), targets)
+        drivers, _ = self.losses((taken(values, seen), targets), seen)
         return {
             "return": float(np.mean(lengths)),
-            "loss": losses.double().mean().item(),
-            "q_value": values.amax(1).double().mean().item(),
+            "loss": drivers.cpu().double().mean().item(),
+            "q_value": values.amax(1).cpu().double().mean().item(),
         }
 
-    def _lived(self) -> Played:
+    def _latest(self) -> Played:
         """Return the latest training episodes, and transitions from all over the buffer."""
         # Until the first episode has ended: how long it has lasted.
-        lengths = np.array(self.actor.recent_returns or [len(self.actor.episode_actions)])
+        lengths = np.array(self.environment.recent_returns or [len(self.environment.actions)])
         numbers = self.buffer.samples_at(self.environment_steps)
         spread = torch.linspace(numbers[0], numbers[-1], min(len(numbers), PROBED_TRANSITIONS))
         seen = self.buffer.batch(spread.long(), 0).to(self.device)
         both = (seen.observations, seen.next_observations)
-        return Played(lengths, seen, *(self.precision(self.model, part) for part in both))
+        return Played(lengths, seen, *map(self.learner, both))
 
     def play(self, split: str) -> Played:
         """Return the split's greedy episodes."""
-        values = partial(self.precision, self.model)
-        return greedy_episodes(self.config, split, values, device=self.device)[0]
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        return {}
+        return play_greedily(self.config, split, self.learner, device=self.device)[0]
 
     # --- resuming ---------------------------------------------------------------------------------
 
+    def lived(self) -> dict[str, Any]:
+        """Return what the agent has lived through: all that its next steps depend on."""
+        return {"buffer": self.buffer.state_dict(), **self.environment.state_dict()}
+
+    def relive(self, state: dict[str, Any]) -> None:
+        """Restore `lived()` of an agent with the same settings and seed."""
+        self.buffer.load_state_dict(state["buffer"])
+        self.environment.load_state_dict(state)
+
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "target": self.target.state_dict(),
-            "optimizer": self.descent.state_dict(),
-            "updates": self.updates,
-            "actor": self.actor.state_dict(),
-        }
+        return super().state_dict() | {"actor": self.lived()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.target.load_state_dict(state["target"])
-        self.descent.load_state_dict(state["optimizer"])
-        self.updates = state["updates"]
-        self.actor.load_state_dict(state["actor"])
+        super().load_state_dict(state)
+        self.relive(state["actor"])
+
+
+# --- double Q-learning ----------------------------------------------------------------------------
+
+
+def q_network(hidden: tuple[int, ...]) -> nn.Sequential:
+    """Return the MLP from an observation, (..., 4), to the values of the actions, (..., 2)."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise((OBSERVED, *hidden)):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear((OBSERVED, *hidden)[-1], ACTIONS))
+
+
+def double_q_targets(batch: Transitions, next_values: Tensor, later: Tensor) -> Tensor:
+    """Return the targets of double Q-learning, (..., b) (van Hasselt et al. 2016).
+
+    Args:
+        batch: Transitions, b of each agent.
+        next_values: What the agents' networks say of where they end, (..., b, actions): it picks
+            the action.
+        later: What the target networks say of the same, likewise: it gives the action's value.
+    """
+    best = next_values.argmax(-1, keepdim=True)
+    return batch.returns + batch.discounts * later.gather(-1, best).squeeze(-1)
+
+
+def taken(values: Tensor, batch: Transitions) -> Tensor:
+    """Return the values of the actions that were taken, (..., b), out of (..., b, actions)."""
+    return values.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
+
+
+def greedy(values: Tensor) -> int:
+    """Return the action of the highest of the values, (actions,): the first of equal ones."""
+    of_actions = values.tolist()  # faster than a tensor's own argmax
+    return of_actions.index(max(of_actions))
+
+
+class Played(NamedTuple):
+    """The greedy episodes of one agent, as the transitions that they were.
+
+    Attributes:
+        lengths: int64, (episodes,): steps of each.
+        transitions: Of all episodes, end to end; b in all.
+        values: float32, (b, 2): of the actions, where each transition begins.
+        next_values: float32, (b, 2): where it ends.
+    """
+
+    lengths: np.ndarray
+    transitions: Transitions
+    values: Tensor
+    next_values: Tensor
+
+
+def play_greedily(
+    config: ReinforcementConfig,
+    split: str,
+    values: Callable[[Tensor], Tensor],
+    *,
+    device: str | torch.device,
+    agents: int = 1,
+) -> list[Played]:
+    """Return the greedy episodes of every agent; arguments as of `cartpole.greedy_episodes`."""
+    played = []
+    for seen in greedy_episodes(config, split, values, device=device, agents=agents):
+        transitions, episode, first, last = whole_episodes(
+            seen.observations,
+            seen.actions,
+            seen.rewards(config),
+            seen.lengths,
+            seen.failed,
+            n_steps=config.n_steps,
+            gamma=config.gamma,
+        )
+        of = (torch.from_numpy(seen.values[episode, step]) for step in (first, last))
+        played.append(Played(seen.lengths, transitions, *of))
+    return played

@@ -37,7 +37,7 @@ class Transitions(NamedTuple):
     indices: Tensor
     index: int
 
-    def to(self, device: str) -> Transitions:
+    def to(self, device: str | torch.device) -> Transitions:
         """Return the batch on `device`."""
         return Transitions(*(t.to(device, non_blocking=True) for t in self[:-1]), self.index)
 

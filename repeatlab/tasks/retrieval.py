@@ -37,7 +37,7 @@ def retrieval(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
         )
     unit = functional.normalize(embeddings, dim=1)
     pieces = torch.arange(len(unit), device=unit.device).split(QUERIES)
-    found = torch.cat([_answers(unit, labels, piece) for piece in pieces]).double()
+    found = torch.cat([_answers(unit, labels, piece) for piece in pieces]).cpu().double()
     if not len(found):
         raise ValueError("no two images share a class: there is nothing to retrieve")
     *recalls, precision = found.mean(0).tolist()

@@ -28,9 +28,9 @@ Public references, ResNet-18 on CIFAR-10: linear probe 90.74 % after 1,000 epoch
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,32 +43,25 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.core.seeding import derive, generator
-from repeatlab.data import ImageSet, TrainStream, iter_batches, load_splits
-from repeatlab.data.augment import normalize
+from repeatlab.core.seeding import generator
+from repeatlab.data import ImageSet
+from repeatlab.data.augment import as_pictures, normalize, to_uint8
+from repeatlab.data.datasets import fixed_order
 from repeatlab.data.views import ContrastiveViews
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
-from repeatlab.tasks.models import build_encoder
-from repeatlab.tasks.optimization import (
-    Descent,
-    OptimizationConfig,
-    OptimizerChoice,
-    averaged,
-    chosen,
-    move_average,
-)
-from repeatlab.tasks.precision import Precision, place
+from repeatlab.tasks.classification import ImageModelConfig
+from repeatlab.tasks.dataset import DatasetTask, make_stream
+from repeatlab.tasks.learner import Learner
+from repeatlab.tasks.models import build_encoder, drawn_from
 from repeatlab.tasks.retrieval import retrieval
 
-EVALUATION_BATCH = 500
 LOSS_BATCHES = 8  # batches of a split over which the evaluated loss is averaged
 KNN_TEMPERATURE = 0.1  # Wu et al. 2018: a neighbour at similarity s has exp(s / 0.1) votes
 PROBE_ITERATIONS = 200
 PICTURES = 16
 
 
-class SelfSupervisedConfig(DatasetTaskConfig, OptimizationConfig):
+class SelfSupervisedConfig(ImageModelConfig):
     """Settings of the self-supervised task; the defaults are for the embedded data."""
 
     unshared: ClassVar[str | None] = (
@@ -76,14 +69,10 @@ class SelfSupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     )
     name: Literal["selfsupervised"] = "selfsupervised"
     model: Literal["cnn", "norm_cnn", "resnet18"] = "cnn"
-    width: Annotated[int, Field(ge=1)] = 16
-    """Channels of the CNNs' first layer; without effect on ResNet-18."""
     projection: Annotated[int, Field(ge=2)] = 128
     """Size of z; the head's hidden layer is as wide as the encoder's features."""
     temperature: Annotated[float, Field(gt=0)] = 0.5
     """tau; SimCLR's best on CIFAR-10."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    optimizer: OptimizerChoice = chosen("momentum")
     batch_size: Annotated[int, Field(ge=2)] = 64
     """B images, 2B views."""
     min_area: Annotated[float, Field(gt=0, le=1)] = 0.08
@@ -130,46 +119,34 @@ class SelfSupervised(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = SelfSupervisedConfig
+    saved: ClassVar[Mapping[str, str]] = {
+        "encoder": "encoder",
+        "head": "head",
+        "optimizer": "learner.optimizer_step",
+        "ema": "ema",
+    }
 
     def __init__(self, config: SelfSupervisedConfig, *, seed: int, device: str) -> None:
-        self.config, self.seed, self.device = config, seed, torch.device(device)
-        self.precision = Precision.of(config, device)
-        self.data = load_splits(config.dataset, device=device)
+        super().__init__(config, seed=seed, device=device)
         # Only its order is used: the views replace its batches.
-        self.stream = TrainStream(
-            self.data.train,
-            batch_size=config.batch_size,
-            seed=seed,
-            mean=self.data.mean,
-            std=self.data.std,
+        self.stream = make_stream(
+            self.data.train, self.data, batch_size=config.batch_size, seed=seed, augment=False
         )
         fields = ("min_area", "flip", "strength", "gray", "blur")
         self.views = ContrastiveViews(**{name: getattr(config, name) for name in fields})
         _, channels, side, _ = self.data.train.images.shape
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(derive(seed, "weights"))
+        with drawn_from(seed):
             encoder, size = build_encoder(config.model, channels, side=side, width=config.width)
             head = nn.Sequential(
                 nn.Linear(size, size), nn.ReLU(), nn.Linear(size, config.projection)
             )
-        self.encoder, self.head = (place(network, config, device) for network in (encoder, head))
-        networks = nn.ModuleList([self.encoder, self.head])
-        self.ema = averaged(networks, config.ema_decay)
-        self.descent = Descent(networks.parameters(), config, self.precision, device=device)
-        self.descents, self.optimizer = [self.descent], self.descent.optimizer
-        self.optimizers = [self.optimizer]
+        networks = nn.ModuleList([encoder, head])
+        self.train_with(Learner(networks, config, device=device, parts=(encoder, head)))
+        self.encoder, self.head = encoder, head
+        self.ema = self.learner.average
         self.forward_samples = self.backward_samples = 2 * config.batch_size
 
     # --- batches ------------------------------------------------------------------------------
-
-    def fresh_batch(self, index: int) -> ViewBatch:
-        return self._batch(self.stream.indices(index), index, 0)
-
-    def refresh(self, batch: ViewBatch, visit: int) -> ViewBatch:
-        return self._batch(batch.indices, batch.index, visit)
-
-    def batch_of(self, indices: Tensor, index: int) -> ViewBatch:
-        return self._batch(indices, index, 0)
 
     def pick(self, blocks: Sequence[ViewBatch], picks: Tensor, index: int) -> ViewBatch:
         """Return the images `picks`, each with both its views."""
@@ -178,9 +155,9 @@ class SelfSupervised(DatasetTask):
         indices = torch.cat([block.indices for block in blocks])
         return ViewBatch(torch.cat(views), indices.index_select(0, picks), index)
 
-    def _batch(self, indices: Tensor, index: int, view: int) -> ViewBatch:
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> ViewBatch:
         images = self.data.train.images.index_select(0, indices)
-        views = self._two_views(images, generator(self.seed, f"views/{view}", index))
+        views = self._two_views(images, generator(self.seed, f"views/{visit}", index))
         return ViewBatch(views, indices, index)
 
     def _two_views(self, images: Tensor, draws: torch.Generator) -> Tensor:
@@ -192,33 +169,26 @@ class SelfSupervised(DatasetTask):
     def step(
         self, batch: ViewBatch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
-        projected = self._project(batch.views)
-        if weights is None:
-            loss = nt_xent(projected, self.config.temperature, reduction="mean")
-            report(loss)
-        else:
-            losses = self._by_image(projected)
-            report(losses.detach().mean(), losses.detach())
-            loss = (weights * losses).mean()
-        self.descent(loss)
-        for average, network in zip(self.ema or (), (self.encoder, self.head), strict=False):
-            move_average(average, network, self.config.ema_decay)
+        projected = self.outputs(batch)
+        if weights is not None:
+            self.learner.descend(self.losses(projected, batch)[0], report, weights)
+            return
+        loss = nt_xent(projected, self.config.temperature, reduction="mean")
+        report(loss)
+        self.learner.step(loss)
 
-    def _project(self, views: Tensor, networks: Iterable[nn.Module] | None = None) -> Tensor:
+    def outputs(self, batch: ViewBatch) -> Tensor:
         """Return z of every view: float32, (2 b, projection)."""
-        encoder, head = networks or (self.encoder, self.head)
+        return self._project(batch.views, (self.encoder, self.head))
+
+    def _project(self, views: Tensor, networks: Sequence[nn.Module]) -> Tensor:
+        encoder, head = networks
         return self.precision(lambda views: head(encoder(views)), views)
 
-    def _by_image(self, projected: Tensor) -> Tensor:
+    def losses(self, projected: Tensor, batch: ViewBatch | None = None) -> tuple[Tensor, Tensor]:
         """Return NT-Xent of every image, the mean over its two views: (b,)."""
-        return nt_xent(projected, self.config.temperature).view(2, -1).mean(0)
-
-    @torch.no_grad()
-    def sample_losses(self, batch: ViewBatch) -> Tensor:
-        self.encoder.eval()
-        losses = self._by_image(self._project(batch.views))
-        self.encoder.train()
-        return losses
+        losses = nt_xent(projected, self.config.temperature).view(2, -1).mean(0)
+        return losses, losses
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -231,10 +201,10 @@ class SelfSupervised(DatasetTask):
         `feature_std` is the mean over dimensions of the standard deviation of unit features, times
         the root of their number: 0 where all are alike, 1 at most.
         """
-        self.encoder.eval()
-        queries, bank = self._split(split), self._bank()
-        metrics = {"loss": self._evaluated_loss(queries)}
-        found, known = self._features(queries), self._features(bank)
+        queries, bank = self.data.evaluated(split), self._bank()
+        with self.evaluating():
+            metrics = {"loss": self._evaluated_loss(queries)}
+            found, known = self._features(queries), self._features(bank)
         metrics["knn_accuracy"] = knn_accuracy(
             known, bank.labels, found, queries.labels, self.config.neighbors
         )
@@ -244,42 +214,26 @@ class SelfSupervised(DatasetTask):
         metrics |= retrieval(found, queries.labels)
         if split == "test":
             metrics["linear_accuracy"] = self._linear_probe(found, queries.labels)
-        self.encoder.train()
         return metrics
-
-    def _order(self) -> np.ndarray:
-        draws = generator(0, "train subset")
-        return torch.randperm(len(self.data.train), generator=draws).numpy()
-
-    def _split(self, split: str) -> ImageSet:
-        if split != "train":
-            return getattr(self.data, split)
-        return self.data.train.subset(self._order()[: len(self.data.validation)])
 
     def _bank(self) -> ImageSet:
         """Return the training images without those of `evaluate("train")`."""
-        rest = self._order()[len(self.data.validation) :]
-        return self.data.train.subset(rest[: self.config.bank])
+        rest = fixed_order(self.data.train)[len(self.data.validation) :]
+        return self.data.train.subset(rest[: self.config.bank].numpy())
 
     def _features(self, data: ImageSet) -> Tensor:
         """Return float32 (n, features), before the projection head, of the images as they are."""
-        encoder, _ = self.ema or (self.encoder, None)
-        batches = iter_batches(data, EVALUATION_BATCH, self.data.mean, self.data.std)
-        return torch.cat([self.precision(encoder, batch.images) for batch in batches])
+        return self.learner.features(data, self.data)
 
     def _evaluated_loss(self, data: ImageSet) -> float:
         size = min(self.config.batch_size, len(data))
-        batches = data.images[: LOSS_BATCHES * size].split(size)
-        losses = [
-            self._by_image(
-                self._project(
-                    self._two_views(images, generator(0, "evaluation views", i)), self.ema
-                )
-            ).mean()
-            for i, images in enumerate(batches)
-            if len(images) == size
-        ]
-        return torch.stack(losses).double().mean().item()
+        losses = []
+        for i, images in enumerate(data.images[: LOSS_BATCHES * size].split(size)):
+            if len(images) == size:
+                views = self._two_views(images, generator(0, "evaluation views", i))
+                projected = self._project(views, self.learner.evaluated)
+                losses.append(self.losses(projected)[0].mean())
+        return torch.stack(losses).cpu().double().mean().item()
 
     def _linear_probe(self, features: Tensor, labels: Tensor) -> float:
         """Return the accuracy of logistic regression on the features of the train split.
@@ -297,23 +251,8 @@ class SelfSupervised(DatasetTask):
         """Return both views of the first images, uint8."""
         images = self.data.train.images.index_select(0, self.stream.indices(0)[:PICTURES])
         views = self.views(torch.cat([images, images]), generator(self.seed, "pictures"))
-        first, second = (views * 255).round().to(torch.uint8).cpu().split(len(images))
+        first, second = to_uint8(views).split(len(images))
         return {"first views": as_pictures(first), "second views": as_pictures(second)}
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {
-            "encoder": self.encoder.state_dict(),
-            "head": self.head.state_dict(),
-            "optimizer": self.descent.state_dict(),
-        }
-        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.encoder.load_state_dict(state["encoder"])
-        self.head.load_state_dict(state["head"])
-        self.descent.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
 
 
 def nt_xent(projected: Tensor, temperature: float, *, reduction: str = "none") -> Tensor:
@@ -349,9 +288,3 @@ def knn_accuracy(
     )
     classifier.fit(bank.cpu().numpy(), bank_labels.cpu().numpy())
     return float(classifier.score(queries.cpu().numpy(), labels.cpu().numpy()))
-
-
-def as_pictures(images: Tensor) -> np.ndarray:
-    """Return uint8 (n, channels, height, width) as (n, height, width[, 3])."""
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels

@@ -16,7 +16,8 @@ at first, so that `unsupervised` starts at 0 and rises, and `total` starts at ln
 One *sample* of the sampling methods is a labelled image with its mu unlabelled companions: its loss
 is its supervised loss + lambda_u times the mean over its companions. The mean over samples is the
 driver (with BatchNorm up to the mode of the network, which is evaluation in `sample_losses`).
-`mu: 0` trains on the labels alone. The ledger's distinct samples are labelled ones.
+`mu: 0` trains on the labels alone. The ledger's distinct samples are labelled ones. Labels that
+are fewer than B are repeated to fill a batch, as public implementations do: 40 of them, say.
 
 Under repetition: pseudo-labels and mask are computed anew at every visit, from weights that have
 moved; the views stay the same unless the method asks for `fresh_views`; the evaluated network, an
@@ -31,47 +32,36 @@ Public reference, error on CIFAR-10 with 4,000 labels, WRN-28-2: 4.26 +- 0.05 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional
 
-from repeatlab.core.seeding import derive, generator
-from repeatlab.data import ImageSet, Splits, TrainStream, iter_batches, load_splits, stl10
-from repeatlab.data.augment import normalize, random_crop_flip
+from repeatlab.core.seeding import generator
+from repeatlab.data import Splits, stl10
+from repeatlab.data.augment import as_pictures, normalize, random_crop_flip, to_uint8
+from repeatlab.data.datasets import fixed_order
 from repeatlab.data.randaugment import strong_augment
 from repeatlab.data.unlabelled import EpochOrder
 from repeatlab.tasks import TaskConfig
-from repeatlab.tasks.dataset import (
-    DatasetTask,
-    DatasetTaskConfig,
-    check_batch_size,
+from repeatlab.tasks.classification import (
+    ClassifierTask,
+    ImageModelConfig,
     cross_entropy_bounds,
-    keep_labels,
+    metrics_of,
 )
-from repeatlab.tasks.models import build_classifier
-from repeatlab.tasks.optimization import (
-    Descent,
-    OptimizationConfig,
-    OptimizerChoice,
-    averaged,
-    chosen,
-    move_average,
-)
-from repeatlab.tasks.precision import Precision, place
+from repeatlab.tasks.dataset import check_batch_size, keep_labels, make_stream
+from repeatlab.tasks.learner import Learner
+from repeatlab.tasks.models import build_classifier, drawn_from
 
-# Zero pixels around the weak view's random crop (an eighth of the side), and whether to mirror.
-WEAK = {"digits": (1, False), "mnist": (2, False), "cifar10": (4, True), "stl10": (12, True)}
-EVALUATION_BATCH = 500
 PICTURES = 16
 
 
-class SemiSupervisedConfig(DatasetTaskConfig, OptimizationConfig):
+class SemiSupervisedConfig(ImageModelConfig):
     """Settings of the semi-supervised task; the defaults are for the embedded data."""
 
     unshared: ClassVar[str | None] = None
@@ -81,12 +71,7 @@ class SemiSupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     of the train split, for `stl10`, which has unlabelled images of its own."""
     split_seed: Annotated[int, Field(ge=0)] = 0
     """Which images keep their label; never the run's seed."""
-    model: Literal["cnn", "norm_cnn", "strided_cnn", "resnet18"] = "cnn"
-    width: Annotated[int, Field(ge=1)] = 16
-    """Channels of the CNNs' first layer; without effect on ResNet-18."""
     driver: Literal["total", "supervised", "unsupervised"] = "total"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    optimizer: OptimizerChoice = chosen("momentum")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the labelled images' targets; pseudo-labels stay as they are."""
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -107,19 +92,22 @@ class SemiSupervisedConfig(DatasetTaskConfig, OptimizationConfig):
 
     def check_sizes(self, data: Splits) -> None:
         train = keep_labels(data.train, self.labels, self.split_seed)
-        check_batch_size("batch_size", self.batch_size, len(train), self.dataset)
+        if self.labels is None:
+            check_batch_size("batch_size", self.batch_size, len(train), self.dataset)
 
     def refusals(self) -> dict[str, str]:
-        return super().refusals() | {
+        refused = {
             "rho_loss": "pseudo-labels move with the network, so that no loss is irreducible"
         }
+        if self.labels is not None and self.labels < self.batch_size:
+            few = f"its {self.labels} labels are fewer than the different samples of a batch"
+            refused |= dict.fromkeys(("unweighted", "online"), few)
+        return super().refusals() | refused
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
         if not self.mu and self.driver == "unsupervised":
             raise ValueError("mu: 0 leaves no unsupervised loss to drive with")
-        if self.labels is not None and self.labels < self.batch_size:
-            raise ValueError(f"batch_size {self.batch_size} exceeds the {self.labels} labels")
         return self
 
 
@@ -145,25 +133,22 @@ class SemiBatch(NamedTuple):
     index: int
 
 
-class SemiSupervised(DatasetTask):
+class SemiSupervised(ClassifierTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = SemiSupervisedConfig
+    saved: ClassVar[Mapping[str, str]] = {
+        "model": "model",
+        "optimizer": "learner.optimizer_step",
+        "last_index": "last_index",
+        "ema": "ema",
+    }
 
     def __init__(self, config: SemiSupervisedConfig, *, seed: int, device: str) -> None:
-        self.config, self.seed, self.device = config, seed, torch.device(device)
-        self.precision = Precision.of(config, device)
-        self.data = load_splits(config.dataset, device=device)
+        super().__init__(config, seed=seed, device=device)
         self.labelled = keep_labels(self.data.train, config.labels, config.split_seed)
-        self.padding, self.flip = WEAK.get(config.dataset, (0, False))
-        self.stream = TrainStream(
-            self.labelled,
-            batch_size=config.batch_size,
-            seed=seed,
-            mean=self.data.mean,
-            std=self.data.std,
-            crop_padding=self.padding,
-            flip=self.flip,
+        self.stream = make_stream(
+            self.labelled, self.data, batch_size=config.batch_size, seed=seed, fill=True
         )
         # Images without labels: those of the train split, labelled ones included as in the paper,
         # or STL-10's own, which stay in their file.
@@ -176,29 +161,21 @@ class SemiSupervised(DatasetTask):
             name="unlabelled order",
         )
         _, channels, side, _ = self.labelled.images.shape
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(derive(seed, "weights"))
+        with drawn_from(seed):
             model, _ = build_classifier(
                 config.model, channels, self.data.classes, side=side, width=config.width
             )
-        self.model = place(model, config, device)
-        self.ema = averaged(self.model, config.ema_decay)
-        self.descent = Descent(self.model.parameters(), config, self.precision, device=device)
-        self.descents, self.optimizer = [self.descent], self.descent.optimizer
-        self.optimizers = [self.optimizer]
+        self.train_with(Learner(model, config, device=device))
         self.forward_samples = self.backward_samples = config.batch_size * (1 + 2 * config.mu)
         self.last_index = -1  # of the latest fresh batch that was visited
 
     # --- batches ------------------------------------------------------------------------------
 
-    def fresh_batch(self, index: int) -> SemiBatch:
-        return self._batch(self.stream.indices(index), self.order.piece(index), index, 0)
-
     def refresh(self, batch: SemiBatch, visit: int) -> SemiBatch:
         return self._batch(batch.indices, batch.unlabelled, batch.index, visit)
 
-    def batch_of(self, indices: Tensor, index: int) -> SemiBatch:
-        return self._batch(indices, self.order.piece(index), index, 0)
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> SemiBatch:
+        return self._batch(indices, self.order.piece(index), index, visit)
 
     def pick(self, blocks: Sequence[SemiBatch], picks: Tensor, index: int) -> SemiBatch:
         """Return the labelled images `picks`, each with its own companions."""
@@ -222,8 +199,8 @@ class SemiSupervised(DatasetTask):
             random_crop_flip(
                 images,
                 generator(self.seed, f"{name}/{view}", index),
-                padding=self.padding,
-                flip=self.flip,
+                padding=self.stream.crop_padding,
+                flip=self.stream.flip,
             )
             for name in ("weak", "strong crop")
         )
@@ -237,52 +214,46 @@ class SemiSupervised(DatasetTask):
     def step(
         self, batch: SemiBatch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:
-        config = self.config
-        outputs = self._outputs(batch)
-        supervised, unsupervised = self._losses(batch, *outputs)
-        total = supervised.add(unsupervised, alpha=config.unlabelled_weight)
-        drivers = self._choose(supervised, unsupervised, total)
-        if weights is None:
-            loss = total.mean()
-            report(loss if drivers is total else drivers.mean().detach())
-            self.descent(loss)
-        else:
-            drivers, bounds = drivers.detach(), self._bounds(batch, *(o.detach() for o in outputs))
-            report(drivers.mean(), drivers, bounds)
-            self.descent((weights * total).mean())
-        if config.ema_clock == "updates" or batch.index > self.last_index:
-            move_average(self.ema, self.model, config.ema_decay)
-        self.last_index = max(self.last_index, batch.index)  # spaced visits come back to a batch
+        # Spaced visits come back to an earlier batch.
+        is_fresh = batch.index > self.last_index
+        follows = self.config.ema_clock == "updates" or is_fresh
+        super().step(batch, report, weights, average=follows)
+        self.last_index = max(self.last_index, batch.index)
 
-    def _outputs(self, batch: SemiBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(self, batch: SemiBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits of the labelled images, the weak and the strong views."""
         images = torch.cat([batch.labelled, batch.weak, batch.strong])
-        logits = self.precision(self.model, images)
+        logits = self.learner(images)
         return logits.split([len(batch.labelled), len(batch.weak), len(batch.strong)])
 
-    def _losses(
-        self, batch: SemiBatch, labelled: Tensor, weak: Tensor, strong: Tensor
+    def losses(
+        self, logits: tuple[Tensor, Tensor, Tensor], batch: SemiBatch
     ) -> tuple[Tensor, Tensor]:
-        """Return supervised and unsupervised loss of every sample, (B,) each."""
+        """Return the driver loss and the total of every sample, (B,) each."""
+        labelled, weak, strong = logits
         supervised = functional.cross_entropy(
             labelled,
             batch.labels,
             reduction="none",
             label_smoothing=self.config.label_smoothing,
         )
-        if not len(weak):
-            return supervised, torch.zeros_like(supervised)
-        mask, guess = self._pseudo_labels(weak)
-        losses = functional.cross_entropy(strong, guess, reduction="none") * mask
-        return supervised, losses.view(len(supervised), -1).mean(1)
+        unsupervised = torch.zeros_like(supervised)
+        if len(weak):
+            mask, guess = self._pseudo_labels(weak)
+            of_views = functional.cross_entropy(strong, guess, reduction="none") * mask
+            unsupervised = of_views.view(len(supervised), -1).mean(1)
+        total = supervised.add(unsupervised, alpha=self.config.unlabelled_weight)
+        drivers = {"supervised": supervised, "unsupervised": unsupervised, "total": total}
+        return drivers[self.config.driver], total
 
     def _pseudo_labels(self, weak: Tensor) -> tuple[Tensor, Tensor]:
         """Return whether the network is sure enough of every weak view, and what it sees there."""
         confidence, guess = weak.detach().softmax(1).max(1)
         return confidence >= self.config.threshold, guess
 
-    def _bounds(self, batch: SemiBatch, labelled: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
+    def bounds(self, logits: tuple[Tensor, Tensor, Tensor], batch: SemiBatch) -> Tensor:
         """Return the norm of a sample's total gradient at all its logits, (B,)."""
+        labelled, weak, strong = logits
         smoothing = self.config.label_smoothing
         squares = cross_entropy_bounds(labelled, batch.labels, smoothing=smoothing).square()
         if len(weak):
@@ -291,25 +262,6 @@ class SemiSupervised(DatasetTask):
             parts = scale * mask * cross_entropy_bounds(strong, guess)
             squares = squares + parts.square().view(len(squares), -1).sum(1)
         return squares.sqrt()
-
-    def _choose(self, supervised: Tensor, unsupervised: Tensor, total: Tensor) -> Tensor:
-        losses = {"supervised": supervised, "unsupervised": unsupervised, "total": total}
-        return losses[self.config.driver]
-
-    @torch.no_grad()
-    def sample_losses(self, batch: SemiBatch) -> Tensor:
-        self.model.eval()
-        supervised, unsupervised = self._losses(batch, *self._outputs(batch))
-        self.model.train()
-        total = supervised.add(unsupervised, alpha=self.config.unlabelled_weight)
-        return self._choose(supervised, unsupervised, total)
-
-    @torch.no_grad()
-    def gradient_bounds(self, batch: SemiBatch) -> Tensor:
-        self.model.eval()
-        bounds = self._bounds(batch, *self._outputs(batch))
-        self.model.train()
-        return bounds
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -320,24 +272,12 @@ class SemiSupervised(DatasetTask):
         The mask rate is the share of images, unaugmented, that it is sure enough of. "train" means
         the labelled images, at most as many as the validation split has.
         """
-        data = getattr(self.data, split) if split != "train" else self._train_subset()
-        batches = iter_batches(data, EVALUATION_BATCH, self.data.mean, self.data.std)
-        model = self.ema or self.model
-        self.model.eval()
-        logits = torch.cat([self.precision(model, batch.images) for batch in batches]).double()
-        self.model.train()
-        labels, guesses = data.labels.cpu(), logits.argmax(1).cpu()
-        sure = logits.softmax(1).amax(1) >= self.config.threshold
-        return {
-            "loss": functional.cross_entropy(logits, data.labels).item(),
-            "accuracy": (guesses == labels).double().mean().item(),
-            "macro_f1": float(f1_score(labels, guesses, average="macro", zero_division=0.0)),
-            "mask_rate": sure.double().mean().item(),
-        }
-
-    def _train_subset(self) -> ImageSet:
-        order = torch.randperm(len(self.labelled), generator=generator(0, "train subset"))
-        return self.labelled.subset(order[: len(self.data.validation)].numpy())
+        data = self.labelled if split == "train" else getattr(self.data, split)
+        if split == "train":
+            data = data.subset(fixed_order(data)[: len(self.data.validation)].numpy())
+        logits = self.learner.outputs(data, self.data)
+        sure = logits.cpu().double().softmax(1).amax(1) >= self.config.threshold
+        return metrics_of(logits, data.labels) | {"mask_rate": sure.double().mean().item()}
 
     def pictures(self) -> dict[str, np.ndarray]:
         """Return weak and strong views of the first unlabelled images, uint8."""
@@ -349,25 +289,4 @@ class SemiSupervised(DatasetTask):
             for v in (self.data.mean, self.data.std)
         )
         views = {"weak": batch.weak[:PICTURES], "strong": batch.strong[:PICTURES]}
-        return {name: to_bytes(images * std + mean) for name, images in views.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.descent.state_dict(),
-            "last_index": self.last_index,
-        }
-        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.descent.load_state_dict(state["optimizer"])
-        self.last_index = state["last_index"]
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """Return images in [0, 1], (n, channels, height, width), as uint8 (n, height, width[, 3])."""
-    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+        return {name: as_pictures(to_uint8(images * std + mean)) for name, images in views.items()}

@@ -18,27 +18,26 @@ Embeddings, the encoder's features, are also judged by retrieval within the eval
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.core.schema import ConfigError, did_you_mean
-from repeatlab.core.seeding import derive, generator
-from repeatlab.data import DATASETS, Batch, ImageSet, Splits, load_splits
+from repeatlab.core.schema import ConfigError
+from repeatlab.data import Batch, ImageSet, Splits, load_splits
+from repeatlab.data.datasets import fixed_order
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     ClassifierTask,
-    make_stream,
     metrics_of,
     of_classes,
 )
-from repeatlab.tasks.dataset import check_batch_size, cross_entropy_bounds, keep_labels
+from repeatlab.tasks.dataset import check_batch_size, keep_labels, known_dataset, make_stream
 from repeatlab.tasks.learner import Learner
+from repeatlab.tasks.models import drawn_from
 from repeatlab.tasks.pretraining import PretrainingConfig, pretrained
 from repeatlab.tasks.retrieval import retrieval
 
@@ -70,9 +69,7 @@ class TransferConfig(ClassifierConfig):
     @field_validator("source")
     @classmethod
     def _source_known(cls, value: str | None) -> str | None:
-        if value is not None and value not in DATASETS:
-            raise ValueError(f"unknown dataset {value!r}; {did_you_mean(value, DATASETS)}")
-        return value
+        return value if value is None else known_dataset(value)
 
 
 class Transfer(ClassifierTask):
@@ -90,14 +87,10 @@ class Transfer(ClassifierTask):
         source = self.data if config.source is None else load_splits(config.source, device=device)
         known, self.classes, train = _shared_out(config, self.data, source)
         self.stream = make_stream(
-            train,
-            self.data,
-            batch_size=config.batch_size,
-            seed=seed,
-            augment=config.augment,
+            train, self.data, batch_size=config.batch_size, seed=seed, augment=config.augment
         )
         network, self.pretraining = pretrained(
-            config.model_copy(update={"dataset": source.name}),
+            config.model_copy(update={"dataset": config.source or config.dataset}),
             config.pretraining,
             known,
             len(known),
@@ -105,41 +98,16 @@ class Transfer(ClassifierTask):
             device=device,
         )
         encoder, old_head = network
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(derive(seed, "head"))
+        with drawn_from(seed, "head"):
             head = nn.Linear(old_head.in_features, len(self.classes))
-        self.learner = Learner(
-            nn.Sequential(encoder, head), config, device=device, head_only=config.tune == "head"
-        )
-        self.encoder, self.head = self.learner.network
-        self.ema = self.learner.average
-        self.descents = [self.learner.descent]
-        self.optimizers = [self.learner.descent.optimizer]
+        frozen = encoder if config.tune == "head" else None
+        self.train_with(Learner(nn.Sequential(encoder, head), config, device=device, frozen=frozen))
+        self.encoder, self.head = self.model
 
-    def step(
-        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
-    ) -> None:
-        logits = self.learner(batch.images)
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return every sample's cross-entropy, (b,), which drives and is descended."""
         losses = functional.cross_entropy(logits, batch.labels, reduction="none")
-        if weights is None:
-            loss = losses.mean()
-            report(loss)
-        else:
-            bounds = cross_entropy_bounds(logits.detach(), batch.labels)
-            report(losses.detach().mean(), losses.detach(), bounds)
-            loss = (weights * losses).mean()
-        self.learner.step(loss)
-
-    @torch.no_grad()
-    def sample_losses(self, batch: Batch) -> Tensor:
-        with self.learner.evaluating():
-            logits = self.learner(batch.images)
-        return functional.cross_entropy(logits, batch.labels, reduction="none")
-
-    @torch.no_grad()
-    def gradient_bounds(self, batch: Batch) -> Tensor:
-        with self.learner.evaluating():
-            return cross_entropy_bounds(self.learner(batch.images), batch.labels)
+        return losses, losses
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
@@ -156,14 +124,7 @@ class Transfer(ClassifierTask):
         if split != "train":
             return _of_run(getattr(self.data, split), self.classes)
         train, most = self.stream.data, len(self._evaluated("validation"))
-        order = torch.randperm(len(train), generator=generator(0, "train subset"))
-        return train.subset(order[:most].numpy())
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.learner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state)
+        return train.subset(fixed_order(train)[:most].numpy())
 
 
 def _shared_out(

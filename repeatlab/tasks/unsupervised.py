@@ -21,8 +21,8 @@ binarised pixels unless the method asks for `fresh_views`. There is no BatchNorm
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,22 +30,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repeatlab.core.seeding import derive, generator
-from repeatlab.data import Batch, TrainStream, iter_batches, load_splits
+from repeatlab.core.seeding import generator
+from repeatlab.data import Batch, TrainStream, iter_batches
+from repeatlab.data.augment import as_pictures, to_uint8
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
-from repeatlab.tasks.fid import Extractor, Fid, as_pictures, prepare, to_uint8
-from repeatlab.tasks.optimization import (
-    Descent,
-    OptimizationConfig,
-    OptimizerChoice,
-    averaged,
-    chosen,
-    move_average,
-)
-from repeatlab.tasks.precision import Precision, place
+from repeatlab.tasks.fid import Extractor, Fid, prepare
+from repeatlab.tasks.learner import EVALUATION_BATCH, Learner
+from repeatlab.tasks.models import drawn_from
+from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, chosen
+from repeatlab.tasks.precision import Precision
 
-EVALUATION_BATCH = 500
 PICTURES = 16  # of each kind
 
 
@@ -83,90 +78,63 @@ class Unsupervised(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = UnsupervisedConfig
+    saved: ClassVar[Mapping[str, str]] = {
+        "model": "model",
+        "optimizer": "learner.optimizer_step",
+        "noise": "noise",
+        "ema": "ema",
+    }
 
     def __init__(self, config: UnsupervisedConfig, *, seed: int, device: str) -> None:
-        self.config, self.seed, self.device = config, seed, device
-        self.data = load_splits(config.dataset, device=device)
+        super().__init__(config, seed=seed, device=device)
         channels, size = self.data.train.images.shape[1:3]
         # Pixels stay in [0, 1]: they are the Bernoulli's targets.
         self.scale = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
         self.stream = TrainStream(
             self.data.train, batch_size=config.batch_size, seed=seed, **self.scale
         )
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(derive(seed, "weights"))
-            self.model = VAE(channels, size, width=config.width, latent=config.latent)
-        precision = self.model.precision = Precision.of(config, device)
-        for part in (self.model.encoder, self.model.decoder):
-            place(part, config, device)
-        self.ema = averaged(self.model, config.ema_decay)
-        self.descent = Descent(self.model.parameters(), config, precision, device=device)
-        self.descents, self.optimizer = [self.descent], self.descent.optimizer
-        self.optimizers = [self.optimizer]
+        with drawn_from(seed):
+            model = VAE(channels, size, width=config.width, latent=config.latent)
+        model.precision = Precision.of(config, device)
+        parts = (model.encoder, model.decoder)
+        self.train_with(Learner(model, config, device=device, parts=parts))
+        self.model, self.ema = self.learner.network, self.learner.average
         self.noise = generator(seed, "epsilon")
         self.fid = Fid(self.data, config.extractor)
-        self.forward_samples = self.backward_samples = config.batch_size
 
-    def fresh_batch(self, index: int) -> Batch:
-        return self._binarized(self.stream.fresh_batch(index))
-
-    def refresh(self, batch: Batch, visit: int) -> Batch:
-        return self._binarized(self.stream.batch_of(batch.indices, batch.index), visit)
-
-    def batch_of(self, indices: Tensor, index: int) -> Batch:
-        return self._binarized(self.stream.batch_of(indices, index))
-
-    def _binarized(self, batch: Batch, visit: int = 0) -> Batch:
+    def make_batch(self, indices: Tensor, index: int, visit: int = 0) -> Batch:
+        batch = self.stream.batch_of(indices, index)
         if not self.config.binarize:
             return batch
-        draws = generator(self.seed, f"binarize/{visit}" if visit else "binarize", batch.index)
+        draws = generator(self.seed, f"binarize/{visit}" if visit else "binarize", index)
         return batch._replace(images=binarize(batch.images, draws))
 
-    def step(
-        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
-    ) -> None:
-        logits, *parts = self.model.terms(batch.images, self._epsilon(batch, self.noise))
-        losses = parts[0] + parts[1]
-        loss = losses.mean()
-        if weights is None:
-            report(loss if self.config.driver == "elbo" else self._driver(*parts).mean())
-        else:
-            drivers = self._driver(*parts).detach()
-            report(drivers.mean(), drivers, bernoulli_bounds(logits.detach(), batch.images))
-            loss = (weights * losses).mean()
-        self.descent(loss)
-        move_average(self.ema, self.model, self.config.ema_decay)
+    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `VAE.terms` does, with the epsilon that this update draws.
 
-    def _driver(self, reconstruction: Tensor, divergence: Tensor) -> Tensor:
-        if self.config.driver == "elbo":
-            return reconstruction + divergence
-        return reconstruction if self.config.driver == "reconstruction" else divergence
+        For a batch's `sample_losses` it is the epsilon that the next update will draw, so that
+        their mean is then that update's driver loss.
+        """
+        return self.model.terms(batch.images, self._epsilon(batch))
 
-    def _epsilon(self, batch: Batch, noise: torch.Generator) -> Tensor:
+    def losses(self, terms: tuple[Tensor, Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the driver loss and the negative ELBO of every image, (b,) each."""
+        _, reconstruction, divergence = terms
+        total = reconstruction + divergence
+        drivers = {"elbo": total, "reconstruction": reconstruction, "kl": divergence}
+        return drivers[self.config.driver], total
+
+    def bounds(self, terms: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Tensor:
+        """Return the norm of the reconstruction's gradient at the decoder's logits, (b,)."""
+        return bernoulli_bounds(terms[0], batch.images)
+
+    def _epsilon(self, batch: Batch) -> Tensor:
         """Return one draw for every sample, made on the CPU: (batch, latent)."""
-        if not self.config.redraw_epsilon:
-            noise = generator(self.seed, "epsilon", batch.index)
+        redrawn = self.config.redraw_epsilon
+        noise = self.noise if redrawn else generator(self.seed, "epsilon", batch.index)
         samples = len(batch.images) if self.share is None else self.batch_size
         epsilon = torch.randn((samples, self.config.latent), generator=noise)
         return epsilon[self.share or slice(None)].to(self.device, non_blocking=True)
-
-    @torch.no_grad()
-    def sample_losses(self, batch: Batch) -> Tensor:
-        """Return the driver loss of every sample, with the epsilon that the next update will draw.
-
-        On the same batch their mean is then the next update's driver loss.
-        """
-        upcoming = torch.Generator()
-        upcoming.set_state(self.noise.get_state())
-        return self._driver(*self.model.losses(batch.images, self._epsilon(batch, upcoming)))
-
-    @torch.no_grad()
-    def gradient_bounds(self, batch: Batch) -> Tensor:
-        """Return the norm of the reconstruction's gradient at the decoder's logits, (batch,)."""
-        upcoming = torch.Generator()
-        upcoming.set_state(self.noise.get_state())
-        logits, *_ = self.model.terms(batch.images, self._epsilon(batch, upcoming))
-        return bernoulli_bounds(logits, batch.images)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
@@ -181,33 +149,31 @@ class Unsupervised(DatasetTask):
         for batch in iter_batches(data, EVALUATION_BATCH, **self.scale):
             images = binarize(batch.images, draws) if self.config.binarize else batch.images
             epsilon = torch.randn((len(images), self.config.latent), generator=draws)
-            pieces.append(torch.stack(self._evaluated.losses(images, epsilon.to(self.device))))
-        reconstruction, divergence = torch.cat(pieces, dim=1).double().mean(dim=1)
+            terms = self.learner.evaluated.terms(images, epsilon.to(self.device))
+            pieces.append(torch.stack(terms[1:]))
+        parts = torch.cat(pieces, dim=1).cpu().double().mean(dim=1)
+        driver, total = self.losses((None, *parts), None)
         metrics = {
-            "loss": self._driver(reconstruction, divergence).item(),
-            "negative_elbo": (reconstruction + divergence).item(),
-            "reconstruction": reconstruction.item(),
-            "kl": divergence.item(),
+            "loss": driver.item(),
+            "negative_elbo": total.item(),
+            "reconstruction": parts[0].item(),
+            "kl": parts[1].item(),
         }
         if split != "train":
             metrics[self.fid.name] = self.fid(self._samples(self.config.fid_samples), split)
         return metrics
 
-    @property
-    def _evaluated(self) -> VAE:
-        return self.ema or self.model
-
     def _samples(self, count: int) -> Tensor:
         """Return the decoder's means at fixed draws from the prior: uint8, (count, ...)."""
         latents = torch.randn((count, self.config.latent), generator=generator(0, "latents"))
-        model = self._evaluated
+        model = self.learner.evaluated
         pieces = [model.decode(z).sigmoid() for z in latents.to(self.device).split(500)]
         return to_uint8(torch.cat(pieces))
 
     @torch.no_grad()
     def pictures(self) -> dict[str, np.ndarray]:
         """Return validation images, their reconstructions at the posterior's mean, and samples."""
-        originals, model = self.data.validation.images[:PICTURES], self._evaluated
+        originals, model = self.data.validation.images[:PICTURES], self.learner.evaluated
         means, _ = model.encode(originals.float() / 255)
         images = {
             "originals": originals,
@@ -215,21 +181,6 @@ class Unsupervised(DatasetTask):
             "samples": self._samples(PICTURES),
         }
         return {name: as_pictures(value) for name, value in images.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.descent.state_dict(),
-            "noise": self.noise.get_state(),
-        }
-        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.descent.load_state_dict(state["optimizer"])
-        self.noise.set_state(state["noise"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
 
 
 class VAE(nn.Module):
@@ -292,17 +243,15 @@ class VAE(nn.Module):
         """Return the logits of the pixels, (batch, channels, size, size)."""
         return self.precision(self.decoder, z)
 
-    def losses(self, images: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        """Return reconstruction loss and KL divergence in nats per image, each (batch,).
+    def terms(self, images: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the decoder's logits, and reconstruction loss and KL divergence of every image.
+
+        Logits are shaped as the images, the losses (batch,), in nats.
 
         Args:
             images: (batch, channels, size, size), in [0, 1].
             epsilon: (batch, latent), standard normal.
         """
-        return self.terms(images, epsilon)[1:]
-
-    def terms(self, images: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the decoder's logits, shaped as the images, and the two parts of `losses`."""
         mean, log_variance = self.encode(images)
         logits = self.decode(mean + (0.5 * log_variance).exp() * epsilon)
         reconstruction = functional.binary_cross_entropy_with_logits(

@@ -1,25 +1,25 @@
 """Checkpoints: the whole state of a run on disk, so that a killed run goes on where it was.
 
 A checkpoint is written beside the last one, synced and renamed into its place; the last one is kept
-as the previous. It is loaded without unpickling code, and held to the digest that it carries: one
-that is truncated or damaged is passed over.
+as the previous. One that is truncated or damaged, which its digest tells, is passed over.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import pickle
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from repeatlab.core.files import StoreError, temporary_beside
+from repeatlab.core.files import StoreError, replacing
+from repeatlab.core.tensor_files import read_tensors, write_tensors
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-_DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
 
 
 def save(directory: Path, state: dict[str, Any]) -> None:
@@ -28,32 +28,28 @@ def save(directory: Path, state: dict[str, Any]) -> None:
     Raises:
         StoreError: it cannot be written; the checkpoints there are stay as they are.
     """
-    temporary = temporary_beside(directory / CURRENT)
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"state": state, "digest": digest(state)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if (directory / CURRENT).exists():
-            (directory / CURRENT).replace(directory / PREVIOUS)
-        temporary.replace(directory / CURRENT)
-        _sync(directory)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise StoreError(f"the checkpoint in {directory} cannot be written: {reason}") from error
+    current = directory / CURRENT
+    with replacing(current) as temporary:
+        write_tensors(temporary, state)
+        if current.exists():
+            current.replace(directory / PREVIOUS)
+    _sync(directory)
 
 
 def load(directory: Path) -> Iterator[dict[str, Any]]:
-    """Yield the states of the checkpoints that can be read, the latest first, on the CPU."""
-    for name in (CURRENT, PREVIOUS):
-        try:
-            saved = torch.load(directory / name, map_location="cpu", weights_only=True)
-            whole = saved["digest"] == digest(saved["state"])
-        except _DAMAGED:
+    """Yield the states of the checkpoints that are whole, the latest first, on the CPU.
+
+    What is passed over is named in the log.
+    """
+    for path in (directory / CURRENT, directory / PREVIOUS):
+        if not path.exists():
             continue
-        if whole:
-            yield saved["state"]
+        try:
+            state = read_tensors(path)
+        except StoreError as error:
+            logging.getLogger(__name__).warning("%s; the run goes on from what lies before", error)
+            continue
+        yield state
 
 
 def remove(directory: Path) -> None:
@@ -64,16 +60,12 @@ def remove(directory: Path) -> None:
 
 def _sync(directory: Path) -> None:
     """Make the renames themselves durable, where the system can."""
-    try:
+    with suppress(OSError):  # not every file system syncs directories
         handle = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # not every file system syncs directories
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def digest(state: Any) -> str:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from repeatlab.core.schema import Model, choice, choices, named, parse
 from repeatlab.methods.sampling import SAMPLERS
-from repeatlab.methods.schedules import SCHEDULES, WarmUp
+from repeatlab.methods.schedules import SCHEDULES
 from repeatlab.repetition.mappings import MAPPINGS, Trace
-from repeatlab.tasks import TASKS, load_task
+from repeatlab.tasks import TASKS, load_task, version
 from repeatlab.training.early_stopping import EarlyStopping
 
 # Part of every run's identity: raise it when the same configuration would give other records.
 RECORD_VERSION = 4
 
 PositiveInt = Annotated[int, Field(ge=1)]
-# More threads than any machine has end the process rather than raise.
+# More threads or processes than any machine has end the process rather than raise.
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Control = Literal[
@@ -41,6 +42,8 @@ class TraceConfig(Model):
     The source is the run of `of` on the same task with the same seed and budget; it is found in the
     store or made first.
     """
+
+    most: ClassVar = {"window": 10**6, "gap": 10**6}
 
     name: Literal["trace"]
     counts: Annotated[tuple[int, ...], Field(strict=False)] | None = None
@@ -70,24 +73,10 @@ class TraceConfig(Model):
         return Trace(self.counts)
 
 
-class WarmUpConfig(Model):
-    """A rate that rises linearly to its full height over the first updates."""
-
-    updates: PositiveInt
-    """How many; under a budget, the share of it that they are of T."""
-    start: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The factor at the first update. Goyal et al. begin at the unscaled rate: base_batch_size /
-    batch_size."""
-
-    def build(self) -> WarmUp:
-        """Return the factor as a function of the update."""
-        return WarmUp(self.updates, self.start)
-
-
 class DistillationConfig(Model):
     """How a run learns from an ensemble besides the labels; see `repeatlab.tasks.distillation`."""
 
-    teachers: PositiveInt = 3
+    teachers: Annotated[int, Field(ge=1, le=100)] = 3
     """Standard runs of other seeds; their cost is charged to the run that learns from them."""
     updates: PositiveInt | None = None
     """Of each teacher; null makes as many as the run's T."""
@@ -109,12 +98,6 @@ class MethodConfig(Model):
         | None
     ) = None
     schedule: choice("schedule", SCHEDULES) | None = None
-    warm_up: WarmUpConfig | None = None
-    """Where the rate begins and how long it rises, on top of the schedule; null: not at all."""
-    base_batch_size: PositiveInt | None = None
-    """The batch size that the task's rate is meant for: the run's is batch_size / base_batch_size
-    times it (Goyal et al. 2017, arXiv 1706.02677). The short run of `t: auto` and models that a
-    sampler trains beforehand keep the task's own rate, as under a schedule."""
     distillation: DistillationConfig | None = None
     """Of an ensemble into the run's network, on the supervised task."""
     apply: Literal["repeat", "step_size", "fresh_samples"] = "repeat"
@@ -183,8 +166,8 @@ class BudgetConfig(Model):
 class LoaderConfig(Model):
     """An artificially slow loader, as over a network (data echoing, Choi et al. 2019)."""
 
-    delay_ms: Annotated[float, Field(ge=0)] = 0.0
-    """Milliseconds that every batch takes, on top of its making."""
+    delay_ms: Annotated[float, Field(ge=0, le=60_000)] = 0.0
+    """Milliseconds that every batch takes, on top of its making; at most a minute."""
     prefetch: bool = False
     """Whether the next batch is made while updates run."""
 
@@ -226,6 +209,8 @@ class EvaluationConfig(Model):
 class RunConfig(Model):
     """Everything that one run depends on."""
 
+    most: ClassVar = {"seed": 2**63 - 1}
+
     task: TaskChoice
     method: MethodConfig = MethodConfig()
     max_updates: PositiveInt
@@ -237,7 +222,7 @@ class RunConfig(Model):
     device: Device = "auto"
     threads: Threads = 1
     """CPU threads of torch: sums, and so the records, depend on their number."""
-    processes: PositiveInt = 1
+    processes: Threads = 1
     """Processes that share every batch (`repeatlab.training.data_parallel`), under torchrun where
     it is more than one: sums depend on their number, and BatchNorm sees a share of the batch."""
 
@@ -275,11 +260,7 @@ class RunConfig(Model):
                 f"method.mapping.of: {method.source!r} names a method of a study; a single run "
                 "needs the method itself"
             )
-        if method.warm_up is not None and method.warm_up.updates > self.max_updates:
-            raise ValueError(
-                f"method.warm_up.updates: {method.warm_up.updates} exceeds max_updates: "
-                f"{self.max_updates}"
-            )
+        self._check_target()
         counts = getattr(method.mapping, "counts", None)
         if counts is not None and sum(counts) < self.max_updates:
             raise ValueError(
@@ -310,16 +291,23 @@ class RunConfig(Model):
                 raise ValueError(f"{path} is not for the task {self.task.name}: {refusals[part]}")
         return self
 
+    def _check_target(self) -> None:
+        """See that `linear` with `t: auto`, or the method that it is replayed of, can meet E[N]."""
+        target = (self.calibration or CalibrationConfig()).target_repeats
+        for method in (self.method, self.method.source):
+            linear = method is not None and method.calibrated and method.mapping.name == "linear"
+            if linear and target >= method.mapping.max_repeats:
+                raise ValueError(
+                    "calibration.target_repeats: must be less than the mapping's max_repeats, "
+                    f"{method.mapping.max_repeats}; not {target}"
+                )
+
     @model_validator(mode="after")
     def _can_be_distilled(self) -> Self:
         if self.method.distillation is None:
             return self
-        sampler, warm_up = self.method.sampler, self.method.warm_up
-        updates = self.method.distillation.updates
+        sampler = self.method.sampler
         refused = {
-            f"updates: {updates} end before the teachers' warm-up does": (
-                warm_up and updates and updates < warm_up.updates
-            ),
             f"it is not for the task {self.task.name}, only for supervised": (
                 self.task.name != "supervised"
             ),
@@ -338,11 +326,22 @@ class RunConfig(Model):
                 raise ValueError(f"method.distillation: {reason}")
         return self
 
-    @property
+    @cached_property
     def run_id(self) -> str:
-        """Sixteen hex digits that identify the configuration."""
-        text = json.dumps([RECORD_VERSION, self.to_json()], sort_keys=True)
+        """Sixteen hex digits that identify the configuration and what the code makes of it.
+
+        The code counts by two numbers, `RECORD_VERSION` and its task's (`repeatlab.tasks.version`;
+        for a task of one's own a digest of its source): they say where it means something else.
+        """
+        identity = [RECORD_VERSION, version(self.task.name), self.to_json()]
+        text = json.dumps(identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def model_copy(self, **changes: Any) -> Self:
+        """Return a copy with changes, which has an identity of its own."""
+        copied = super().model_copy(**changes)
+        copied.__dict__.pop("run_id", None)
+        return copied
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as JSON-safe values; `parse` reads it back."""

@@ -27,7 +27,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from repeatlab.core.signals import Interrupted
 from repeatlab.repetition.loss_reader import in_process_group
+from repeatlab.training.stand_ins import StandIn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +48,32 @@ AGREE_UPDATES = 32
 
 class TeamBroken(RuntimeError):
     """A run failed in the middle of an update: its processes no longer go in step."""
+
+
+class Alone:
+    """A process that trains a run by itself: a `Team` of one, which waits for nobody."""
+
+    rank, size, leads = 0, 1, True
+
+    def any(self, flag: bool) -> bool:
+        """See `Team`."""
+        return flag
+
+    def sometimes_any(self, flag: Callable[[], bool]) -> Callable[[], bool]:
+        """See `Team`."""
+        return flag
+
+    def broadcast(self, value: Any = None) -> Any:
+        """See `Team`."""
+        return value
+
+    def sharing(self, task: Task) -> tuple[Task, dict[str, Any]]:
+        """See `Team`."""
+        return task, {}
+
+    def lead(self, run: Callable[[], None], job: Any) -> None:
+        """See `Team`."""
+        run()
 
 
 @dataclass(frozen=True)
@@ -103,14 +131,37 @@ class Team:
         received = io.BytesIO(content.numpy().tobytes())
         return torch.load(received, map_location="cpu", weights_only=True)
 
+    def sharing(self, task: Task) -> tuple[Task, dict[str, Any]]:
+        """Return what trains the task on this process's share, and how its losses are joined.
 
-def current_team() -> Team | None:
-    """Return the processes that this one trains together with; None where it is alone."""
-    return Team(dist.get_rank(), dist.get_world_size()) if in_process_group() else None
+        The latter are arguments of `BatchRepeater`.
+        """
+        shared = SharedTask(task, self)
+        return shared, {"reduce": shared.losses.start, "join": shared.losses.join}
+
+    def lead(self, run: Callable[[], None], job: Any) -> None:
+        """Run process 0's share of a job, which the others get to know of.
+
+        Raises:
+            Interrupted: all have stopped after the same update.
+            TeamBroken: it failed.
+        """
+        self.broadcast(job)
+        try:
+            run()
+        except Interrupted:
+            raise
+        except Exception as error:
+            raise TeamBroken(f"{type(error).__name__}: {error}") from error
+
+
+def current_team() -> Team | Alone:
+    """Return the processes that this one trains together with."""
+    return Team(dist.get_rank(), dist.get_world_size()) if in_process_group() else Alone()
 
 
 @contextmanager
-def process_group(timeout: timedelta = TIMEOUT) -> Iterator[Team | None]:
+def process_group(timeout: timedelta = TIMEOUT) -> Iterator[Team | Alone]:
     """Join the processes that torchrun has started, on gloo, and on NCCL where there are GPUs.
 
     Every process takes the GPU of its local rank.
@@ -135,7 +186,7 @@ def process_group(timeout: timedelta = TIMEOUT) -> Iterator[Team | None]:
         dist.destroy_process_group()
 
 
-class SharedTask:
+class SharedTask(StandIn):
     """Trains a task on this process's share of every batch, with the joined batch's gradients.
 
     Args:
@@ -147,9 +198,9 @@ class SharedTask:
     """
 
     def __init__(self, task: Task, team: Team) -> None:
+        super().__init__(task)
         share = team.share(task.batch_size)
         self.losses = JoinedLosses((share.stop - share.start) / task.batch_size)
-        self._task = task
         self._picks = torch.arange(share.start, share.stop, device=task.device)
         self._whole: Any = None
         self._part: Any = None
@@ -161,8 +212,8 @@ class SharedTask:
         """Make one update, as `Task.step`, on the share of a whole batch."""
         if batch is not self._whole:  # a repeat has its share already
             self._whole = batch
-            self._part = self._task.pick([batch], self._picks, batch.index)
-        self._task.step(self._part, report)
+            self._part = self.task.pick([batch], self._picks, batch.index)
+        self.task.step(self._part, report)
 
 
 class JoinedLosses:
@@ -274,8 +325,8 @@ class GradientSum:
             return
         gradients = [p.grad for p in self._parameters]
         parts = self._losses.sum_with(gradients).split([g.numel() for g in gradients])
-        parts = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
-        torch._foreach_copy_(gradients, parts)
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
         self._arrived, self._summed = 0, True
 
     def _check(self, *_: Any) -> None:
@@ -290,8 +341,13 @@ class GradientSum:
 class SilentWriter:
     """What a process that does not lead has in the place of a `RunWriter`: writes nothing."""
 
+    path = None
+
     def updates(self, columns: Any) -> None:
         """Ignore rows."""
 
     def evals(self, update: int, metrics: Any, ledger: Any) -> None:
         """Ignore an evaluation."""
+
+    def sampler(self, columns: Any) -> None:
+        """Ignore what a sampler says."""

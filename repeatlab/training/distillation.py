@@ -1,8 +1,6 @@
-"""The teacher of a distilled run: an ensemble of ordinary runs, found in the store or made first.
+"""The task of a distilled run, whose teacher is an ensemble of ordinary runs (`teacher_runs`).
 
-Teachers are standard training of the run's own task at its rates, each from a seed of its own that
-follows from the run's: every seed of a study has other teachers. They never see validation or test
-split. All that they cost is charged to the run that learns from them.
+All that they cost is charged to the run that learns from them.
 """
 
 from __future__ import annotations
@@ -11,33 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from time import perf_counter
 
-from repeatlab.core.seeding import derive
 from repeatlab.cost import spent_on
 from repeatlab.store.records import Run
 from repeatlab.tasks import Task
 from repeatlab.tasks.distillation import Distilled
-from repeatlab.training.config import EvaluationConfig, MethodConfig, RunConfig
+from repeatlab.training.config import RunConfig
 from repeatlab.training.ensembles import member_log_probabilities, of_seeds
-
-
-def teacher_runs(config: RunConfig) -> list[RunConfig]:
-    """Return the runs that `config` learns from; none where it is not distilled."""
-    method, settings = config.method, config.method.distillation
-    if settings is None:
-        return []
-    rates = {name: getattr(method, name) for name in ("schedule", "warm_up", "base_batch_size")}
-    return [
-        RunConfig(
-            task=config.task,
-            method=MethodConfig(**rates),
-            max_updates=settings.updates or config.max_updates,
-            seed=derive(config.seed, "teacher", number),
-            evaluation=EvaluationConfig(splits=(), test=False, keep=1),
-            device=config.device,
-            threads=config.threads,
-        )
-        for number in range(settings.teachers)
-    ]
 
 
 def distilled_task(config: RunConfig, teachers: Sequence[Run], *, device: str) -> Task:

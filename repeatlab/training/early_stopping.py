@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from math import isnan
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from repeatlab.core.schema import Model
 
@@ -41,14 +41,6 @@ class EarlyStopping(Model):
     restore_best: bool = False
     """Whether the run ends with the weights of its best evaluation, stopped early or not: with them
     it is tested, the final metrics are theirs, and `evaluation.keep` keeps the last new bests."""
-
-    @model_serializer(mode="wrap")
-    def _without_its_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Say nothing of `restore_best` where it is off: earlier runs keep their identity."""
-        fields = write(self)
-        if not self.restore_best:
-            fields.pop("restore_best", None)
-        return fields
 
 
 class Patience:

@@ -1,11 +1,10 @@
-"""The moving parts of a run's method: its mapping, and the loader of its fresh batches."""
+"""Where a run's fresh batches come from: a task, what chooses their samples, and a loader."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from time import sleep
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,83 +12,38 @@ import torch
 from repeatlab.core.seeding import derive
 from repeatlab.methods import controls
 from repeatlab.methods.sampling.running import RunningSampler, Selection
-from repeatlab.repetition.mappings import Constant, Mapping, Trace
 from repeatlab.tasks import Task
-from repeatlab.training.config import LoaderConfig, RunConfig, TraceConfig
+from repeatlab.training.config import RunConfig
 
 
-class Source(NamedTuple):
-    """What a control takes from the run that it replays.
+class AsTheyCome(RunningSampler):
+    """No sampler: the task's own fresh batches, without weights."""
 
-    Attributes:
-        counts: int64, (fresh batches,): N.
-        losses: float64, (fresh batches,): the losses that decided.
-    """
-
-    counts: np.ndarray
-    losses: np.ndarray
-
-
-def build_mapping(
-    config: RunConfig, *, t: float | None = None, source: Source | None = None
-) -> Mapping:
-    """Return the run's mapping, with its calibrated t, its seed, or its source's changed counts.
-
-    Not for `spaced`, whose visits are no property of a batch: `SpacedBatches` is its loader.
-    """
-    choice = config.method.mapping
-    if choice is None:
-        return Constant(1)
-    if isinstance(choice, TraceConfig):
-        if choice.counts is not None:
-            return choice.build()
-        return Trace(tuple(_controlled(choice, source, config.seed).tolist()))
-    overrides: dict[str, Any] = {}
-    if config.method.calibrated:
-        overrides[type(choice).target.calibrated] = t
-    if "seed" in type(choice).target.__dataclass_fields__:
-        overrides["seed"] = derive(config.seed, "mapping")
-    return choice.build(**overrides)
-
-
-def _controlled(choice: TraceConfig, source: Source, seed: int) -> np.ndarray:
-    counts, window = source.counts, choice.window
-    draws = derive(seed, "control")
-    return {
-        "replay": lambda: counts,
-        "permuted": lambda: controls.permuted(counts, seed=draws),
-        "windowed": lambda: controls.windowed(counts, window=window, seed=draws),
-        "time_only": lambda: controls.time_only(counts, window=window),
-        "anti_hard": lambda: controls.anti_hard(counts, source.losses, window=window),
-        "falling_linear": lambda: controls.falling(counts, shape="linear"),
-        "falling_cosine": lambda: controls.falling(counts, shape="cosine"),
-    }[choice.control]()
+    def fresh_batch(self, index: int) -> Any:
+        """See `RunningSampler`."""
+        return self.task.fresh_batch(index)
 
 
 def start_sampler(
-    config: RunConfig, task: Task, *, progress: Callable[[], float]
-) -> RunningSampler | None:
-    """Return what chooses the samples of the run's fresh batches; None takes them as they come.
+    config: RunConfig, task: Task, *, kind: type[Task], progress: Callable[[], float]
+) -> RunningSampler:
+    """Return what chooses the samples of the run's fresh batches.
 
     Args:
         config: The run.
-        task: Its task.
+        task: Its task, or what stands for it.
+        kind: The task's class, of which a sampler may train others beforehand.
         progress: Returns which share of the run is over, in [0, 1].
     """
     if config.method.sampler is None:
-        return None
+        return AsTheyCome(task, config.seed)
 
     def rebuild(stream: str) -> Task:
-        return type(task)(config.task, seed=derive(config.seed, stream), device=str(task.device))
+        return kind(config.task, seed=derive(config.seed, stream), device=str(task.device))
 
     return config.method.sampler.build().start(
         task, seed=config.seed, progress=progress, rebuild=rebuild
     )
-
-
-def is_spaced(config: RunConfig) -> bool:
-    """Whether the run's repeats come later than right after each other."""
-    return getattr(config.method.mapping, "control", None) == "spaced"
 
 
 class FreshBatches:
@@ -98,8 +52,11 @@ class FreshBatches:
     Args:
         task: The task.
         sampler: What chooses their samples; None takes them as they come.
-        settings: How slow the loader is.
+        prefetch: Whether the next batch is made while updates run.
         seen: Called with the indices of every batch that is handed out for the first time.
+
+    Attributes:
+        handed_out: How many were, each counted once.
     """
 
     def __init__(
@@ -107,18 +64,13 @@ class FreshBatches:
         task: Task,
         sampler: RunningSampler | None = None,
         *,
-        settings: LoaderConfig | None = None,
+        prefetch: bool = False,
         seen: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        self.settings = settings or LoaderConfig()
-        delay = self.settings.delay_ms / 1000
-        if delay:
-            _slow_down(task, delay)
         self._make: Callable[[int], Any] = (sampler or task).fresh_batch
-        self._task, self._sampled = task, sampler is not None
-        self._latest: Any = None
-        self._tell = seen
-        self._handed_out = 0
+        self._task, self._prefetch, self._tell = task, prefetch, seen
+        self._latest: Selection | None = None
+        self.handed_out = 0
         self._indices: list[torch.Tensor] = []
         self._seen = torch.zeros(0, dtype=torch.bool)
 
@@ -131,22 +83,22 @@ class FreshBatches:
             # Resumed in mid-repeat: a sampler has moved on since it chose this one.
             yield self._latest
             position += 1
-        elif position < self._handed_out:
+        elif position < self.handed_out:
             yield self._make(position)
             position += 1
         for batch in self._made_from(position):
             self._note(batch.indices)
-            self._latest = batch if self._sampled else None
+            self._latest = batch if isinstance(batch, Selection) else None
             yield batch
 
     def _note(self, indices: torch.Tensor) -> None:
         self._indices.append(indices)
-        self._handed_out += 1
+        self.handed_out += 1
         if self._tell is not None:
             self._tell(indices)
 
     def _made_from(self, position: int) -> Iterator[Any]:
-        if not self.settings.prefetch:
+        if not self._prefetch:
             while True:
                 yield self._make(position)
                 position += 1
@@ -165,6 +117,10 @@ class FreshBatches:
         """See the samples that came in the place of a batch's."""
         self._indices.append(indices)
 
+    def rows(self, updates: np.ndarray) -> dict[str, np.ndarray]:
+        """Return which batch and which visit each of `updates` is, where a repeater cannot know."""
+        return {}
+
     def distinct(self) -> int:
         """Return how many different training samples have been trained on so far."""
         if self._indices:
@@ -181,34 +137,19 @@ class FreshBatches:
         self.distinct()
         latest = self._latest
         return {
-            "handed_out": self._handed_out,
+            "handed_out": self.handed_out,
             "seen": self._seen,
             "latest": None if latest is None else [list(latest.batch), latest.weights],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
-        self._handed_out, self._seen = state["handed_out"], state["seen"]
+        self.handed_out, self._seen = state["handed_out"], state["seen"]
         if state["latest"] is not None:
             batch, weights = state["latest"]
             on_device = [v.to(self._task.device) if torch.is_tensor(v) else v for v in batch]
             kind = type(self._task.candidates(batch[-1], batch[-1]))
             self._latest = Selection(kind(*on_device), weights.to(self._task.device))
-
-
-def _slow_down(task: Task, delay: float) -> None:
-    """Make every batch of the task take `delay` seconds more."""
-
-    def slower(make: Callable[..., Any]) -> Callable[..., Any]:
-        def made(*args: Any) -> Any:
-            sleep(delay)
-            return make(*args)
-
-        return made
-
-    # `candidates` are fresh batches, and so already slower.
-    task.fresh_batch = slower(task.fresh_batch)
-    task.batch_of = slower(task.batch_of)
 
 
 class SpacedBatches(FreshBatches):
@@ -237,7 +178,7 @@ class SpacedBatches(FreshBatches):
             batch = int(self.order[place])
             if batch not in kept:
                 kept[batch] = self._make(batch) if self.visits[place] else next(coming)
-            if self.visits[place] == 0 and batch == self._handed_out:
+            if self.visits[place] == 0 and batch == self.handed_out:
                 self._note(kept[batch].indices)
             yield kept[batch]
             if self.visits[place] + 1 == self.counts[batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,18 +13,18 @@ import torch
 
 from repeatlab.core.environment import describe, pick_device
 from repeatlab.core.seeding import derive
-from repeatlab.core.signals import held_back
+from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.cost import spent_on
 from repeatlab.store.records import Run, RunWriter, Store
 from repeatlab.tasks import TASKS, Task, load_task, precision
 from repeatlab.training import checkpoint
 from repeatlab.training.calibration import calibrate, calibration_run
 from repeatlab.training.config import RunConfig
-from repeatlab.training.data_parallel import SilentWriter, Team, TeamBroken, current_team
-from repeatlab.training.distillation import distilled_task, teacher_runs
-from repeatlab.training.fresh_batches import Source
-from repeatlab.training.prerequisites import prerequisites, source_run
-from repeatlab.training.training import STOP, CheckpointPlan, Interrupted, Training
+from repeatlab.training.data_parallel import Alone, SilentWriter, Team, TeamBroken, current_team
+from repeatlab.training.distillation import distilled_task
+from repeatlab.training.one_run import CheckpointPlan, Training
+from repeatlab.training.prerequisites import prerequisites, source_run, teacher_runs
+from repeatlab.training.visits import Source
 
 # Of the runs that are about to be made: what is open while they are.
 Watch = Callable[[Sequence[RunConfig]], AbstractContextManager]
@@ -35,27 +36,33 @@ def train(
     *,
     plan: CheckpointPlan | None = None,
     watch: Watch = nullcontext,
+    stop: Stop | None = None,
 ) -> Run:
     """Make the run that `config` describes, unless the store has it, and return its record.
 
     A run that was begun goes on from its last checkpoint, with the same records as if it had never
     stopped. Where another process is at it, this one waits for that one's end. A non-finite loss
-    ends the run as `diverged` with its data kept. Ctrl-C, once, and `training.STOP` make it leave a
-    checkpoint and raise. Any other error marks it `failed` and is raised. A run of several
-    `processes` is trained inside `together`.
+    ends the run as `diverged` with its data kept. `stop` makes it leave a checkpoint and raise. Any
+    other error marks it `failed` and is raised. A run of several `processes` is trained inside
+    `together`.
 
     Args:
         config: The run.
         runs: The run store, or its directory.
         plan: When checkpoints are written.
         watch: Makes what is entered when the run is this process's, and left at its end.
+        stop: Asks the run to stop; by default the first Ctrl-C, SIGTERM or SIGHUP does.
 
     Raises:
         StoreError: the store cannot be written.
-        Interrupted: `training.STOP` was set.
+        Interrupted: `stop` was set.
+        KeyboardInterrupt: Ctrl-C, where no `stop` is given; SystemExit for the other signals.
         ValueError: it asks for another number of processes than there are.
         TeamBroken: it failed on one of several processes.
     """
+    if stop is None:
+        with held_back() as stop:
+            return train(config, runs, plan=plan, watch=watch, stop=stop)
     store = runs if isinstance(runs, Store) else Store(runs)
     run = store.run(config.task.name, config.run_id)
     if run.done:
@@ -64,96 +71,61 @@ def train(
     store.check_writable()
     device = pick_device(config.device)
     precision.check_device(config.task, device)
-    make_needs(config, store, watch=watch)
-    with store.locked(run, waiting=leave_if_stopped), watch([config]), interrupted_at_an_update():
+    make_needs(config, store, watch=watch, stop=stop)
+    with store.locked(run, waiting=partial(leave_if_stopped, stop)), watch([config]):
         if not run.done:
-            _train(config, store, run, device=device, plan=plan)
+            _train(config, store, run, device=device, plan=plan, stop=stop)
     return run
 
 
-def make_needs(config: RunConfig, store: Store, *, watch: Watch = nullcontext) -> None:
+def _check_processes(config: RunConfig, team: Team | Alone) -> None:
+    if config.processes != team.size:
+        raise ValueError(
+            f"processes: the run asks for {config.processes}, but {team.size} train together: "
+            f"start it with `torchrun --nproc-per-node {config.processes} -m repeatlab run`"
+        )
+    if not team.leads:
+        raise RuntimeError("process 0 alone makes runs: call `together` on all processes")
+
+
+def make_needs(config: RunConfig, store: Store, *, stop: Stop, watch: Watch = nullcontext) -> None:
     """Make the runs that this one needs, while its own lock is free.
 
     Who holds a run never waits for what it needs, so that no two processes wait for each other.
     """
-    for needed in (*prerequisites(config), *teacher_runs(config)):
-        train(needed, store, watch=watch)
-
-
-def together(lead: Callable[[], Any]) -> Any:
-    """Return `lead()` on process 0, while the others train their share of every run that it makes.
-
-    To be called by all processes of a group (`data_parallel.process_group`); the others return
-    None. Where a stop was asked for on any of them, all leave at the same update, with
-    KeyboardInterrupt. Without a group it just calls `lead`.
-    """
-    team = current_team()
-    if team is None:
-        return lead()
-    if not team.leads:
-        return _follow(team)
-    in_step = True
-    try:
-        return lead()
-    except (TeamBroken, KeyboardInterrupt):
-        in_step = False
-        raise
-    finally:
-        if in_step:
-            team.broadcast(None)
-
-
-def _follow(team: Team) -> None:
-    """Train a share of the runs that process 0 makes, until it makes no more."""
-    while (job := team.broadcast()) is not None:
-        config = RunConfig.from_json(job["config"])
-        source = job["source"] and Source(*(column.numpy() for column in job["source"]))
-        plan = CheckpointPlan(**job["plan"])
-        parts = {"calibration": job["calibration"], "source": source, "plan": plan, "team": team}
-        try:
-            with interrupted_at_an_update(), torch_settings(config):
-                task = build_task(config, pick_device(config.device))
-                Training(config, task, SilentWriter(), **parts).run(job["state"])
-        except Interrupted as error:
-            raise KeyboardInterrupt(str(error)) from error
-
-
-def _check_processes(config: RunConfig, team: Team | None) -> None:
-    there = team.size if team else 1
-    if config.processes != there:
-        raise ValueError(
-            f"processes: the run asks for {config.processes}, but {there} train together: start it "
-            f"with `torchrun --nproc-per-node {config.processes} -m repeatlab run`"
-        )
-    if team is not None and not team.leads:
-        raise RuntimeError("process 0 alone makes runs: call `together` on all processes")
+    for needed in prerequisites(config):
+        train(needed, store, watch=watch, stop=stop)
 
 
 def _train(
-    config: RunConfig, store: Store, run: Run, *, device: str, plan: CheckpointPlan | None
+    config: RunConfig,
+    store: Store,
+    run: Run,
+    *,
+    device: str,
+    plan: CheckpointPlan | None,
+    stop: Stop,
 ) -> None:
+    """Begin a run, or go on with it, and bring its record to its end."""
     teachers = [
-        _completed(needed, store, "distillation needs its teachers")
-        for needed in teacher_runs(config)
+        _needed(teacher, store, "distillation needs its teachers")
+        for teacher in teacher_runs(config)
     ]
     writer, state, calibration, source = open_run(config, store, run, device=device)
+    parts = {"calibration": calibration, "source": source, "plan": plan or CheckpointPlan()}
     team = current_team()
     try:
-        with torch_settings(config):
-            parts = {"calibration": calibration, "source": source, "plan": plan}
+        with torch_settings(config.threads, config.seed):
             task = (
                 distilled_task(config, teachers, device=device)
                 if teachers
                 else build_task(config, device)
             )
-            training = Training(config, task, writer, **parts, team=team)
-            if team is None:
-                training.run(state)
-            else:
-                _lead(training, state, **parts)
+            training = Training(config, task, writer, **parts, team=team, stop=stop)
+            team.lead(lambda: training.run(state), _job(config, state, **parts))
     except Interrupted as error:
         writer.close("interrupted")
-        if team is not None:
+        if team.size > 1:
             raise KeyboardInterrupt(str(error)) from error
         raise
     except BaseException as error:
@@ -178,7 +150,7 @@ class Opened(NamedTuple):
 
 
 def open_run(config: RunConfig, store: Store, run: Run, *, device: str) -> Opened:
-    """Make what a run needs, and begin its record or go on with it; its lock is held meanwhile."""
+    """Begin a run's record, or go on with it; the store has what it needs, and its lock is held."""
     calibration, source = _calibrate(config, store), _trace(config, store)
     environment = describe(device)
     writer, state = _resumed(store, run, environment)
@@ -187,36 +159,36 @@ def open_run(config: RunConfig, store: Store, run: Run, *, device: str) -> Opene
     return Opened(writer, state, calibration, source)
 
 
-def build_task(config: RunConfig, device: str, **parts: Any) -> Task:
-    """Return the run's task as it is before the first update, given parts that others have made."""
-    kind = load_task(TASKS[config.task.name])
-    return kind(config.task, seed=config.seed, device=device, **parts)
+def _calibrate(config: RunConfig, store: Store) -> dict[str, Any]:
+    """Return t and what it cost where the method asks for it, else nothing."""
+    if not config.method.calibrated:
+        return {}
+    run = _needed(calibration_run(config), store, "`t: auto` needs a standard run")
+    return {
+        "t": calibrate(config, run.fresh_batches["loss"].to_numpy()),
+        "run": run.path.name,
+        **spent_on("calibration", run.summary["ledger"]),
+    }
 
 
-def _lead(
-    training: Training,
-    state: dict[str, Any] | None,
-    *,
-    calibration: dict[str, Any],
-    source: Source | None,
-    plan: CheckpointPlan | None,
-) -> None:
-    """Train process 0's share of a run, and tell the others what to train."""
-    training.team.broadcast(
-        {
-            "config": training.config.to_json(),
-            "calibration": calibration,
-            "source": source and [torch.tensor(column) for column in source],
-            "plan": asdict(plan or CheckpointPlan()),
-            "state": state,
-        }
-    )
-    try:
-        training.run(state)
-    except Interrupted:
-        raise
-    except Exception as error:
-        raise TeamBroken(f"{type(error).__name__}: {error}") from error
+def _trace(config: RunConfig, store: Store) -> Source | None:
+    """Return the recorded counts that the method replays, if any; making them is not charged."""
+    source = source_run(config)
+    if source is None:
+        return None
+    batches = _needed(source, store, "a control needs its source").fresh_batches
+    return Source(batches["visits"].to_numpy(), batches["loss"].to_numpy())
+
+
+def _needed(config: RunConfig, store: Store, why: str) -> Run:
+    """Return a run that another one needs; `make_needs` has made it."""
+    run = store.run(config.task.name, config.run_id)
+    if run.status.get("status") != "complete":
+        raise RuntimeError(
+            f"the run {run.path.name} {run.status.get('status', 'is missing')}: {why} with finite "
+            "losses"
+        )
+    return run
 
 
 def _resumed(
@@ -236,64 +208,93 @@ def _resumed(
     return None, None
 
 
-def leave_if_stopped() -> None:
-    """See whether there is a stop while no update is made.
+def build_task(
+    config: RunConfig, device: str, *, kind: type[Task] | None = None, **parts: Any
+) -> Task:
+    """Return the run's task as it is before the first update.
 
-    Raises:
-        Interrupted: `training.STOP` was set.
+    Args:
+        config: The run.
+        device: Where it is trained.
+        kind: A subclass of the task's class to build in its place.
+        **parts: What others have made already.
     """
-    if STOP.is_set():
-        raise Interrupted("it was stopped while another process was at the run")
-
-
-def interrupted_at_an_update() -> AbstractContextManager[None]:
-    """Let the first Ctrl-C stop the run at an update, with a checkpoint; the second, at once.
-
-    Where it comes too late for the run, which has come to its end, it is passed on all the same.
-    """
-    return held_back(pressed=STOP.set, over=STOP.clear)  # nobody asks the next run to stop
+    kind = kind or load_task(TASKS[config.task.name])
+    return kind(config.task, seed=config.seed, device=device, **parts)
 
 
 @contextmanager
-def torch_settings(config: RunConfig) -> Iterator[None]:
-    """Thread count and global random state of this run, and afterwards those from before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
+def torch_settings(threads: int, seed: int) -> Iterator[None]:
+    """Thread count and global random state of a run, and afterwards those from before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(derive(config.seed, "global"))
+            torch.manual_seed(derive(seed, "global"))
             yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
-def _calibrate(config: RunConfig, store: Store) -> dict[str, Any]:
-    """Return t and what it cost where the method asks for it, else nothing."""
-    if not config.method.calibrated:
-        return {}
-    source = _completed(calibration_run(config), store, "`t: auto` needs a standard run")
+def leave_if_stopped(stop: Stop) -> None:
+    """See whether there is a stop while no update is made.
+
+    Raises:
+        Interrupted: it was set.
+    """
+    if stop.is_set():
+        raise Interrupted("it was stopped while another process was at the run")
+
+
+def together(lead: Callable[[], Any]) -> Any:
+    """Return `lead()` on process 0, while the others train their share of every run that it makes.
+
+    To be called by all processes of a group (`data_parallel.process_group`); the others return
+    None. Where a stop was asked for on any of them, all leave at the same update, with
+    KeyboardInterrupt. Without a group it just calls `lead`.
+    """
+    team = current_team()
+    if not team.leads:
+        return _follow(team)
+    in_step = True
+    try:
+        return lead()
+    except (TeamBroken, KeyboardInterrupt):
+        in_step = False
+        raise
+    finally:
+        if in_step:
+            team.broadcast(None)
+
+
+def _follow(team: Team) -> None:
+    """Train a share of the runs that process 0 makes, until it makes no more."""
+    while (job := team.broadcast()) is not None:
+        config = RunConfig.from_json(job["config"])
+        source = job["source"] and Source(*(column.numpy() for column in job["source"]))
+        plan = CheckpointPlan(**job["plan"])
+        parts = {"calibration": job["calibration"], "source": source, "plan": plan, "team": team}
+        try:
+            with held_back() as stop, torch_settings(config.threads, config.seed):
+                task = build_task(config, pick_device(config.device))
+                Training(config, task, SilentWriter(), **parts, stop=stop).run(job["state"])
+        except Interrupted as error:  # by another of the processes
+            raise KeyboardInterrupt(str(error)) from error
+
+
+def _job(
+    config: RunConfig,
+    state: dict[str, Any] | None,
+    *,
+    calibration: dict[str, Any],
+    source: Source | None,
+    plan: CheckpointPlan,
+) -> dict[str, Any]:
+    """Return what the other processes of a team are to know of a run."""
     return {
-        "t": calibrate(config, source.updates["loss"].to_numpy()),
-        "run": source.path.name,
-        **spent_on("calibration", source.summary["ledger"]),
+        "config": config.to_json(),
+        "calibration": calibration,
+        "source": source and [torch.tensor(column) for column in source],
+        "plan": asdict(plan),
+        "state": state,
     }
-
-
-def _trace(config: RunConfig, store: Store) -> Source | None:
-    """Return the recorded counts that the method replays, if any; making them is not charged."""
-    needed = source_run(config)
-    if needed is None:
-        return None
-    updates = _completed(needed, store, "a control needs its source").updates
-    first = updates[updates["repeat"] == 0]
-    return Source(updates.groupby("fresh_batch").size().to_numpy(), first["loss"].to_numpy())
-
-
-def _completed(config: RunConfig, store: Store, why: str) -> Run:
-    """Return a run that another one needs, made now if the store lacks it."""
-    run = train(config, store)
-    if run.summary["status"] != "complete":
-        raise RuntimeError(
-            f"the run {run.path.name} {run.summary['status']}: {why} with finite losses"
-        )
-    return run

@@ -1,45 +1,37 @@
-"""How fast a run goes and what ends it: learning rates, step sizes, the budget."""
+"""How fast a run goes and what ends it: learning rates and the budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf, isfinite
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from repeatlab.cost import Ledger
-from repeatlab.repetition.loss_stats import LossStats
-from repeatlab.repetition.mappings import Mapping
-from repeatlab.training.config import BudgetConfig, RunConfig
+from repeatlab.cost import Ledger, cost_units
+from repeatlab.training.config import RunConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from repeatlab.tasks import Task
 
 
 class Rates:
-    """The learning rates of all optimizers, scaled alike by batch, warm-up, schedule and step size.
+    """The learning rates of all optimizers, scaled alike by schedule and step size.
 
     Attributes:
         moving: Whether they have to be set before every update.
     """
 
     def __init__(self, config: RunConfig, optimizers: Iterable[Optimizer]) -> None:
-        schedule, warm_up = config.method.schedule, config.method.warm_up
+        schedule = config.method.schedule
         self._schedule = schedule.build() if schedule else None
-        self._warm_up = warm_up.build() if warm_up else None
         self._total = config.max_updates
         # What was set is kept where it does not follow from the update's index.
         self._keep = config.budget is not None or config.method.apply == "step_size"
-        self.moving = bool(self._schedule or self._warm_up or self._keep)
-        base = config.method.base_batch_size
-        scale = config.task.batch_size / base if base else 1.0
-        self._groups = [(g, scale * g["lr"]) for o in optimizers for g in o.param_groups]
-        for group, rate in self._groups:
-            group["lr"] = rate
+        self.moving = bool(self._schedule or self._keep)
+        self._groups = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
         self._factors: list[float] = []
 
     def set(self, position: int) -> None:
@@ -79,39 +71,7 @@ class Rates:
         self._factors = list(state["factors"])
 
     def _factor(self, position: int) -> float:
-        factor = self._schedule(position, self._total) if self._schedule else 1.0
-        return factor * self._warm_up(position) if self._warm_up else factor
-
-
-class StepSize:
-    """N as a factor on the learning rate of the only update on each batch.
-
-    One step at N times the rate goes where N steps go to first order, without the gradients in
-    between: the control for "repetition is only a larger learning rate". The host waits for every
-    loss before the optimizer's step.
-    """
-
-    def __init__(self, mapping: Mapping) -> None:
-        self._mapping = mapping
-        self.stats = LossStats(mapping.window)
-
-    def __call__(self, loss: Tensor, of_run: LossStats) -> int:
-        """Return N for the batch's loss, 1 if that is not finite; `of_run` knows the index."""
-        value = float(loss.detach())
-        if not isfinite(value):
-            return 1
-        self.stats.index, self.stats.progress = of_run.index, of_run.progress
-        repeats = self._mapping(value, self.stats)
-        self.stats.observe(value)
-        return repeats
-
-    def state_dict(self) -> dict:
-        """Return the losses that the mapping looks back on."""
-        return self.stats.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict()`."""
-        self.stats.load_state_dict(state)
+        return self._schedule(position, self._total) if self._schedule else 1.0
 
 
 class Budget:
@@ -122,33 +82,34 @@ class Budget:
     """
 
     def __init__(self, config: RunConfig, task: Task) -> None:
-        settings = config.budget
-        self._total = config.max_updates
-        self._k = settings.k if settings else BudgetConfig.model_fields["k"].default
-        self._by_cost = settings is not None and settings.unit == "cost"
-        self._update = task.forward_samples + self._k * task.backward_samples
-        if settings is None:
-            self.limit = inf
-        elif self._by_cost:
-            # Just below: what equals it may come out of its sum rounded down.
-            self.limit = config.max_updates * self._update * (1 - 1e-12)
-        else:
-            self.limit = settings.seconds
+        self._settings, self._total, self.limit = config.budget, config.max_updates, inf
+        if config.budget is None:
+            return
+        self._update = task.forward_samples + config.budget.k * task.backward_samples
+        # Just below: what equals it may come out of its sum rounded down.
+        of_cost = config.max_updates * self._update * (1 - 1e-12)
+        self.limit = of_cost if config.budget.unit == "cost" else config.budget.seconds
 
     def spent(self, ledger: Ledger, updates: int, scored: int, seconds: float) -> float:
-        """Return what is spent after `updates`, with what was prepared (see `ledger`) before."""
-        if self._by_cost:
-            return updates * self._update + scored + ledger.prepared_units(self._k)
+        """Return what is spent after `updates`, with what was prepared (see `ledger`) before.
+
+        Where there is no budget, nothing is.
+        """
+        if self._settings is None:
+            return 0.0
+        if self._settings.unit == "cost":
+            parts = ("calibration_", "holdout_")
+            prepared = cost_units(vars(ledger), self._settings.k, parts=parts)
+            return updates * self._update + scored + prepared
         return seconds + ledger.calibration_seconds + ledger.holdout_seconds
 
     def unused(self, updates: int, spent: float) -> dict[str, float]:
         """Return what a run leaves that ends after `updates`, with `spent` of its budget.
 
-        Of T in updates, and in the budget's unit; without one in forward equivalents, a backward's
-        time as in a budget of unit `cost`.
+        Of T in updates, and in the budget's unit, where there is one.
         """
-        left = self._total - updates
-        if self.limit == inf:
-            return {"unused_updates": left, "unused_cost_units": left * self._update}
-        unit = "cost_units" if self._by_cost else "seconds"
-        return {"unused_updates": left, f"unused_{unit}": max(0.0, self.limit - spent)}
+        left: dict[str, float] = {"unused_updates": self._total - updates}
+        if self._settings is not None:
+            unit = "cost_units" if self._settings.unit == "cost" else "seconds"
+            left[f"unused_{unit}"] = max(0.0, self.limit - spent)
+        return left

@@ -2,26 +2,22 @@
 
     runs/<task>/<run id>/weights-<update>.pt   of every network of the task, by name
 
-Such a file is written in one step, loaded without unpickling code, and held to the digest that it
-carries.
+Such a file is written in one step, and held to its digest when it is read.
 """
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from repeatlab.core.files import StoreError, temporary_beside
+from repeatlab.core.files import StoreError, replacing
+from repeatlab.core.tensor_files import read_tensors, write_tensors
 from repeatlab.store.records import Run
-from repeatlab.training.checkpoint import digest
 
 # Of one network, as its `load_state_dict` takes them.
 Weights = dict[str, Tensor]
-_UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError)
 
 
 def networks(task: Any) -> dict[str, nn.Module]:
@@ -50,16 +46,9 @@ def keep(directory: Path, task: Any, *, update: int, last: int) -> None:
     Raises:
         StoreError: they cannot be written.
     """
-    weights = copied(task)
     path = directory / f"weights-{update:09d}.pt"
-    temporary = temporary_beside(path)
-    try:
-        torch.save({"update": update, "weights": weights, "digest": digest(weights)}, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise StoreError(f"{path} cannot be written: {reason}") from error
+    with replacing(path) as temporary:
+        write_tensors(temporary, copied(task))
     for earlier in _files(directory)[:-last]:
         earlier.unlink()
 
@@ -83,15 +72,7 @@ def load(run: Run, update: int | None = None) -> dict[str, Weights]:
     if not updates or update not in (None, *updates):
         asked = "no weights" if update is None else f"no weights after update {update}"
         raise StoreError(f"{run.path} keeps {asked}: set evaluation.keep (kept: {updates})")
-    path = run.path / f"weights-{updates[-1] if update is None else update:09d}.pt"
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        whole = saved["digest"] == digest(saved["weights"])
-    except _UNREADABLE as error:
-        raise StoreError(f"{path} cannot be read: {type(error).__name__}") from error
-    if not whole:
-        raise StoreError(f"{path} is damaged: its content does not fit its digest")
-    return saved["weights"]
+    return read_tensors(run.path / f"weights-{updates[-1] if update is None else update:09d}.pt")
 
 
 def _files(directory: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from repeatlab.analysis.frames import (
     final_table,
     load,
     mean_interval,
+    median_times,
     target_summary,
     to_target,
 )
@@ -83,6 +84,17 @@ def test_a_miss_is_censored_not_imputed():
     assert times["update"].tolist() == [10, 20]
 
 
+def test_a_target_that_was_met_before_the_first_update_was_met():
+    values = {("a", 0): [0.95, 0.96], ("a", 1): [0.9, 0.9], ("b", 0): [0.1, 0.95]}
+    times = to_target(_evals(values), "accuracy", 0.9)
+    summary = target_summary(times).set_index("method")
+    assert summary["update"].to_dict() == {"a": 0, "b": 10}
+    assert median_times(times, "update")["t"].to_dict() == {"a": 0, "b": 10}
+    # And where every method has met it at once.
+    everybody = target_summary(to_target(_evals(values), "accuracy", 0.05))
+    assert everybody["update"].tolist() == [0, 0]
+
+
 def test_what_diverged_stays_a_miss_to_the_end():
     values = {("a", 0): [0.1, 0.2], ("a", 1): [0.9, 0.3], ("b", 0): [0.1, 0.2, 0.3, 0.4]}
     evals = _evals(values)
@@ -127,6 +139,7 @@ def mixed(small_study, tmp_path):
     store = Store(tmp_path)
     first, second = (store.run(*run["run"]) for run in store.read_study("small")["runs"][:2])
     (first.path / "summary.json").unlink()
+    first.note("interrupted")
     for file in second.path.iterdir():
         file.unlink()
     return load(tmp_path, "small")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import partial
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +15,6 @@ from repeatlab.analysis import mechanism
 from repeatlab.analysis.frames import Records
 from repeatlab.analysis.paired_differences import Endpoint
 from repeatlab.figures import mechanism as draw
-from repeatlab.methods.controls import spaced
 from repeatlab.store.records import Store
 
 
@@ -31,6 +29,8 @@ def _updates(losses: list[list[float]]) -> pd.DataFrame:
             "repeat": visit,
             "repeats": np.repeat(counts, counts),
             "loss": np.concatenate(losses).astype(float),
+            "lr": 0.1,
+            "seconds": 0.0,
         }
     )
 
@@ -38,39 +38,13 @@ def _updates(losses: list[list[float]]) -> pd.DataFrame:
 # --- fresh batches ----------------------------------------------------------------------------
 
 
-def test_a_fresh_batch_has_its_first_and_last_loss_and_its_visits():
-    found = mechanism.fresh_batches(_updates([[2.0, 1.5, 1.0], [0.7], [0.6, 0.5]]))
-    assert found.to_dict("list") == {
-        "fresh_batch": [0, 1, 2],
-        "update": [0, 3, 4],
-        "repeats": [3, 1, 2],
-        "loss": [2.0, 0.7, 0.6],
-        "last": [1.0, 0.7, 0.5],
-    }
-
-
-def test_spaced_visits_are_put_together():
-    counts = np.array([3, 1, 2, 1])
-    order = spaced(counts, gap=1)
-    seen = np.zeros(len(counts), dtype=int)
-    rows = []
-    for update, batch in enumerate(order):
-        loss = 10.0 * batch + seen[batch]
-        rows.append({"update": update, "fresh_batch": batch, "repeat": seen[batch], "loss": loss})
-        seen[batch] += 1
-    found = mechanism.fresh_batches(pd.DataFrame(rows))
-    assert found["repeats"].tolist() == counts.tolist()
-    assert found["loss"].tolist() == [0, 10, 20, 30]
-    assert found["last"].tolist() == [2, 10, 21, 30]
-
-
 def test_a_loss_that_is_not_finite_is_left_out_with_its_batch_or_its_visit():
-    found = mechanism.fresh_batches(_updates([[1.0], [2.0, np.nan]]))
+    found = mechanism.visited_batches(_updates([[1.0], [2.0, np.nan]]))
     assert found["repeats"].tolist() == [1, 1]
-    assert len(mechanism.fresh_batches(_updates([[1.0], [np.inf]]))) == 1
+    assert len(mechanism.visited_batches(_updates([[1.0], [np.inf]]))) == 1
 
 
-STATISTICS = ["fresh_batches", "repeat_shares", "repeats_over_updates"]
+STATISTICS = ["visited_batches", "repeat_shares", "repeats_over_updates"]
 STATISTICS += ["loss_after_repeats", "time_shares", "transfer"]
 
 
@@ -222,7 +196,7 @@ def _stored(tmp_path, finals: dict[str, list[float | None]], noise=None) -> Reco
             if value is not None:
                 status = "complete" if np.isfinite(value) else "diverged"
                 writer = store.begin(run, {}, {})
-                updates = _updates([[2.0, 1.0], [1.0]]).assign(lr=0.1, seconds=0.0)
+                updates = _updates([[2.0, 1.0], [1.0]])
                 writer.updates({name: updates[name].to_numpy() for name in updates})
                 ledger = {"fresh_batches": 2, "seconds": 1.0, "calibration_seconds": 0.0,
                           "forward_samples": 3, "backward_samples": 3}  # fmt: skip
@@ -292,7 +266,6 @@ def test_the_real_run_is_better_than_a_control_where_its_loss_is_lower(tmp_path)
     assert [t.get_text().split("\n")[0] for t in axes.get_yticklabels()] == [
         "windowed", "spaced", "x",
     ]  # fmt: skip
-    plt.close(figure)
 
 
 def test_the_larger_step_is_compared_at_equal_data_too(tmp_path):
@@ -323,16 +296,16 @@ def test_noise_shares_are_those_of_the_summaries(tmp_path):
 # --- figures ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batches", "kind"), [(30, "share of the run"), (4000, "fresh batches")])
-def test_many_batches_become_hexagons_that_count_them_all(batches, kind):
-    rows = mechanism.fresh_batches(_planted(0.1, 0.0, seed=5, batches=batches))
+def test_every_batch_is_a_dot_however_many_they_are():
+    rows = mechanism.visited_batches(_planted(0.1, 0.0, seed=5))
     figure = draw.loss_against_repeats(rows.assign(method="random", seed=0), ["random", "linear"])
-    first, second, bar = figure.axes
-    assert kind in bar.get_ylabel()
-    drawn = first.collections[0]
-    assert drawn.get_array().sum() == batches if batches > 30 else len(drawn.get_offsets()) == 30
+    first, second, _ = figure.axes
+    (dots,) = first.collections
+    assert dots.get_offsets()[:, 0].tolist() == rows["loss"].tolist()
+    assert np.abs(dots.get_offsets()[:, 1] - rows["repeats"]).max() <= 0.25
+    passed = rows["update"] / rows["update"].max()
+    assert dots.get_array().tolist() == pytest.approx(passed.tolist())
     assert [text.get_text() for text in second.texts] == ["no run"]
-    plt.close(figure)
 
 
 def test_every_n_is_a_piece_of_its_methods_bar():
@@ -346,7 +319,6 @@ def test_every_n_is_a_piece_of_its_methods_bar():
     said = [text.get_text() for text in figure.axes[0].texts]
     assert "2.50" in said
     assert "no run" in said
-    plt.close(figure)
 
 
 def test_figures_of_nothing_say_so():
@@ -354,11 +326,9 @@ def test_figures_of_nothing_say_so():
     figure = draw.transfer_rows({"t": {"own": nothing, "other": nothing}}, ["linear"])
     assert "no run, or no repeat" in [text.get_text() for text in figure.axes[0].texts]
     assert "no run" in figure.get_suptitle()
-    plt.close(figure)
     ratios = mechanism.over_seeds(pd.DataFrame(), ["method", "repeats", "repeat"], "ratio")
     figure = draw.loss_ratios(ratios, ["linear"])
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no run"]
-    plt.close(figure)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no run, or no repeat"]
 
 
 def test_noise_visits_are_relative_to_the_share_in_the_data():
@@ -372,4 +342,3 @@ def test_noise_visits_are_relative_to_the_share_in_the_data():
     assert heights == pytest.approx([1.5, 1.0])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["standard: no extra visits", "linear"]
-    plt.close(figure)

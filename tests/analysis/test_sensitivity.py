@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -127,7 +126,6 @@ def test_diverged_runs_and_the_edge_of_the_range_are_marked():
     assert [line.get_xdata()[0] for line in crosses] == [2]
     arrows = [text for text in axes.texts if text.arrow_patch is not None]
     assert [text.xy for text in arrows] == [(0, 1.0)]
-    plt.close(figure)
 
 
 def test_every_run_is_learnt_chance_diverged_or_missing(tmp_path):
@@ -140,7 +138,6 @@ def test_every_run_is_learnt_chance_diverged_or_missing(tmp_path):
     assert [line.get_marker() for line in marks] == ["o", "o", "x", "_"]
     assert [line.get_markerfacecolor() == "white" for line in marks] == [False, True, False, False]
     assert [text.get_text() for text in axes.texts] == ["7"]
-    plt.close(figure)
 
 
 def test_arms_of_one_mapping_are_one_line_over_the_mean_n_they_made(tmp_path):
@@ -154,7 +151,6 @@ def test_arms_of_one_mapping_are_one_line_over_the_mean_n_they_made(tmp_path):
     said = {text.get_text() for text in figure.axes[0].texts}
     assert {"t = 0.5", "t = 1"} <= said
     assert "no complete run: c" in figure.get_suptitle()
-    plt.close(figure)
 
 
 def test_an_advantage_that_is_not_finite_is_said():
@@ -167,4 +163,3 @@ def test_an_advantage_that_is_not_finite_is_said():
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["2 diverged"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["0.1", "1"]
-    plt.close(figure)

@@ -63,6 +63,16 @@ def test_the_log_rank_test_by_hand():
     assert log_rank(a, every, b, every) == pytest.approx(2 * stats.norm.sf(abs(z)))
 
 
+def test_runs_that_got_there_together_do_not_differ():
+    once = np.array([True])
+    assert log_rank([5.0], once, [5.0], once) == 1
+    assert log_rank([5.0, 5.0], [True, True], [5.0], once) == 1
+    # Nobody of the other arm was looked at any more when this run got there.
+    assert log_rank([9.0], once, [5.0], ~once) == 1
+    # One after the other: of two at risk one was expected, by halves; of one, itself.
+    assert log_rank([5.0], once, [9.0], once) == pytest.approx(2 * stats.norm.sf(1))
+
+
 def test_no_log_rank_where_no_run_got_there():
     never = np.array([False, False])
     assert np.isnan(log_rank([5, 5], never, [5, 5], never))
@@ -92,7 +102,12 @@ def test_the_score_is_the_area_under_the_profile(times):
     assert algoperf_scores(times) == pytest.approx(area, abs=2e-3)
 
 
-@pytest.mark.parametrize("times", [[[0, 1], [1, 1]], [[np.nan, 1], [1, 1]], [1, 2]])
-def test_times_must_be_a_table_of_positive_numbers(times):
+def test_what_was_solved_before_the_first_update_is_solved():
+    assert ratios_to_best([[100, 0, 0], [100, 10, 0]]).tolist() == [[1, 1, 1], [1, np.inf, 1]]
+    assert algoperf_scores([[100, 10], [100, 0]]) == pytest.approx([0.5, 1])
+
+
+@pytest.mark.parametrize("times", [[[-1, 1], [1, 1]], [[np.nan, 1], [1, 1]], [1, 2]])
+def test_times_must_be_a_table_of_numbers_from_0(times):
     with pytest.raises(ValueError, match="methods, workloads"):
         algoperf_scores(times)

@@ -27,7 +27,7 @@ from repeatlab.tasks import TASKS
 from repeatlab.training import checkpoint
 from repeatlab.training.config import LoaderConfig, RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.training import CheckpointPlan, Training
+from repeatlab.training.one_run import CheckpointPlan, Training
 
 KILLS, MOST = 12, 40  # of every task: until both kinds of damage had their turn
 UPDATES = 40
@@ -178,7 +178,7 @@ def _tear_one(run: Run, torn: dict[str, int]) -> int:
         torn["checkpoints"] += 1
         return 1
     rows = len(run.updates)
-    if not torn["records"] and rows == states[0]["rows"]["updates"]:
+    if not torn["records"] and rows == states[0]["rows"]["updates"]["rows"]:
         stream = run.path / "updates.arrow"
         stream.write_bytes(stream.read_bytes()[:-40])
         assert len(run.updates) < rows

@@ -84,7 +84,7 @@ def test_an_arm_s_share_of_a_run_alone(case, tmp_path, record, capsys):
     task, seeds, updates, most = CASES[case]
     seconds: dict[bool, list[float]] = {True: [], False: []}  # an arm, in lock-step or not
     run_studies([study(task, [0], 20)], tmp_path / "warm", places=Places(workers=0))
-    gc.freeze()  # as in a study's workers (repeatlab.studies.preload)
+    gc.freeze()  # as in a study's workers (repeatlab.studies.processes)
     for turn in range(ROUNDS):
         for lockstep in (True, False) if turn % 2 else (False, True):
             made = study(task, list(range(seeds)) if lockstep else [turn], updates)

@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -16,7 +17,7 @@ import psutil
 
 from repeatlab.core.environment import processor
 from repeatlab.store.records import Store
-from repeatlab.studies import scheduling
+from repeatlab.studies.scheduling import open_trainer
 from repeatlab.studies.study import Study, run_studies
 
 RUNS, WORKERS, UPDATES = 200, 2, 400
@@ -42,21 +43,27 @@ def worker_memory() -> list[float]:
     """Return the resident megabytes of every worker process of this one."""
     children = psutil.Process().children(recursive=True)
     # Copies of the process that has imported the libraries; itself it is a child of this one.
-    workers = [c for c in children if "forkserver" in " ".join(c.cmdline())]
+    workers = [c for c in children if "processes" in " ".join(c.cmdline())]
     return [w.memory_info().rss / 2**20 for w in workers if w.ppid() != os.getpid()]
 
 
 def test_a_study_of_many_small_runs(tmp_path, monkeypatch, capsys):
-    spread, ends, memory = scheduling.spread, [], []
+    ends, memory = [], []
 
-    def watched(*arguments, **options):
-        for outcome in spread(*arguments, **options):
-            ends.append(perf_counter())
-            if len(ends) in (20, RUNS):  # between two runs: workers wait for it
-                memory.append(max(worker_memory()))
-            yield outcome
+    @contextmanager
+    def watched(*where):
+        with open_trainer(*where) as train:
 
-    monkeypatch.setattr("repeatlab.studies.scheduling.spread", watched)
+            def noted(configs, **options):
+                for outcome in train(configs, **options):
+                    ends.append(perf_counter())
+                    if len(ends) in (20, RUNS):  # between two runs: workers wait for it
+                        memory.append(max(worker_memory()))
+                    yield outcome
+
+            yield noted
+
+    monkeypatch.setattr("repeatlab.studies.study.open_trainer", watched)
     study = many_runs()
     begin = perf_counter()
     report = run_studies([study], tmp_path, workers=WORKERS)

@@ -18,6 +18,7 @@ from time import process_time
 import gymnasium
 import numpy as np
 import torch
+from benchmarks.interleaving import Turns, in_turns, train_in_turns
 from torch import nn
 from torch.nn import functional
 
@@ -26,10 +27,9 @@ from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.core.stopwatch import Stopwatch
 from repeatlab.store.records import Store
-from repeatlab.studies.diagnostics.interleaving import Turns, in_turns, train_in_turns
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import build_task, open_run, train
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 
 RESULTS = Path(__file__).with_name("results") / "reinforcement.csv"
 COLUMNS = ["task", "data", "scale", "arm", "metric", "n", "mean", "low", "high", "updates"]
@@ -212,8 +212,10 @@ def our_run(config: RunConfig, store: Store) -> Turns[float]:
     """Return the seconds of a whole run: set-up, first 500 steps and records included."""
     start = process_time()
     opened = open_run(config, store, store.run("reinforcement", config.run_id), device="cpu")
-    training = Training(config, build_task(config, "cpu"), opened.writer, calibration={})
-    set_up, watch = process_time() - start, Stopwatch(process_time)
+    watch = Stopwatch(process_time)
+    task, how = build_task(config, "cpu"), {"calibration": {}, "clock": watch}
+    training = Training(config, task, opened.writer, **how)
+    set_up = process_time() - start
     yield from train_in_turns(training, watch, turn=TURN)
     return set_up + watch()
 
@@ -235,7 +237,7 @@ def test_updates_a_second_against_a_plain_loop(tmp_path, benchmark, capsys):
         for number in range(ROUNDS + 1):  # the first warms up
             config = run_config(TIMED_UPDATES, number, {"splits": [], "test": False})
             sides = {"ours": our_run(config, Store(tmp_path)), "plain": plain_loop()}
-            done.append(in_turns(sides, lambda: None))
+            done.append(in_turns(sides))
         return tuple([d[side] for d in done[1:]] for side in ("ours", "plain"))
 
     fast, slow = benchmark.pedantic(rounds, rounds=1, iterations=1)

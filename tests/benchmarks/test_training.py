@@ -23,7 +23,7 @@ from repeatlab.tasks.supervised import Supervised
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 
 UPDATES = 1000
 ROUNDS = 11
@@ -49,7 +49,7 @@ def by_package(config: RunConfig, store: Store) -> tuple[float, str]:
     task = Supervised(config.task, seed=0, device="cpu")
     run = store.run("supervised", config.run_id)
     writer = store.begin(run, config.to_json(), {})
-    training = Training(config, task, writer, {})
+    training = Training(config, task, writer, calibration={})
     start = perf_counter()
     training.run()
     seconds = perf_counter() - start

@@ -52,7 +52,10 @@ def test_a_tree_without_changes_is_its_commit(tree):
 
 
 def test_every_change_of_the_code_is_another_code(tree):
-    loop, new = tree / "repeatlab" / "loop.py", tree / "repeatlab" / "tasks" / "näw one.py"
+    loop, new = (
+        tree / "repeatlab" / "training" / "loop.py",
+        tree / "repeatlab" / "tasks" / "näw one.py",
+    )
     head, found = commit(), []
     for change in (
         lambda: loop.write_text("one change\n"),
@@ -71,7 +74,7 @@ def test_every_change_of_the_code_is_another_code(tree):
 
 
 def test_the_same_changes_are_the_same_code(tree):
-    loop, new = tree / "repeatlab" / "loop.py", tree / "repeatlab" / "new.py"
+    loop, new = tree / "repeatlab" / "training" / "loop.py", tree / "repeatlab" / "new.py"
     loop.write_text("a change\n")
     new.write_text("a new file\n")
     first = commit()

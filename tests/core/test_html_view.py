@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from repeatlab.analysis.frames import Records
 from repeatlab.core.html_view import HEIGHT, WIDTH, rows_table, small_curve
 from repeatlab.studies.study import Report
 
@@ -63,6 +66,23 @@ def test_a_report_shows_how_runs_ended():
     }
     again = Report({"a": "complete"}, trained=1, retried={"a": 2})
     assert cells(again._repr_html_())["more than one attempt"] == "1"
+
+
+def test_records_show_what_they_are_of_and_how_it_ended():
+    runs = product(["digits"], ["standard", "linear"], [0, 1, 4])
+    frame = pd.DataFrame(list(runs), columns=["task", "method", "seed"])
+    records = Records(frame.assign(status=["complete"] * 5 + ["missing"]))
+    expected = {
+        "runs": "6",
+        "complete": "5",
+        "missing": "1",
+        "tasks": "digits",
+        "methods": "standard, linear",
+        "seeds": "3",
+    }
+    assert cells(records._repr_html_()) == expected
+    shown = "runs=6, complete=5, missing=1, tasks='digits', methods='standard, linear', seeds=3"
+    assert repr(records) == f"Records({shown})"
 
 
 def test_a_study_shows_its_plan(small_study):

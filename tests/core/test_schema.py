@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import tracemalloc
 from copy import deepcopy
 from datetime import date
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -98,8 +102,9 @@ def read(tmp_path: Path, content: str | bytes) -> dict[str, Any]:
         ("1.5e3", 1500.0),
         ("1.e3", 1000.0),
         (".5e1", 5.0),
-        ("1_000e2", 1e5),
         ("0.25", 0.25),
+        ("-.5", -0.5),
+        ("3.", 3.0),
     ],
 )
 def test_numbers_with_an_exponent_are_floats(tmp_path, text, value):
@@ -113,10 +118,23 @@ def test_numbers_with_an_exponent_are_floats(tmp_path, text, value):
     [
         ("3", 3),
         ("-7", -7),
-        ("1_000", 1000),
-        ("true", True),
+        ("+12", 12),
+        ("010", 10),  # YAML 1.1: 8
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("0b11", "0b11"),
+        ("1:30", "1:30"),  # YAML 1.1: 90
+        ("1_000", 1000),  # no part of that schema, and nothing else
+        ("1_000e2", 1e5),
+        ("1__0", "1__0"),
+        ("_1", "_1"),
+        ("True", True),
+        ("FALSE", False),
+        *((word, word) for word in ("yes", "no", "on", "off", "Y", "n", "No", "tRue")),
         ("null", None),
-        ("2024-01-02", date(2024, 1, 2)),
+        ("~", None),
+        ("", None),
+        ("2024-01-02", "2024-01-02"),
         ("'1e-3'", "1e-3"),
         ("e3", "e3"),
         ("1e", "1e"),
@@ -126,10 +144,16 @@ def test_numbers_with_an_exponent_are_floats(tmp_path, text, value):
         ("...e5", "...e5"),
     ],
 )
-def test_everything_else_stays_what_yaml_makes_of_it(tmp_path, text, value):
-    found = read(tmp_path, f"a: {text}")["a"]
-    assert found == value
-    assert type(found) is type(value)
+def test_plain_words_mean_what_the_core_schema_of_yaml_1_2_says(tmp_path, text, value):
+    found = read(tmp_path, f"a: {text}\nb: [{text or '~'}]")
+    assert found == {"a": value, "b": [value]}
+    assert type(found["a"]) is type(value)
+
+
+def test_a_method_may_be_called_no_and_a_switch_is_not_turned_by_it(tmp_path):
+    assert read(tmp_path, "no: {}\n1e3x: {}\non: {}") == {"no": {}, "1e3x": {}, "on": {}}
+    data = VALID | {"task": {"name": "supervised"} | read(tmp_path, "augment: no")}
+    assert refusal(data).endswith("not 'no'; write true or false")
 
 
 def test_nan_and_infinity_arrive_as_floats_for_the_models_to_refuse(tmp_path):
@@ -150,7 +174,9 @@ def test_nan_and_infinity_arrive_as_floats_for_the_models_to_refuse(tmp_path):
         ("1: one", "must hold a mapping of names"),
         ("a: [1, 2", "not valid YAML"),
         ("a: b: c", "not valid YAML"),
-        ("a: 2024-99-99", "not valid YAML"),
+        ("a: !!timestamp 2024-99-99", "not valid YAML"),
+        ("a: !!int 0b11", "not valid YAML"),
+        ("a: !!bool no", "not valid YAML"),
         ("a: !!bool maybe", "not valid YAML"),
         ("a: !!timestamp soon", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -163,6 +189,96 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, content, reason):
     with pytest.raises(ConfigError, match=r"some params\.yaml: ") as error:
         read(tmp_path, content)
     assert reason in str(error.value)
+
+
+BOMB = "x0: &x0 {k: v}\n" + "".join(
+    f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+MERGES = "x0: &x0 {k: v}\n" + "".join(
+    f"x{i}: &x{i} {{<<: [{', '.join([f'*x{i - 1}'] * 9)}]}}\n" for i in range(1, 10)
+)
+LONG = f"a: &a {100_000 * 'x'}\nb: [{1100 * '*a,'}]"
+
+
+@pytest.mark.parametrize("text", [BOMB, MERGES, LONG])
+def test_what_aliases_blow_up_is_refused_before_it_is_built(tmp_path, text):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=r"must hold at most 100000 values"):
+            read(tmp_path, text)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 2000 * max(len(text), 1e4)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("methods: {standard: &x {mapping: {of: *x}}}", "methods.standard.mapping.of"),
+        ("a: &a [1, *a]", "a.1"),
+        ("a: &a\n  <<: *a", "a.<<"),
+        ("&a {b: {c: *a}}", "b.c"),
+    ],
+)
+def test_what_holds_itself_is_named(tmp_path, text, field):
+    with pytest.raises(ConfigError, match=re.escape(f"{field} must not hold itself")):
+        read(tmp_path, text)
+
+
+def test_data_that_hold_themselves_are_refused_as_well():
+    mapping: dict[str, Any] = {"name": "trace"}
+    mapping["of"] = {"mapping": mapping}
+    assert "must not hold itself" in refusal(VALID | {"method": {"mapping": mapping}})
+
+
+def test_a_key_given_twice_is_found_in_linear_time(tmp_path):
+    def seconds(count: int) -> float:
+        text = "a: {" + "".join(f"k{i}: 1, " for i in range(count)) + "k0: 2}"
+        start = perf_counter()
+        with pytest.raises(ConfigError, match="'k0' appears twice"):
+            read(tmp_path, text)
+        return perf_counter() - start
+
+    seconds(10)
+    # Eight times as many: 64 times as long, were each compared with all before it.
+    assert seconds(16_000) < 30 * seconds(2_000)
+
+
+def test_a_mapping_merged_twice_over_has_no_key_twice(tmp_path):
+    text = "q: {b: &b {<<: &a {x: 1}, x: 2}}\nc: {<<: *b, y: 3}"
+    assert read(tmp_path, text) == {"q": {"b": {"x": 2}}, "c": {"x": 2, "y": 3}}
+    text = "a: &a {x: 1, y: 1}\nb: &b {y: 2, z: 2}\nc: {z: 3, <<: [*a, *b]}\nd: {<<: *b, <<: *a}"
+    found = read(tmp_path, text)
+    # Own keys, then those of the mapping that is named first.
+    assert found["c"] == {"x": 1, "y": 1, "z": 3}
+    assert found["d"] == {"x": 1, "y": 2, "z": 2}
+    with pytest.raises(ConfigError, match="<< must name mappings"):
+        read(tmp_path, "a: {<<: [1]}")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo.yaml")
+    for path in (tmp_path / "fifo.yaml", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match=f"{path}: cannot be read: it must be a regular file"):
+            read_yaml(path)
+
+
+def test_a_message_is_short_whatever_it_is_about():
+    long = {f"name{i}": ["x" * 10_000] * 50 for i in range(3000)}
+    for data in (
+        VALID | {"method": {"mapping": long}},
+        VALID | {"task": "x" * 10**6},
+        VALID | {"task": {"name": "x" * 10**6}},
+        VALID | {"seed": long},
+        VALID | {"seed": 10**4000},
+        VALID | long,
+        VALID | {"x" * 10**6: 1},
+    ):
+        message = refusal(data)
+        assert len(message) < 10_000
+        assert len(message.splitlines()) < 30
+    assert "and 2980 more" in refusal(VALID | long)
 
 
 def test_the_line_of_a_key_given_twice_is_named(tmp_path):

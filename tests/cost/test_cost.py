@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from repeatlab.cost import (
     break_even_keep,
     break_even_presample,
     cost_ratio,
+    cost_units,
     expected_keep,
     score_cost,
     tau_threshold,
@@ -68,16 +68,6 @@ def test_the_parts_by_hand():
     assert MODEL.importance_update(2) == pytest.approx(0.26)
 
 
-def test_waking_comes_on_top_of_waiting():
-    model = replace(MODEL, waking=0.03, prefetch_waking=0.02)
-    assert model.update == MODEL.update
-    assert model.fresh_batch(3) == pytest.approx(0.25)
-    assert model.fresh_batch(2, prefetch=True) == pytest.approx(0.12)
-    assert model.fresh_batch(4, prefetch=True) == pytest.approx(0.16)  # nothing is waited for
-    assert model.run(30, 10) == pytest.approx(2.5)
-    assert model.free_repeats() == pytest.approx(3)
-
-
 @pytest.mark.parametrize("beta", [0.5, 1, 2, 3])
 def test_selective_backprop_keeps_what_uniform_percentiles_keep(beta):
     percentiles = (np.arange(100_000) + 0.5) / 100_000
@@ -125,8 +115,21 @@ def test_cost_units_are_forwards_with_a_backward_worth_k(
     )
     prepared = calibration + 2 * calibration * k + 3 * holdout + holdout * k
     parts = forward + backward * k + scoring + prepared
-    assert ledger.prepared_units(k) == pytest.approx(prepared)
+    before = ("calibration_", "holdout_")
+    assert cost_units(ledger.to_json(), k, parts=before) == pytest.approx(prepared)
     assert ledger.cost_units(k) == pytest.approx(parts)
+
+
+@given(st.lists(st.tuples(counts, counts, positive), min_size=1))
+def test_a_table_costs_row_by_row_what_its_ledgers_do(rows):
+    """Without the columns that nobody has, as records of earlier versions are."""
+    frame = pd.DataFrame(rows, columns=["forward_samples", "pretraining_backward_samples", "k"])
+    ledgers = [
+        Ledger(forward_samples=forward, pretraining_backward_samples=backward)
+        for forward, backward, _ in rows
+    ]
+    expected = [ledger.cost_units(k) for ledger, (*_, k) in zip(ledgers, rows, strict=True)]
+    assert cost_units(frame, frame["k"]).tolist() == expected
 
 
 @pytest.mark.parametrize("k", [2.0, 1.4265])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from repeatlab.data import DataError, load_splits, stl10
+from repeatlab.data import DataError, load_splits, sources, stl10
 
 COUNTS = {"train": 60, "test": 30, "unlabeled": 40}
 
@@ -56,7 +56,7 @@ def known(contents, monkeypatch) -> bytes:
     def refuse(url, timeout):
         raise URLError("no network")
 
-    monkeypatch.setattr(stl10, "urlopen", refuse)
+    monkeypatch.setattr(sources, "urlopen", refuse)
     return archive
 
 
@@ -146,7 +146,7 @@ def test_the_archive_is_fetched_from_the_dataset_s_page(known, contents, tmp_pat
         asked.append(url)
         return io.BytesIO(known)
 
-    monkeypatch.setattr(stl10, "urlopen", answer)
+    monkeypatch.setattr(sources, "urlopen", answer)
     stl10.prepare(tmp_path)
     assert asked == [stl10.STL10.url + "stl10_binary.tar.gz"]
     assert (tmp_path / "stl10_binary/train_X.bin").read_bytes() == contents[

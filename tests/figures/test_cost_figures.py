@@ -8,12 +8,8 @@ import pandas as pd
 import pytest
 
 from repeatlab.analysis.echo import break_even_table, echo_runs, echo_studies, echo_table
-from repeatlab.core.schema import ConfigError
 from repeatlab.cost import CostModel
 from repeatlab.figures.cost import cost_curves, echo_times, predictions
-from repeatlab.store.records import Store
-from repeatlab.studies.diagnostics import measurements
-from repeatlab.studies.diagnostics.prediction import read_measurements, write_measurement
 from repeatlab.studies.study import Study
 
 # An update takes (1 + 2) * 50 * 1e-5 + 5e-4 = 2 ms, a batch 6 ms.
@@ -110,33 +106,3 @@ def test_runs_are_points_and_one_without_a_prediction_is_none():
     assert curve(axes, "standard").tolist() == [[1.1, 1.0]]
     assert curve(axes, "linear").tolist() == [[2.9, 3.0]]
     assert len(predictions(runs[1:2]).axes[0].lines) == 0
-
-
-def test_a_task_is_measured_once_for_a_processor(tmp_path, monkeypatch):
-    fields = {
-        "name": "timed",
-        "tasks": {"digits": {"name": "supervised", "lr": 0.05}},
-        "methods": {"standard": {}},
-        "max_updates": 10,
-        "device": "cpu",
-    }
-    asked, real = [], measurements.measure
-
-    def measure(task, **settings):
-        asked.append(settings)
-        return real(task, **settings, block_seconds=0.01)
-
-    monkeypatch.setattr(measurements, "measure", measure)
-    first = measurements.measured(fields, tmp_path, blocks=1)
-    assert first.keys() == {"digits"}
-    assert asked == [{"first_batch": 5, "device": "cpu", "threads": 1, "blocks": 1}]
-    assert measurements.measured(fields, tmp_path, blocks=1) == first
-    assert len(asked) == 1
-    store = Store(tmp_path)
-    ((_, kept),) = read_measurements(store).items()
-    kept.environment["processor"] = "another"
-    write_measurement(store, kept)
-    measurements.measured(fields, tmp_path, blocks=1)
-    assert len(asked) == 2
-    with pytest.raises(ConfigError, match="max_updates"):
-        measurements.measured(fields | {"max_updates": 0}, tmp_path)

@@ -144,7 +144,7 @@ def test_a_falling_schedule_goes_from_high_to_low(run):
 
 
 def test_an_unknown_shape_is_refused():
-    with pytest.raises(ValueError, match="shape must be 'linear' or 'cosine', not 'step'"):
+    with pytest.raises(ValueError, match="shape must be 'linear' or 'cosine'; not 'step'"):
         falling(np.array([1, 2]), shape="step")
 
 

@@ -33,11 +33,10 @@ from repeatlab.methods.sampling import (
     Sampler,
     SelectiveBackprop,
 )
-from repeatlab.methods.sampling.importance import resample, tau
-from repeatlab.methods.sampling.running import RunningSampler, Selection, draw, draw_distinct
-from repeatlab.methods.sampling.selective import percentile
+from repeatlab.methods.sampling.running import RunningSampler, Selection
+from repeatlab.methods.selection import draw, draw_distinct, importance_sampling, percentile, tau
 from repeatlab.tasks import TASKS, load_task
-from repeatlab.tasks.dataset import cross_entropy_bounds
+from repeatlab.tasks.classification import cross_entropy_bounds
 from repeatlab.tasks.models import norm_cnn
 from repeatlab.training import loop
 from repeatlab.training.checkpoint import digest
@@ -204,7 +203,7 @@ def test_tau_is_the_coefficient_of_variation_in_other_words(values):
 @given(scores, st.integers(0, 99))
 def test_weights_are_the_inverse_of_what_was_likely(values, index):
     values = torch.tensor(values, dtype=torch.float64)
-    places, weights = resample(values, 16, generator(0, "test", index))
+    places, weights = importance_sampling(values, 16, generator(0, "test", index))
     likely = values / values.sum() if values.any() else torch.full_like(values, 1 / len(values))
     assert (likely[places] > 0).all()
     torch.testing.assert_close(
@@ -215,7 +214,7 @@ def test_weights_are_the_inverse_of_what_was_likely(values, index):
 @pytest.mark.parametrize(("presample", "k", "threshold"), [(3, 2.0, 2.0), (5, 1.5, 3.0)])
 def test_sampling_is_worth_its_cost_above_tau_th(presample, k, threshold):
     running = start(Importance(presample=presample, k=k), Toy(torch.ones(64)))
-    assert running.threshold == pytest.approx(threshold)
+    assert running.switch.threshold == pytest.approx(threshold)
 
 
 # --- importance sampling: no bias -----------------------------------------------------------------
@@ -250,7 +249,7 @@ def test_the_weighted_gradient_is_that_of_the_presample_and_the_plain_one_is_not
     assert len(place) == len(gradients) == PRESAMPLE * 16
     monkeypatch.setattr(task, "candidates", lambda index, block: blocks[block % PRESAMPLE])
     running = start(Importance(presample=PRESAMPLE, score=score, ema=0.9999), task)
-    running.tau = 1e6  # always on
+    running.switch.tau = 1e6  # always on
     found = running.score(blocks, score)
     monkeypatch.setattr(running, "score", lambda blocks, kind: found)  # they do not change
     weighted, plain = torch.zeros(2, DRAWS, gradients.shape[1], dtype=torch.float64)
@@ -282,7 +281,7 @@ def test_the_weighted_gradient_is_that_of_the_presample_and_the_plain_one_is_not
 def test_where_a_sample_is_never_drawn_its_part_is_nothing():
     # Scores of 0 mean gradients of 0: sum g_i w_i f_i is the mean of f all the same.
     values = torch.tensor([0.0, 2.0, 0.0, 6.0], dtype=torch.float64)
-    places, weights = resample(values, 4000, generator(0, "test"))
+    places, weights = importance_sampling(values, 4000, generator(0, "test"))
     assert set(places.tolist()) == {1, 3}
     assert (weights.double() * values[places]).mean() == pytest.approx(2.0)
 
@@ -516,7 +515,7 @@ def test_choosing_leaves_networks_and_random_streams_as_they_were(task, name, mo
         monkeypatch.setattr(running, "_rebuild", lambda stream: build(task))
         running.prepare()
     if isinstance(running.settings, Importance):
-        running.tau = 1e6
+        running.switch.tau = 1e6
     modes = [network.training for network in networks(chosen)]
     before = streams()
     for index in range(3):
@@ -708,7 +707,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
         seen.append((priorities / priorities.sum()).numpy())
         return draw_distinct(priorities, count, draws)
 
-    monkeypatch.setattr("repeatlab.methods.sampling.history.draw_distinct", spy)
+    monkeypatch.setattr("repeatlab.methods.selection.draw_distinct", spy)
     return seen
 
 

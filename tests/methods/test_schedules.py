@@ -16,10 +16,12 @@ from torch.optim.lr_scheduler import (
     LambdaLR,
     LinearLR,
     MultiStepLR,
+    SequentialLR,
 )
 
 from repeatlab.methods.schedules import (
     SCHEDULES,
+    Constant,
     Cosine,
     Exponential,
     InverseTime,
@@ -31,6 +33,7 @@ fractions = st.floats(0, 1)
 rates = st.floats(1e-3, 50)
 above_zero = st.floats(0, 1, exclude_min=True)
 DRAWS = {
+    "constant": st.just(Constant()),
     "cosine": st.builds(Cosine, final=fractions),
     "linear": st.builds(LinearDecay, final=fractions),
     "step": st.builds(
@@ -46,7 +49,7 @@ def test_every_schedule_is_drawn():
     assert DRAWS.keys() == SCHEDULES.keys()
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES.keys() - {"constant"})
 def test_the_default_starts_at_the_whole_rate_and_ends_well_below(name):
     schedule = SCHEDULES[name]()
     assert schedule(0, 1000) == 1
@@ -62,6 +65,42 @@ def test_contract(schedule, total):
     # Pure: neither the order of calls nor an equal object makes a difference.
     twin = type(schedule)(**schedule.__dict__)
     assert [twin(update, total) for update in reversed(range(total))] == factors[::-1]
+
+
+@given(schedules, st.floats(0, 1), st.integers(1, 60))
+def test_a_warm_up_rises_to_the_whole_rate_and_then_the_rest_is_the_schedule(
+    schedule, warm_up, total
+):
+    warmed = type(schedule)(**schedule.__dict__ | {"warm_up": warm_up})
+    factors = [warmed(update, total) for update in range(total)]
+    rising = round(warm_up * total)
+    steps = [1 / (rising + 1)] * rising
+    assert [later - earlier for earlier, later in pairwise([0, *factors[:rising]])] == (
+        pytest.approx(steps)
+    )
+    assert factors[rising:] == [schedule(u, total - rising) for u in range(total - rising)]
+    assert all(0 < factor <= 1 for factor in factors[:rising])
+
+
+@pytest.mark.parametrize(("total", "warm_up", "rising"), [(200, 0.1, 20), (7, 0.5, 4), (9, 0.1, 1)])
+@pytest.mark.parametrize(
+    ("kind", "reference"),
+    [
+        (Constant, lambda o, n: LinearLR(o, start_factor=1.0, total_iters=1)),
+        (Cosine, lambda o, n: CosineAnnealingLR(o, T_max=n)),
+        (LinearDecay, lambda o, n: LinearLR(o, start_factor=1.0, end_factor=0, total_iters=n)),
+    ],
+)
+def test_torch_s_schedulers_one_after_another_give_the_same_rates(
+    kind, reference, total, warm_up, rising
+):
+    def scheduler(optimizer):
+        rise = LinearLR(optimizer, start_factor=1 / (rising + 1), total_iters=rising)
+        fall = reference(optimizer, total - rising)
+        return SequentialLR(optimizer, [rise, fall], milestones=[rising])
+
+    found = [0.3 * kind(warm_up=warm_up)(update, total) for update in range(total)]
+    assert found == pytest.approx(rates_of(scheduler, total), rel=1e-9, abs=1e-12)
 
 
 def rates_of(make_scheduler, total: int) -> list[float]:
@@ -119,6 +158,10 @@ def test_a_milestone_between_two_updates_is_reached_at_the_later_one():
     [
         (lambda value: Cosine(final=value), "final must lie between 0 and 1"),
         (lambda value: LinearDecay(final=value), "final must lie between 0 and 1"),
+        *(
+            (lambda value, k=kind: k(warm_up=value), "warm_up must lie")
+            for kind in SCHEDULES.values()
+        ),
         (lambda value: Step(gamma=value), "gamma must lie between 0 and 1"),
         (lambda value: Step(milestones=(0.5, value)), "milestones must lie between 0 and 1"),
         (lambda value: Exponential(k=-abs(value)), "k must be a positive, finite number"),

@@ -60,8 +60,7 @@ def test_a_process_of_its_own_ends_with_status_2_and_one_message(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        f"Error: {path}: parameters.study: max_updates: "
-        "Input should be greater than or equal to 1, not 0\n"
+        f"Error: {path}: parameters.study: max_updates: must be greater than or equal to 1; not 0\n"
     )
 
 
@@ -83,16 +82,19 @@ def test_a_process_of_its_own_ends_with_status_2_and_one_message(tmp_path):
             "t must be a positive, finite number, not 0",
         ),
         ({"method": "{mapping: {name: linear, t: .nan}}"}, "mapping.t: must be a finite number or"),
-        ({"updates": "0"}, "max_updates: Input should be greater than or equal to 1, not 0"),
+        ({"updates": "0"}, "max_updates: must be greater than or equal to 1; not 0"),
         ({"updates": "10\n    extra: 1"}, "extra: unknown key"),
         (
             {"task": "{name: supervised, lr: '1e-3'}"},
-            "tasks.digits.lr: Input should be a valid number, not '1e-3', which is text: write it",
+            "tasks.digits.lr: must be a valid number; not '1e-3', which is text: write it",
         ),
-        ({"method": "linear"}, "methods.arm: must be a mapping with keys among apply, base_batch_"),
+        (
+            {"method": "linear"},
+            "methods.arm: must be a mapping with keys among apply, distillation",
+        ),
         (
             {"method": "{mapping: {name: quantile, levels: auto}}"},
-            "methods.arm.mapping.levels: Input should be a valid list, not 'auto'",
+            "methods.arm.mapping.levels: must be a valid list; not 'auto'",
         ),
     ],
 )
@@ -204,7 +206,8 @@ def test_verify_names_a_damaged_run_and_remove_makes_room_for_it(tmp_path, repea
     code, out, _ = repeatlab("verify")
     assert code == 1
     damaged, counts = out.splitlines()
-    assert damaged.startswith(f"damaged: {run.relative_to(tmp_path)}: ArrowInvalid: ")
+    file = run.relative_to(tmp_path) / "updates.parquet"
+    assert damaged == f"damaged: {file} is damaged: its content does not fit its digest"
     assert counts == "1 runs read, 1 damaged"
     code, out, _ = repeatlab("verify", "--remove")
     assert (code, out.splitlines()[1]) == (0, "1 runs read, 1 damaged and removed")

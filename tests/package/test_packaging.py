@@ -15,16 +15,26 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LOCK = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+EXTRAS = PROJECT["optional-dependencies"]
+# A name may come twice: the laboratory may need a later one than the primitive does.
 DIRECT = {
-    requirement.name: requirement
-    for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
-    for requirement in map(Requirement, lines)
+    line: requirement
+    for lines in (PROJECT["dependencies"], *EXTRAS.values())
+    for line, requirement in zip(lines, map(Requirement, lines), strict=True)
+    if requirement.name != PROJECT["name"]
 }
 
 
 def locked() -> list[Requirement]:
     lines = (line.partition("#")[0].strip() for line in LOCK.splitlines())
     return [Requirement(line) for line in lines if line]
+
+
+def test_the_primitive_needs_torch_and_numpy_and_the_tests_all_that_the_laboratory_needs():
+    assert sorted(Requirement(line).name for line in PROJECT["dependencies"]) == ["numpy", "torch"]
+    own = [Requirement(line) for line in EXTRAS["test"]]
+    assert [r.extras for r in own if r.name == PROJECT["name"]] == [{"lab"}]
+    assert not re.search("data-files", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", DIRECT)
@@ -36,7 +46,11 @@ def test_every_direct_dependency_has_a_lower_bound_and_no_upper_one(name):
 
 @pytest.mark.parametrize("name", DIRECT)
 def test_the_lock_satisfies_every_bound(name):
-    pins = [pin for pin in locked() if canonicalize_name(pin.name) == canonicalize_name(name)]
+    pins = [
+        pin
+        for pin in locked()
+        if canonicalize_name(pin.name) == canonicalize_name(DIRECT[name].name)
+    ]
     assert pins
     for pin in pins:  # more than one where the platform or the Python decides
         (specifier,) = pin.specifier

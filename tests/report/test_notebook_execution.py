@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from threading import Thread
 
@@ -56,10 +60,58 @@ def test_parameters_are_read_from_the_syntax_tree(project):
     assert names == {"rate", "runs", "figures"}
 
 
+@pytest.mark.parametrize(
+    ("cell", "names"),
+    [
+        ("study: dict = {}\nrate: float\n", {"study", "rate"}),
+        ("a, b = 1, 2\n[c, (d, *e)] = 3, (4, 5)\n", {"a", "b", "c", "d", "e"}),
+        ("f = g = 1\n", {"f", "g"}),
+        ("%matplotlib inline\nx = 1\n!echo hello\ny = !ls\n", {"x", "y"}),
+        ("%%time\nx = 1\n", {"x"}),
+        ("x = 1\nx.y = 2\nz[0] = 3\nprint(x)\nt = 'a\\n!b'  # = 4\n", {"x", "t"}),
+        ("", set()),
+    ],
+)
+def test_every_way_to_write_a_parameter_is_understood(tmp_path, cell, names):
+    path = tmp_path / "a.ipynb"
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})]
+    nbformat.write(notebook, path)
+    assert parameter_names(path) == names
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("x = = 1", "the cell tagged 'parameters' must be Python: line 1: invalid syntax"),
+        (None, "no cell is tagged 'parameters'"),
+        ("{", "must be a notebook"),
+        ("[]", "must be a notebook"),
+        ("{}", "must be a notebook"),
+    ],
+)
+def test_a_notebook_whose_parameters_cannot_be_read_is_named(project, content, reason):
+    root = project("")
+    path = root / "notebooks" / "00_small.ipynb"
+    if content is None or content.startswith("x"):
+        notebook = nbformat.v4.new_notebook()
+        if content:
+            tags = {"tags": ["parameters"]}
+            notebook.cells = [nbformat.v4.new_code_cell(content, metadata=tags)]
+        nbformat.write(notebook, path)
+    else:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {reason}")):
+        read_profile("tiny", root)
+
+
 def test_a_notebook_gets_its_parameters_and_its_figures_are_named(project, caplog):
     code = """
 import json, pathlib
 assert rate == 0.001 and pathlib.Path.cwd().name == "notebooks"
+# A kernel that is interrupted to end it, after its last cell, would call that an error.
+log = get_ipython().kernel.log
+assert max(log.level, *(handler.level for handler in log.handlers)) > 40
 pathlib.Path(figures).mkdir()
 entry = {"mine": {"notebook": "00_small"}, "not mine": {"notebook": "99_other"}}
 (pathlib.Path(figures) / "manifest.json").write_text(json.dumps(entry))
@@ -74,6 +126,12 @@ entry = {"mine": {"notebook": "00_small"}, "not mine": {"notebook": "99_other"}}
 def test_a_cell_that_raises_fails_the_batch(project):
     with pytest.raises(NotebookError, match=r"small\.yaml: ValueError: no such luck"):
         _execute(project("raise ValueError('no such luck')"))
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "raise SystemExit"])
+def test_a_notebook_that_ends_itself_before_its_last_cell_fails_the_batch(project, code):
+    with pytest.raises(NotebookError, match=r"small\.yaml: sys\.exit must not end a notebook"):
+        _execute(project(code))
 
 
 def test_a_kernel_that_dies_fails_the_batch(project):
@@ -242,6 +300,52 @@ def test_a_bad_parameter_file_is_refused_before_anything_runs(project, parameter
     assert "small.yaml: " in str(error.value)
     assert message in str(error.value)
     assert not (root / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Return a function that calls the command line of a package that lies in no clone."""
+    packages = tmp_path_factory.mktemp("site-packages")
+    here = tmp_path_factory.mktemp("a folder")
+    leave = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "repeatlab", packages / "repeatlab", ignore=leave)
+    (here / "own.yaml").write_text(f"notebook: 10_supervised{STUDY}")
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "repeatlab", *arguments],
+            cwd=here,
+            env=os.environ | {"PYTHONPATH": str(packages)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return call
+
+
+def test_an_installed_package_trains_a_file_of_one_s_own(installed):
+    done = installed("run", "own.yaml", "--workers", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 run: 1 complete (1 trained now, 0 in the store)\n"
+
+
+@pytest.mark.parametrize("command", ["figures", "measure"])
+def test_what_an_installed_package_lacks_is_said_with_what_to_do(installed, command):
+    done = installed(command)
+    assert done.returncode == 2
+    assert "params must be there: notebooks/ and params/ come with a clone" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_include_must_be_a_regular_file(project):
+    text = STUDY.replace("methods: {standard: {}}", "methods: {include: [fifo.yaml]}")
+    root = project("study = {}", f"notebook: 00_small\n{text}")
+    notebook = root / "notebooks" / "00_small.ipynb"
+    notebook.write_text(notebook.read_text().replace("rate = 1.0", "study = {}"))
+    os.mkfifo(root / "params" / "tiny" / "fifo.yaml")
+    with pytest.raises(ConfigError, match=r"fifo\.yaml: cannot be read: it must be a regular file"):
+        read_profile("tiny", root)
 
 
 def test_an_unknown_profile_names_those_that_exist(project):

@@ -94,6 +94,7 @@ def gathered(places):
         profile="tiny",
         views=VIEWS,
         shown=SHOWN,
+        k=2.0,
         plan={"controls": ["windowed"], "window": 17},
     )
 
@@ -192,7 +193,7 @@ def test_every_table_is_there_in_latex_too(gathered):
     ],
 )
 def test_a_wrong_parameter_is_refused(places, tmp_path, options, message):
-    fields = {"profile": "tiny", "views": VIEWS, "shown": SHOWN} | options
+    fields = {"profile": "tiny", "views": VIEWS, "shown": SHOWN, "k": 2.0} | options
     with pytest.raises(ConfigError, match=message):
         gather(places / "runs", places / "figures", tmp_path, **fields)
 
@@ -260,7 +261,7 @@ def test_what_is_missing_is_boxed(data):
 
 
 def test_a_paper_without_any_run_is_one_of_boxes(tmp_path):
-    gather(tmp_path, tmp_path, tmp_path / "out", profile="none", views=VIEWS, shown=SHOWN)
+    gather(tmp_path, tmp_path, tmp_path / "out", profile="none", views=VIEWS, shown=SHOWN, k=2.0)
     text = _text(tmp_path / "out")
     for what in ("every run", "the runs of this table", "studies made, never-made"):
         assert _squeezed(f"missing: {what}") in text

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Barrier, Thread
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from repeatlab.core.files import StoreError, replacing, write_json
-from repeatlab.store.records import UPDATES, Run, RunWriter, Store, read_stream
+from repeatlab.core.files import StoreError, read_sealed, replacing, write_json, write_sealed
+from repeatlab.store.records import UPDATES, Run, RunWriter, Store, fresh_batches, read_stream
 
 LEDGER = {"updates": 5, "fresh_batches": 3, "seconds": 1.5}
 
@@ -59,7 +65,10 @@ def test_a_finished_run_reads_back_as_written(tmp_path):
     assert run.done
     assert run.status == {"status": "complete"}
     assert run.config == {"seed": 3}
-    assert run.summary == {"status": "complete", "final": {"test.loss": 1.75}, "ledger": LEDGER}
+    summary = run.summary
+    digests = summary.pop("files")
+    final = {"final": {"test.loss": 1.75}, "ledger": LEDGER}
+    assert summary == {"run": "abc", "status": "complete", **final}
     assert same(run.updates, frame(rows(0, 5), rows(5, 2)))
     assert run.evals.to_dict("list") == {
         "update": [0, 0, 7, 7],
@@ -73,10 +82,12 @@ def test_a_finished_run_reads_back_as_written(tmp_path):
         "config.json",
         "environment.json",
         "evals.parquet",
-        "status.json",
         "summary.json",
         "updates.parquet",
     ]
+    for name, digest in digests.items():
+        assert sha256((run.path / name).read_bytes()).hexdigest() == digest
+    assert {*digests, "summary.json"} == {path.name for path in run.path.iterdir()}
 
 
 def test_a_loss_that_is_not_finite_survives(tmp_path):
@@ -99,6 +110,39 @@ def test_a_running_run_can_be_read_block_by_block(tmp_path):
         assert same(run.updates, frame(*(rows(4 * k, 4) for k in range(block + 1))))
 
 
+@st.composite
+def visited(draw) -> tuple[list[dict], pd.DataFrame]:
+    """Return visits to batches in any order that keeps each batch's own, and their records."""
+    counts = draw(st.lists(st.integers(1, 4), min_size=0, max_size=8))
+    batches = draw(st.permutations([index for index, n in enumerate(counts) for _ in range(n)]))
+    made = draw(st.integers(0, len(batches)))
+    rows, visits = [], [0] * len(counts)
+    for update, batch in enumerate(batches[:made]):
+        loss = draw(st.floats(-10, 10))
+        if update == made - 1 and draw(st.booleans()):
+            loss = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+        row = (update, batch, visits[batch], counts[batch], loss, 0.1 * update, 2.0 * update)
+        rows.append(dict(zip(UPDATES.names, row, strict=True)))
+        visits[batch] += 1
+    return rows, pa.Table.from_pylist(rows, UPDATES).to_pandas()
+
+
+@given(visited())
+def test_fresh_batches_are_what_a_plain_loop_over_the_visits_finds(visits):
+    rows, updates = visits
+    expected = {}
+    for row in rows:
+        batch = expected.setdefault(row["fresh_batch"], row | {"visits": 0})
+        if np.isfinite(row["loss"]):
+            batch |= {"visits": batch["visits"] + 1, "last_loss": row["loss"]}
+        batch.setdefault("last_loss", row["loss"])
+    found = fresh_batches(updates)
+    columns = ["fresh_batch", "update", "repeats", "visits", "loss", "last_loss", "lr", "seconds"]
+    assert found.columns.tolist() == columns
+    rows = [[expected[batch][name] for name in columns] for batch in sorted(expected)]
+    assert np.array_equal(found.to_numpy(float), np.array(rows).reshape(-1, 8), equal_nan=True)
+
+
 def test_columns_that_are_missing_or_do_not_fit_are_refused(tmp_path):
     _, writer = begin(Store(tmp_path))
     columns = rows(0, 3)
@@ -112,10 +156,10 @@ def test_columns_that_are_missing_or_do_not_fit_are_refused(tmp_path):
 def kill_before_the_summary(writer, monkeypatch) -> None:
     """End a run, as far as it comes before its last file is written."""
 
-    def killed(path, data):
+    def killed(path, data, **options):
         if path.name == "summary.json":
             raise KeyboardInterrupt
-        write_json(path, data)
+        write_json(path, data, **options)
 
     monkeypatch.setattr("repeatlab.store.records.write_json", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -128,7 +172,7 @@ def test_only_the_summary_marks_a_run_as_done(tmp_path, monkeypatch):
     writer.updates(rows(0, 3))
     writer.evals(3, {"train": {"loss": 1.0}}, LEDGER)
     kill_before_the_summary(writer, monkeypatch)
-    assert run.status == {"status": "complete"}
+    assert run.status == {"status": "running"}
     assert not run.done
     assert run.summary == {}
     assert same(run.updates, frame(rows(0, 3)))
@@ -239,7 +283,7 @@ def test_what_was_left_half_written_goes_where_a_run_goes_on(tmp_path):
     writer.updates(rows(0, 4))
     leave(run)
     with store.locked(run):
-        assert store.resume(run, {"updates": 4}) is not None
+        assert store.resume(run, writer.synced()) is not None
     found = {path.name for path in run.path.iterdir()}
     assert found & {*LEFT, *KEPT} == set(KEPT)
     assert same(run.updates, frame(rows(0, 4)))
@@ -260,7 +304,7 @@ def test_the_locks_lie_beside_the_runs(tmp_path):
     writer.updates(rows(0, 4))
     with store.locked(run):
         assert not list(run.path.glob(".*"))
-        store.resume(run, {"updates": 4}).finish("complete", {})
+        store.resume(run, writer.synced()).finish("complete", {})
         assert store.is_locked(run)
 
 
@@ -287,9 +331,150 @@ def test_a_run_shows_its_losses_and_counts_while_it_trains_too(tmp_path):
     writer.updates(rows(0, 4))
     html = run._repr_html_()
     assert "running" in html
-    first = run.updates[run.updates["repeat"] == 0]
-    assert f"first loss: {first['loss'].iloc[0]:.4g} to {first['loss'].iloc[-1]:.4g}" in html
+    losses = run.fresh_batches["loss"]
+    assert losses.tolist() == run.updates["loss"][run.updates["repeat"] == 0].tolist()
+    assert f"first loss: {losses.iloc[0]:.4g} to {losses.iloc[-1]:.4g}" in html
     assert html.count("<polyline") == 2
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+FEW = 7  # a bit of every byte at least, and all eight in turn
+
+
+def finished(root: Path) -> Run:
+    """Return a run that is done, with every kind of file that one can have."""
+    run, writer = begin(Store(root))
+    writer.updates(rows(0, 5))
+    writer.evals(0, {"train": {"loss": 2.5}}, LEDGER)
+    writer.sampler({"fresh_batch": np.arange(3), "tau": np.arange(3.0)})
+    writer.pictures({"digits": np.zeros((2, 4, 4), np.uint8)})
+    write_sealed(run.path / "weights-000000005.pt", bytes(range(100)))
+    writer.finish("complete", {"ledger": LEDGER, "final": {"test.loss": 1.75}})
+    return run
+
+
+READ = {
+    "config.json": lambda run: run.config,
+    "environment.json": lambda run: run.environment,
+    "summary.json": lambda run: run.status,
+    "updates.parquet": lambda run: run.updates,
+    "evals.parquet": lambda run: run.evals,
+    "sampler.parquet": lambda run: run.sampler,
+    "pictures.npz": lambda run: run.pictures,
+    "weights-000000005.pt": lambda run: read_sealed(run.path / "weights-000000005.pt"),
+}
+
+
+def flips(content: bytes, *, every: int = 1):
+    """Yield `content` with one bit flipped, for every `every`th bit."""
+    for place in range(0, 8 * len(content), every):
+        spoilt = bytearray(content)
+        spoilt[place // 8] ^= 1 << place % 8
+        yield spoilt
+
+
+def test_a_flip_of_any_bit_of_the_summary_is_found(tmp_path):
+    """Also of its digest, and of the spaces between."""
+    run = finished(tmp_path)
+    path = run.path / "summary.json"
+    for spoilt in flips(path.read_bytes()):
+        path.write_bytes(spoilt)
+        with pytest.raises(StoreError, match=r"summary\.json (is damaged|has no digest)"):
+            _ = run.summary
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_flip_in_any_byte_of_a_file_is_found_before_anything_is_read_of_it(tmp_path, name):
+    run = finished(tmp_path)
+    assert {path.name for path in run.path.iterdir()} == set(READ)
+    run.check()
+    path = run.path / name
+    whole = path.read_bytes()
+    for spoilt in flips(whole, every=FEW):
+        path.write_bytes(spoilt)
+        for read in (Run.check, READ[name]):
+            with pytest.raises(StoreError, match=re.escape(str(path))):
+                read(run)
+    for cut in (b"", whole[:-1], whole + b"\n"):
+        path.write_bytes(cut)
+        with pytest.raises(StoreError, match=re.escape(str(path))):
+            run.check()
+    path.unlink()
+    if name != "summary.json":  # without it a run is not done
+        for read in (Run.check, READ[name]):
+            with pytest.raises(StoreError, match=re.escape(str(path))):
+                read(run)
+
+
+def test_a_run_that_an_earlier_version_finished_is_said_to_be_one(tmp_path):
+    run = finished(tmp_path)
+    summary = run.summary
+    write_json(run.path / "summary.json", summary)
+    with pytest.raises(StoreError, match=r"summary\.json has no digest: .* an earlier version"):
+        _ = run.status
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"running"', '{"state": "running"}', "[" * 10**5])
+def test_a_status_that_is_none_is_named(tmp_path, content):
+    run, _ = begin(Store(tmp_path))
+    (run.path / "status.json").write_text(content)
+    with pytest.raises(StoreError, match=r"status\.json is damaged: "):
+        _ = run.status
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_of_a_stream_with_any_bit_flipped_whole_blocks_are_read_or_none(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("flipped") / "evals.arrow"
+    content = bytearray(streamed())
+    place = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[place // 8] ^= 1 << place % 8
+    path.write_bytes(content)
+    try:
+        table = read_stream(path)
+    except StoreError as error:
+        assert str(path) in str(error)  # noqa: PT017
+        return
+    assert len(table.to_pandas()) in (1, 2, 3)
+
+
+@cache
+def streamed() -> bytes:
+    """Return three evaluations of an unfinished run, as they lie on disk."""
+    with TemporaryDirectory() as root:
+        run, writer = begin(Store(root))
+        for update in range(3):
+            writer.evals(update, {"train": {"loss": 2.5}}, LEDGER)
+        return (run.path / "evals.arrow").read_bytes()
+
+
+def test_a_run_with_a_damaged_configuration_begins_anew(tmp_path, caplog):
+    store = Store(tmp_path)
+    run, writer = begin(store)
+    writer.updates(rows(0, 4))
+    path = run.path / "config.json"
+    path.write_text(path.read_text().replace("3", "2", 1))
+    assert store.resume(run, writer.synced()) is None
+    assert f"{path} is damaged" in caplog.messages[-1]
+
+
+def test_a_run_does_not_go_on_from_records_in_which_a_bit_has_flipped(tmp_path, caplog):
+    store = Store(tmp_path)
+    run, writer = begin(store)
+    writer.updates(rows(0, 4))
+    marks = writer.synced()
+    path = run.path / "updates.arrow"
+    whole = path.read_bytes()
+    writer.updates(rows(4, 4))
+    for spoilt in flips(whole, every=FEW):
+        path.write_bytes(spoilt)
+        assert store.resume(run, marks) is None
+        assert f"{path} is damaged" in caplog.messages[-1]
+    path.write_bytes(whole)
+    store.resume(run, marks).close("interrupted")
+    assert same(run.updates, frame(rows(0, 4)))
 
 
 # --- torn streams -------------------------------------------------------------------------------
@@ -463,6 +648,12 @@ def test_a_study_reads_back_as_written(tmp_path):
     store.write_study("first", {"runs": [1, 2]})
     store.write_study("first", {"runs": [3]})
     assert store.read_study("first") == {"runs": [3]}
+    # Whoever reads it without this library finds plain JSON.
+    text = (tmp_path / "studies" / "first.json").read_text()
+    found = json.loads(text)
+    assert found == {"runs": [3], "sha256": found["sha256"]}
+    before, _, _ = text.partition(found["sha256"])
+    assert sha256(before.encode()).hexdigest() == found["sha256"]
 
 
 def test_an_unknown_study_is_answered_with_those_that_are_there(tmp_path):

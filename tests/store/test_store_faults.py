@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import ast
 import errno
+import fcntl
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
 import tempfile
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
-import torch
 from every_method import config
 from test_resume import same_record
 
 import repeatlab
 from repeatlab.core.files import StoreError, write_json
+from repeatlab.core.locks import hold, is_held
 from repeatlab.store.records import UPDATES, RunWriter, Store, read_stream
 from repeatlab.studies.study import StudyError, run_study
 from repeatlab.studies.verification import damaged, run_state, study_states
 from repeatlab.training import checkpoint, loop
 from repeatlab.training.loop import train
-from repeatlab.training.training import CheckpointPlan, Training
+from repeatlab.training.one_run import CheckpointPlan, Training
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -113,6 +116,41 @@ def test_at_a_full_disk_every_block_that_was_taken_is_there(tmp_path):
         assert not run.done
 
 
+def _train_up_to_the_limit(root: Path, limit: int, plan: CheckpointPlan | None, found) -> None:
+    """Train with files that may not grow beyond a limit; in a process of its own."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run = supervised()
+    evaluation = run.evaluation.model_copy(update={"keep": 1})
+    try:
+        train(run.model_copy(update={"evaluation": evaluation}), root, plan=plan)
+    except StoreError as error:
+        found.send(str(error))
+
+
+@pytest.mark.parametrize(
+    ("limit", "plan", "name"),
+    [
+        (100, None, "config.json"),
+        (2000, None, "evals.arrow"),
+        (10_000, EVERY_UPDATE, "checkpoint.pt"),
+        (10_000, None, "weights-000000003.pt"),
+    ],
+)
+def test_at_a_full_disk_the_file_is_named_and_the_reason_is_the_system_s(
+    tmp_path, limit, plan, name
+):
+    """Also of what torch writes, whose own writer says something else."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_train_up_to_the_limit, args=(tmp_path, limit, plan, theirs))
+    process.start()
+    assert ours.poll(60)
+    (run,) = (tmp_path / "supervised").glob("[!.]*")
+    assert ours.recv() == f"{run / name} cannot be written: File too large"
+    process.join()
+
+
 def test_rows_that_did_not_arrive_are_no_complete_run(tmp_path, monkeypatch):
     run, writer = begin(tmp_path)
     writer.updates(rows(0, 4))
@@ -123,7 +161,7 @@ def test_rows_that_did_not_arrive_are_no_complete_run(tmp_path, monkeypatch):
     assert not run.done
 
 
-@pytest.mark.parametrize("name", ["updates.parquet", "status.json", "summary.json"])
+@pytest.mark.parametrize("name", ["updates.parquet", "summary.json"])
 def test_a_run_whose_end_cannot_be_written_is_not_done(tmp_path, monkeypatch, name):
     run, writer = begin(tmp_path)
     writer.updates(rows(0, 4))
@@ -182,12 +220,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_last_one_goes_
         saved.append(state["repeater"]["updates"])
         with monkeypatch.context() as patch:
             if len(saved) == 3:
-                patch.setattr("repeatlab.training.checkpoint.os.fsync", _no_space)
+                patch.setattr("os.fsync", _no_space)
             save(directory, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr("repeatlab.training.training.checkpoint.save", full)
-        with pytest.raises(StoreError, match=r"checkpoint in .* cannot be written: No space left"):
+        patch.setattr("repeatlab.training.one_run.checkpoint.save", full)
+        with pytest.raises(StoreError, match=r"checkpoint\.pt cannot be written: No space left"):
             train(supervised(), tmp_path / "store", plan=EVERY_UPDATE)
     assert run.status["status"] == "failed"
     assert "No space left" in run.status["error"]
@@ -202,16 +240,16 @@ def _no_space(handle):
 
 def _train_until_killed_in_a_checkpoint(runs: Path) -> None:
     """Train in a process of its own that SIGKILLs itself where its second checkpoint is whole."""
-    write, written = torch.save, []
+    sync, synced = os.fsync, []
 
-    def save(state, file):
-        write(state, file)
-        written.append(state)
-        if len(written) == 2:
-            file.flush()
+    def killed(handle):
+        sync(handle)
+        if Path(f"/proc/self/fd/{handle}").readlink().name.startswith(".checkpoint.pt"):
+            synced.append(handle)
+        if len(synced) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.save = save
+    os.fsync = killed
     train(supervised(), runs, plan=EVERY_UPDATE)
 
 
@@ -305,7 +343,7 @@ def test_a_file_in_a_directory_that_refuses_it_is_named(tmp_path, monkeypatch):
     def read_only(self, *args, **kwargs):
         raise refusal
 
-    monkeypatch.setattr(Path, "write_text", read_only)
+    monkeypatch.setattr(Path, "write_bytes", read_only)
     with pytest.raises(StoreError) as error:
         write_json(path, {})
     assert str(error.value) == f"{path} cannot be written: Read-only file system"
@@ -358,6 +396,61 @@ def _open_to_read(open_, error, path, flags, *args, **kwargs):
 
 def _refused(path, *args, **kwargs):
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_locks_a_run_is_refused_at_once_and_none_is_called_running(
+    tmp_path, monkeypatch, error
+):
+    """Also where a lock's file is left from before."""
+    store = Store(tmp_path)
+    run, _ = begin(tmp_path)
+    with store.locked(run):
+        pass
+
+    def no_locks(handle, operation):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert not store.is_locked(run)
+    assert run_state(store, run)[0] == "interrupted"
+    message = f"{run.path.with_name('.abc.lock')} cannot be locked: {os.strerror(error)}"
+    with (
+        pytest.raises(StoreError, match=re.escape(message)),
+        store.locked(run, waiting=lambda: pytest.fail("waited")),
+    ):
+        pytest.fail("held what cannot be held")
+
+
+def test_a_lock_is_waited_for_and_those_who_look_at_it_do_not_see_each_other(tmp_path):
+    path = tmp_path / "lock"
+    let_go = Event()
+
+    def hold_it():
+        with hold(path):
+            held.set()
+            let_go.wait()
+
+    held = Event()
+    thread = Thread(target=hold_it)
+    thread.start()
+    assert held.wait(30)
+    with hold(path, waiting=let_go.set):  # called, so it waited
+        assert let_go.is_set()
+        assert is_held(path)
+    thread.join()
+    with path.open() as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)  # as `is_held` does meanwhile
+        assert not is_held(path)
+
+
+def test_a_lock_is_free_again_though_a_process_that_was_forked_meanwhile_lives_on(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=signal.pause)
+    with hold(tmp_path / "lock"):
+        process.start()
+    assert not is_held(tmp_path / "lock")
+    process.kill()
+    process.join()
 
 
 def test_the_states_of_a_store_that_belongs_to_somebody_else_can_be_read():

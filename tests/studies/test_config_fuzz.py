@@ -27,8 +27,8 @@ from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS
 from repeatlab.training.config import RunConfig, TraceConfig
-from repeatlab.training.fresh_batches import build_mapping
 from repeatlab.training.loop import train
+from repeatlab.training.visits import build_mapping
 
 TASK_NAMES = ("supervised", "semisupervised", "selfsupervised", "reinforcement", "unsupervised")
 TASK_NAMES += ("generative",)
@@ -225,6 +225,37 @@ def one_text(seed: int, scratch: Path) -> None:
         assert str(error).startswith(f"{scratch}: ")  # noqa: PT017
         return
     parsed(Study, data)
+
+
+@pytest.mark.parametrize("kind", ["tasks", "methods"])
+@pytest.mark.parametrize(
+    "name",
+    ["a$x^{$", "\ud800", "a/b", "..", ".", " ", "", "a\nb", "a\\b", "\x00", "\u200b", "x" * 101],
+    ids=ascii,
+)
+def test_a_name_that_breaks_figures_or_files_is_refused(kind, name):
+    data = valid_study(random.Random(0))
+    data[kind] = {name: next(iter(data[kind].values()))}
+    with pytest.raises(ConfigError) as error:
+        parse(Study, data)
+    message = str(error.value)
+    assert message.startswith(f"{kind}.")
+    assert "a name must be at most 100 printable characters without '/', '\\' and '$'" in message
+
+
+def test_names_may_say_what_they_stand_for():
+    data = valid_study(random.Random(0))
+    names = ("standard", "linear t=1.2, max 5", "lr=1e-3 (half)", "学习率", "β ≥ 0.5", "1")
+    for name in names:
+        data["methods"] = {name: {}}
+        assert list(parse(Study, data).methods) == [name]
+
+
+@pytest.mark.parametrize("seeds", [10**9, 10**30, 0, -1, [], [1, 1], [2**63], True, [0, -1]])
+def test_seeds_that_eat_the_memory_or_the_record_are_refused(seeds):
+    data = valid_study(random.Random(0)) | {"seeds": seeds}
+    with pytest.raises(ConfigError, match=r"^seeds: must be a count of at least 1 and at most 1"):
+        parse(Study, data)
 
 
 def test_every_task_and_method_is_a_start():

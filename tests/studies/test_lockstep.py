@@ -18,26 +18,27 @@ from torch.nn import functional
 
 from repeatlab.cli import cli
 from repeatlab.core.schema import parse
+from repeatlab.core.signals import Interrupted, Stop
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
-from repeatlab.studies.lockstep import group as groups_module
 from repeatlab.studies.lockstep import groups, train_group
+from repeatlab.studies.lockstep.kinds import STACKS, SupervisedStack
 from repeatlab.studies.lockstep.network import StackedMLP
 from repeatlab.studies.lockstep.optimizers import StackedOptimizer
 from repeatlab.studies.scheduling import with_needs
 from repeatlab.studies.study import Study, run_studies
 from repeatlab.tasks.models import mlp, small_cnn
-from repeatlab.training import checkpoint, training
+from repeatlab.training import checkpoint
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
+from repeatlab.training.one_run import CheckpointPlan, Training
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import CheckpointPlan, Interrupted
 
 T = 23
 METHODS: dict[str, dict[str, Any]] = {
     "standard": {},
     "cosine": {"schedule": {"name": "cosine"}},
-    "warm_up": {"warm_up": {"updates": 5}},
+    "warm_up": {"schedule": {"name": "cosine", "warm_up": 0.2}},
     "fixed3": {"mapping": {"name": "constant", "repeats": 3}},
     "random": {"mapping": {"name": "uniform"}},
     "threshold": {"mapping": {"name": "threshold", "t": "auto"}},
@@ -255,6 +256,22 @@ def test_early_stopping_ends_one_arm_alone(best, tmp_path):
     assert min(lengths) < T
 
 
+def test_nothing_of_an_agent_or_classifier_is_replaced(tmp_path, monkeypatch):
+    """What lock-step does in a task's place it does in a subclass, or in what stands for it."""
+    tasks = []
+    end = Training.end
+    monkeypatch.setattr(
+        Training, "end", lambda self, error=None: (tasks.append(self.task), end(self, error))[1]
+    )
+    names = ["standard", "cosine", "random", "fixed3"]
+    agents = {"tasks": {"agent": AGENT}, "max_updates": 6, "evaluation": {"every": 3}}
+    for runs in (configs(methods=names, seeds=1), configs(methods=names, seeds=1, **agents)):
+        run_all(runs, tmp_path)
+    assert {type(task).__name__ for task in tasks} == {"Supervised", "AgentInStep"}
+    for task in tasks:
+        assert not [name for name in vars(task) if callable(getattr(type(task), name, None))]
+
+
 def test_agents_that_go_back_to_their_best_weights_are_tested_with_them(tmp_path):
     """All end after the same update, and are tested one after another."""
     rule = {"patience": 99, "metric": "return", "mode": "max", "restore_best": True}
@@ -284,14 +301,14 @@ def test_agents_that_go_back_to_their_best_weights_are_tested_with_them(tmp_path
 def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch):
     runs = configs(methods=["standard", "cosine", "fixed3", "random"], seeds=1)
     broken = runs[2].run_id
-    evaluate = training.Training._evaluate
+    pause = Training.pause
 
-    def failing(self: Any) -> None:
-        if self.config.run_id == broken and self.ledger.updates:
+    def failing(self: Training) -> None:
+        pause(self)
+        if self.config.run_id == broken:
             raise OSError("no space left")
-        evaluate(self)
 
-    monkeypatch.setattr(training.Training, "_evaluate", failing)
+    monkeypatch.setattr(Training, "pause", failing)
     outcomes = run_all(runs, tmp_path)
     assert outcomes.pop(broken) == "OSError: no space left"
     assert set(outcomes.values()) == {None}
@@ -317,7 +334,7 @@ def test_an_arm_s_seconds_are_its_share_of_the_time(tmp_path):
 
 
 def stop_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the group set `training.STOP` after so many steps."""
+    """Press Ctrl-C after so many steps."""
     steps = 0
     make = StackedOptimizer.step
 
@@ -326,7 +343,7 @@ def stop_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
         make(self)
         steps += 1
         if steps == updates:
-            training.STOP.set()
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(StackedOptimizer, "step", step)
 
@@ -336,11 +353,8 @@ def test_a_stopped_group_goes_on_together_or_one_by_one(tmp_path, monkeypatch, a
     names = ["standard", "cosine", "random", "linear", "until", "fresh_views"]
     runs = [c for c in configs(methods=names) if c.max_updates == T]
     stop_after(13, monkeypatch)
-    try:
-        with pytest.raises(Interrupted):
-            train_group(runs, tmp_path / "stopped")
-    finally:
-        training.STOP.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train_group(runs, tmp_path / "stopped")
     monkeypatch.undo()
     for config in runs:
         run = at(tmp_path / "stopped", config)
@@ -358,14 +372,13 @@ def test_a_stopped_group_goes_on_together_or_one_by_one(tmp_path, monkeypatch, a
 def test_a_checkpoint_holds_its_own_arm_alone(tmp_path, monkeypatch):
     runs = configs(methods=["standard", "cosine", "fixed3", "random"], seeds=5)
     stop_after(5, monkeypatch)
-    try:
-        with pytest.raises(Interrupted):
-            run_all(runs, tmp_path / "together")
-        monkeypatch.undo()
-        with pytest.raises(Interrupted):
-            train(runs[0], tmp_path / "alone")
-    finally:
-        training.STOP.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs, tmp_path / "together")
+    monkeypatch.undo()
+    stop = Stop()
+    stop.set()
+    with pytest.raises(Interrupted):
+        train(runs[0], tmp_path / "alone", stop=stop)
     sizes = [
         (at(tmp_path / store, runs[0]).path / checkpoint.CURRENT).stat().st_size
         for store in ("together", "alone")
@@ -513,10 +526,11 @@ def test_what_one_study_trains_one_by_one_no_other_trains_in_step(tmp_path):
 
 
 def test_a_group_that_fails_as_a_whole_is_made_one_by_one(tmp_path, monkeypatch):
-    def broken(tasks: Any) -> Any:
-        raise RuntimeError("no memory")
+    class Broken(SupervisedStack):
+        def __init__(self, tasks: Any) -> None:
+            raise RuntimeError("no memory")
 
-    monkeypatch.setitem(groups_module.STACKS, "supervised", broken)
+    monkeypatch.setitem(STACKS, "supervised", Broken)
     small = study(methods=["standard", "cosine", "linear", "random"], seeds=1)
     report = run_studies([small], tmp_path, places=Places(workers=0))
     assert set(report.status.values()) == {"complete"}

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from math import inf
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import pytest
@@ -16,21 +17,22 @@ from torch.nn.utils import parameters_to_vector
 import repeatlab.studies.diagnostics.measure
 from repeatlab.analysis.frames import load
 from repeatlab.cli import ROOT, main
-from repeatlab.core.stopwatch import Stopwatch
+from repeatlab.core.schema import ConfigError
 from repeatlab.data import gather
 from repeatlab.report.notebooks import read_profile
 from repeatlab.store.records import Store
-from repeatlab.studies.diagnostics.interleaving import Turns, in_turns
-from repeatlab.studies.diagnostics.measure import Bench, measure
+from repeatlab.studies.diagnostics.measure import Bench, measure, measured
 from repeatlab.studies.diagnostics.prediction import (
-    BRIEF_DELAY,
     Measurement,
     predict,
     read_measurements,
     with_prediction,
+    write_measurement,
 )
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS, TaskConfig
+from repeatlab.tasks.optimization import OptimizerStep
+from repeatlab.tasks.precision import Precision
 from repeatlab.tasks.reinforcement import ReinforcementConfig
 from repeatlab.tasks.replay_buffer import ReplayBuffer
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
@@ -50,7 +52,6 @@ TAKES = {
     "pick": 0.25,
     "refresh": 7.0,
     "resample": 6.0,
-    "waking": 9.0,
     "cold": 100.0,
 }
 
@@ -59,12 +60,10 @@ class Clock:
     """Goes on only when somebody says what has taken its time."""
 
     now = 0.0
-    period = inf
-    """After which it goes at half the speed for as long."""
 
     @classmethod
     def take(cls, what: str) -> None:
-        cls.now += TAKES[what] * (1 + int(cls.now / cls.period) % 2)
+        cls.now += TAKES[what]
 
 
 class Passes(torch.autograd.Function):
@@ -87,6 +86,16 @@ class SlowSGD(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:
         Clock.take("step")
         super().step(closure)
+
+
+class SlowSettings:
+    """What stands for an optimizer's configuration."""
+
+    def build(self) -> SlowSettings:
+        return self
+
+    def make(self, weights: Any, *, lr: float, device: str) -> SlowSGD:
+        return SlowSGD(weights, lr=lr)
 
 
 class ToyBatch(NamedTuple):
@@ -115,7 +124,11 @@ class Toy:
 
     def __init__(self, config: ToyConfig, *, seed: int, device: str) -> None:
         self.weights = [nn.Parameter(torch.ones(())) for _ in range(config.networks)]
-        self.optimizers = [SlowSGD([weight], lr=config.lr) for weight in self.weights]
+        how = SimpleNamespace(optimizer=SlowSettings(), lr=config.lr, clip_norm=None)
+        self.optimizer_steps = [
+            OptimizerStep([w], how, Precision(), device=device) for w in self.weights
+        ]
+        self.optimizers = [step.optimizer for step in self.optimizer_steps]
         self.batch_size, self.cold = config.batch_size, config.cold
         self.forward_samples, self.backward_samples = 3 * self.batch_size, self.batch_size
         self.scoring_samples = self.bound_samples = self.forward_samples
@@ -145,19 +158,17 @@ class Toy:
         return batch
 
     def step(self, batch, report, weights=None):
-        for number, (weight, optimizer) in enumerate(
-            zip(self.weights, self.optimizers, strict=True)
+        for number, (weight, step) in enumerate(
+            zip(self.weights, self.optimizer_steps, strict=True)
         ):
             loss = Passes.apply(weight) ** 2
             if weights is not None:
                 Clock.take("weights")
             if number == 0:
                 report(loss.detach(), *(() if weights is None else (batch.values, batch.values)))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            step(loss)
         Clock.take("after")
-        if self.steps < 1 + self.cold:  # one was made before any loop
+        if 0 < self.steps < 1 + self.cold:  # of a loop; one was made before any
             Clock.take("cold")
         self.steps += 1
 
@@ -168,6 +179,9 @@ class Toy:
     def gradient_bounds(self, batch):
         Clock.take("bounds")
         return batch.values
+
+    def evaluate(self, split):
+        raise AssertionError("nothing is evaluated")
 
     def pictures(self):
         return {}
@@ -186,12 +200,6 @@ STEPS_AT: list[tuple[int, int]] = []  # (fresh batch made, steps before)
 def toy(monkeypatch):
     """Return a function that measures the toy by its own clock."""
     monkeypatch.setitem(TASKS, "toy", f"{__name__}:Toy")
-
-    def sleep(seconds: float) -> None:
-        Clock.now += seconds
-        Clock.take("waking")
-
-    monkeypatch.setattr("repeatlab.training.fresh_batches.sleep", sleep)
 
     def run(threads: int = 1, **fields: Any) -> Measurement:
         settings = {"device": "cpu", "threads": threads, "blocks": 4, "block_seconds": 300}
@@ -218,10 +226,7 @@ def test_every_second_goes_to_the_part_that_took_it(toy):
         "repeated": 22 + 11 / 4,
         "uniform": 22 + 11 + 0.5,
         "chosen": 22 + 0.5 + 3 * (11 + 3) + 0.25,
-        "delayed": pytest.approx(22 + 11 + found.delay + 9),
-        "delayed_briefly": pytest.approx(22 + 11 + BRIEF_DELAY + 9),
     }
-    assert found.waking == pytest.approx(9)
     assert (found.weighting, found.selection) == (0.5, 0.25)
     assert max(found.spread.values()) == pytest.approx(0, abs=1e-9)
     assert found.backward_ratio == 2
@@ -231,44 +236,9 @@ def test_every_second_goes_to_the_part_that_took_it(toy):
 
 def test_a_loop_is_timed_once_it_is_going(toy, monkeypatch):
     warm = toy().loops
-    assert toy(cold=4).loops != warm
-    monkeypatch.setattr(repeatlab.studies.diagnostics.measure, "START_UP", 3000)
-    assert toy(cold=4).loops == pytest.approx(warm)
-
-
-@pytest.mark.parametrize(("turns", "wrong"), [(48, 0.05), (1, 0.2)])
-def test_kinds_meet_the_same_speed_by_taking_turns(toy, monkeypatch, turns, wrong):
-    """On a processor that is twice as fast for a while, about as long as a block takes."""
-    monkeypatch.setattr(Clock, "now", 0.0)
-    monkeypatch.setattr(Clock, "period", 7000)
-    clock = {"clock": lambda: Clock.now}
-    bench = Bench(ToyConfig(), device="cpu", **clock, turns=turns)
-    bench.warm_up(6000)
-    ratios = []
-    for _ in range(4):
-        bench.round()
-        loops = bench.rounds[-1]["loops"]
-        ratios.append(loops["repeated"] / loops["once"])
-    expected = (22 + 11 / 4) / (22 + 11)
-    assert (max(abs(r / expected - 1) for r in ratios) > wrong) == (turns == 1)
-
-
-def test_a_stopwatch_knows_its_turns_alone(toy):
-    seconds = {}
-
-    def loop(name: str, what: str) -> Turns[float]:
-        watch = Stopwatch(lambda: Clock.now)
-        with watch.running():
-            for _ in range(3):
-                Clock.take(what)
-                with watch.standing():
-                    yield
-        seconds[name] = watch()
-        return name
-
-    loops = {"a": loop("a", "data"), "b": loop("b", "waking")}
-    assert in_turns(loops, lambda: Clock.take("cold")) == {"a": "a", "b": "b"}
-    assert seconds == {"a": 3 * TAKES["data"], "b": 3 * TAKES["waking"]}
+    assert toy(cold=8).loops != warm
+    monkeypatch.setattr(repeatlab.studies.diagnostics.measure, "LEAD_IN", 3000)
+    assert toy(cold=8).loops == pytest.approx(warm)
 
 
 def test_an_update_with_two_networks_adds_up_too(toy):
@@ -284,12 +254,11 @@ def test_blocks_have_the_size_that_was_asked_for(toy):
 def test_every_loop_begins_where_the_others_do(toy):
     bench = Bench(ToyConfig(), device="cpu", first_batch=100, clock=lambda: Clock.now)
     STEPS_AT.clear()
-    bench.warm_up(1)
     bench.round()
     bench.measurement()
     begins = [steps for index, steps in STEPS_AT if index == 101]
+    assert begins == 7 * [1]  # five kinds, the singles, the FLOPs
     assert min(STEPS_AT)[0] == 101
-    assert begins == 11 * [1]  # two loops to warm up, seven kinds, the singles, the FLOPs
 
 
 def weights(task: Any) -> torch.Tensor:
@@ -303,9 +272,9 @@ def test_what_is_measured_has_learnt_a_little_and_learns_no_more(monkeypatch):
     for index in range(20):
         plain.step(plain.fresh_batch(index), lambda loss: None)
     # As many threads as the loop above had: sums are rounded by how they are shared out.
-    bench = Bench(config, device="cpu", first_batch=20, threads=torch.get_num_threads())
+    options = {"threads": torch.get_num_threads(), "block_seconds": 0.001}
+    bench = Bench(config, device="cpu", first_batch=20, **options)
     assert torch.equal(weights(bench.task), weights(plain))
-    bench.warm_up(0.01)
     bench.round()
     assert torch.equal(weights(bench.task), weights(plain))
 
@@ -314,15 +283,13 @@ def test_what_is_measured_has_learnt_a_little_and_learns_no_more(monkeypatch):
 def test_what_diverges_is_measured_as_it_begins(monkeypatch, first):
     monkeypatch.setattr(repeatlab.studies.diagnostics.measure, "LEARNING", inf)
     config = SupervisedConfig(width=2, batch_size=8, lr=1e30)
-    bench = Bench(config, device="cpu", first_batch=first)
+    bench = Bench(config, device="cpu", first_batch=first, block_seconds=0.001)
     assert torch.equal(weights(bench.task), weights(Supervised(config, seed=0, device="cpu")))
 
 
 def test_measuring_leaves_nothing_behind(toy):
-    backward, threads = torch.autograd.backward, torch.get_num_threads()
-    state = torch.get_rng_state()
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
     toy(threads=threads + 1)
-    assert torch.autograd.backward is backward
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -342,8 +309,6 @@ def test_every_task_can_be_measured(name, request):
     refused = study.tasks["t"].refusals()
     assert ("chosen" in found.loops) == ("bounds" in found.parts) == ("importance" not in refused)
     assert ("resample" in found.parts) == (name == "reinforcement")
-    assert found.loops["delayed"] > found.delay >= 0.004
-    assert ("prefetched" in found.loops) == ("prefetch" not in refused)
     assert found.flops["backward"] > found.flops["forward"] / 3
 
 
@@ -361,8 +326,9 @@ def test_flops_of_the_small_cnn_by_hand():
 
 
 def test_every_fresh_batch_is_acted_for(monkeypatch):
-    bench = Bench(ReinforcementConfig(learning_starts=40), device="cpu", first_batch=10)
-    assert bench.task.buffer.steps == 40 + 11
+    config = ReinforcementConfig(learning_starts=40)
+    bench = Bench(config, device="cpu", first_batch=10, block_seconds=0.02)
+    assert bench.task.buffer.steps >= 40 + 11
     steps, add = [], ReplayBuffer.add
 
     def counting(buffer, *args, **kwargs):
@@ -371,12 +337,40 @@ def test_every_fresh_batch_is_acted_for(monkeypatch):
 
     monkeypatch.setattr(ReplayBuffer, "add", counting)
     bench.round()
-    # Tasks are built, with their first 40 steps, and go on from where the blocks begin.
-    acted = [step for step in steps if step >= 40]
-    # N = 1 four times and slowly twice, N = 4, and one batch for what is done outside of updates
-    assert len(acted) == 4 * bench.updates + 2 * bench.waits + bench.updates / 4 + 1
-    assert min(acted) == 40 + 11
-    assert max(acted) == 40 + 11 + bench.updates - 1
+    made = bench.lead + bench.updates
+    # N = 1 in four loops, N = 4 in one, and one batch for what is done outside of updates
+    assert len(steps) == 4 * made + made / 4 + 1
+    assert (min(steps), max(steps)) == (40 + 11, 40 + 11 + made - 1)
+
+
+def test_a_task_is_measured_once_for_a_processor(tmp_path, monkeypatch):
+    fields = {
+        "name": "timed",
+        "tasks": {"digits": {"name": "supervised", "lr": 0.05}},
+        "methods": {"standard": {}},
+        "max_updates": 10,
+        "device": "cpu",
+    }
+    asked = []
+
+    def counting(task, **settings):
+        asked.append(settings)
+        return measure(task, **settings, block_seconds=0.01)
+
+    monkeypatch.setattr(repeatlab.studies.diagnostics.measure, "measure", counting)
+    first = measured(fields, tmp_path, blocks=1)
+    assert first.keys() == {"digits"}
+    assert asked == [{"first_batch": 5, "device": "cpu", "threads": 1, "blocks": 1}]
+    assert measured(fields, tmp_path, blocks=1) == first
+    assert len(asked) == 1
+    store = Store(tmp_path)
+    ((_, kept),) = read_measurements(store).items()
+    kept.environment["processor"] = "another"
+    write_measurement(store, kept)
+    measured(fields, tmp_path, blocks=1)
+    assert len(asked) == 2
+    with pytest.raises(ConfigError, match="max_updates"):
+        measured(fields | {"max_updates": 0}, tmp_path)
 
 
 # --- the command -------------------------------------------------------------------------------

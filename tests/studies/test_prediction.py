@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from math import exp
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -131,58 +129,6 @@ def test_seconds_by_hand(ledger, config, expected):
     assert predict(measurement(), ledger, config=config) == pytest.approx(expected)
 
 
-SLEPT = LOOPS | {"delayed": 0.0061, "prefetched": 0.0046}  # sleeping 4 ms a batch
-
-
-@pytest.mark.parametrize(
-    ("loader", "expected"),
-    [
-        ({}, 30 * 0.0009 + 10 * 0.0002),
-        ({"prefetch": True}, 30 * 0.0009),
-        # 6.1 = 1.1 + 4 + 1: late, or slower for having slept
-        ({"delay_ms": 50}, 30 * 0.0009 + 10 * 0.0512),
-        ({"delay_ms": 2}, 30 * 0.0009 + 10 * 0.0032),
-        # 4.6 = 0.2 + 4 + 0.4; three updates of 0.9 ms take longer than a batch of 2.6
-        ({"delay_ms": 50, "prefetch": True}, 10 * 0.0506),
-        ({"delay_ms": 2, "prefetch": True}, 30 * 0.0009),
-    ],
-)
-def test_what_waking_costs_is_paid_once_a_batch(loader, expected):
-    found = measurement(SHORT, SLEPT, delay=0.004)
-    assert found.waking == pytest.approx(0.001)
-    assert found.prefetch_waking == pytest.approx(0.0004)
-    assert predict(found, counts(30, 10), config={"loader": loader}) == pytest.approx(expected)
-
-
-@given(st.floats(1e-4, 0.01), st.floats(1e-3, 1e-2))
-def test_a_brief_sleep_is_woken_from_sooner(waking, tau):
-    """w (1 - exp(-s / tau)), read at 3 and at 100 ms."""
-
-    def expected(slept: float) -> float:
-        return waking * (1 - exp(-slept / tau))
-
-    once = 0.001
-    loops = {"once": once, "delayed": once + 0.1 + waking}
-    loops["delayed_briefly"] = once + 0.003 + expected(0.003)
-    found = measurement(SHORT, LOOPS | loops, delay=0.1)
-    for slept in (0.001, 0.003, 0.008, 1.0):
-        assert found.waking_after(slept) == pytest.approx(expected(slept), rel=1e-3)
-    assert found.delayed(0.008).waking == found.waking_after(0.008)
-
-
-def test_a_brief_sleep_costs_no_more_than_a_long_one():
-    loops = {"once": 0.001, "delayed": 0.0512, "delayed_briefly": 0.0060}
-    found = measurement(SHORT, LOOPS | loops, delay=0.050)
-    assert found.waking_after(0.001) == found.waking_after(1.0) == pytest.approx(0.0002)
-
-
-def test_a_loader_that_is_not_waited_for_wakes_nobody():
-    # Updates of 100 ms beside a sleep of 50: what is left over is noise.
-    loops = {"once": 0.120, "repeated": 0.105, "delayed": 0.168, "prefetched": 0.099}
-    found = measurement(loops=loops, delay=0.050)
-    assert (found.waking, found.prefetch_waking) == (0, 0)
-
-
 IMPORTANCE = {"name": "importance", "presample": 3, "score": "gradient_norm"}
 
 
@@ -230,18 +176,6 @@ def test_what_rho_loss_scores_beforehand_is_no_training_time():
     config = chosen_by({"name": "rho_loss", "presample": 3})
     expected = 30 * (0.120 + 0.011) + 30 * 2 * 0.020 + 90 * 0.025 + 30 * found.selection
     assert predict(found, ledger, config=config) == pytest.approx(expected)
-
-
-def test_a_loader_that_prefetches_waits_at_every_batch_with_few_updates():
-    """An update of 0.1 s, a batch that comes every second: at N = 5 half a second is waited for."""
-    found = measurement()
-    config = {"loader": {"delay_ms": 980, "prefetch": True}}
-    times = [predict(found, counts(n, 1), config=config) for n in (5, 20)]
-    assert times[1] == pytest.approx(20 * 0.1)
-    repeats = np.array([5, 20, 5])
-    together = predict(found, counts(30, 3), config=config, repeats=repeats)
-    assert together == pytest.approx(2 * times[0] + times[1])
-    assert together > predict(found, counts(30, 3), config=config)
 
 
 def test_a_task_that_refuses_importance_sampling_still_has_a_prediction():

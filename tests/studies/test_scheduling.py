@@ -13,29 +13,29 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
-import dask
-import distributed  # noqa: F401  its defaults must be there before any of them is set
 import psutil
 import pytest
 import torch
 import yaml
 
 from repeatlab.core.files import StoreError
+from repeatlab.core.signals import SIGNALS, Stop
 from repeatlab.store.records import Store
-from repeatlab.studies import cluster, scheduling, warm_imports, worker
-from repeatlab.studies.cluster import Places, gpu_of, local_client
+from repeatlab.studies import cluster, processes, scheduling, worker
+from repeatlab.studies.cluster import Places, gpu_names, gpu_of
 from repeatlab.studies.lockstep import train_group
-from repeatlab.studies.scheduling import execute, spread, with_needs
+from repeatlab.studies.processes import LIBRARIES, LocalWorkers
+from repeatlab.studies.scheduling import open_trainer, with_needs
 from repeatlab.studies.study import Study, StudyError, run_studies
-from repeatlab.studies.warm_imports import LIBRARIES
-from repeatlab.studies.worker import RunFailed
+from repeatlab.studies.worker import Outcome, train_runs
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training import checkpoint, loop
+from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.training import STOP
 
 SLOW = {"delay_ms": 40}
 
@@ -143,7 +143,7 @@ def test_a_study_survives_a_worker_killed_in_the_middle_of_a_run(tmp_path):
 
 
 def test_a_copy_of_a_process_that_has_made_a_study_makes_another(tmp_path):
-    """Dask's scheduler has a pool of threads, which counts on those that were not copied."""
+    """It cannot use the process whose copies are the workers of the one it was copied from."""
     small = study(updates=3)
     run_studies([small], tmp_path / "first", places=Places(workers=1))
 
@@ -155,60 +155,153 @@ def test_a_copy_of_a_process_that_has_made_a_study_makes_another(tmp_path):
         assert process.exitcode == 0
 
 
-def test_a_run_that_hangs_ends_at_the_time_limit_and_takes_no_other_down(tmp_path):
+def test_a_run_that_hangs_ends_at_the_time_limit_and_takes_no_other_down(tmp_path, monkeypatch):
     """With one worker, runs wait behind the one that hangs, and are not blamed for its deaths."""
     others = study(updates=3, seeds=2)
     hanging = study(name="hanging", updates=3, loader={"delay_ms": 600_000})
-    with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
-        pytest.raises(StudyError, match="1 of 3 runs failed") as error,
-    ):
+    monkeypatch.setattr(processes, "DEATHS", 2)
+    with pytest.raises(StudyError, match="1 of 3 runs failed") as error:
         run_studies([hanging, others], tmp_path, places=Places(workers=1, time_limit=8))
     assert "time limit" in str(error.value)
     assert only_run(hanging, tmp_path).status["error"] == "took longer than the time limit of 8 s"
     assert sorted(error.value.report.status.values()) == ["complete", "complete", "failed"]
 
 
-def test_two_processes_that_start_one_run_train_it_once(tmp_path):
-    slow = study(updates=30, loader=SLOW)
+def test_two_processes_that_make_one_study_train_each_run_once(tmp_path):
+    """And each says what it has trained itself."""
+    slow = study(updates=20, loader=SLOW, seeds=2)
+    context = multiprocessing.get_context("fork")
+    both, reports = context.Barrier(2), context.SimpleQueue()
 
     def execute():
-        run_studies([slow], tmp_path, workers=0)
+        both.wait(60)
+        reports.put(run_studies([slow], tmp_path, workers=0))
 
     with in_a_copy(execute) as one, in_a_copy(execute) as other:
         for process in (one, other):
             process.join(300)
             assert process.exitcode == 0
-    run = only_run(slow, tmp_path)
-    assert run.environment["attempts"] == 1
-    assert len(run.updates) == 30
+    first, second = reports.get(), reports.get()
+    assert first.trained + second.trained == 2
+    assert f"({first.trained} trained now, {2 - first.trained} in the store)" in str(first)
+    for run_id, config in planned(slow).items():
+        run = Store(tmp_path).run(config.task.name, run_id)
+        assert run.environment["attempts"] == 1
+        assert len(run.updates) == 20
 
 
-@pytest.mark.parametrize("to_all", [True, False], ids=["to all", "to one"])
-def test_ctrl_c_leaves_a_checkpoint_and_the_next_call_goes_on(tmp_path, to_all):
-    """From a terminal the signal reaches the workers, too; from a supervisor the parent alone."""
-    slow = study(loader=SLOW)
-    store = tmp_path / "runs"
-    file = parameter_file(slow, tmp_path)
-    command = [sys.executable, "-m", "repeatlab", "run", str(file), "--runs", str(store)]
+def command(file: Path, store: Path, *more: str) -> list[str]:
+    """Return the words of `repeatlab run`."""
+    return [sys.executable, "-m", "repeatlab", "run", str(file), "--runs", str(store), *more]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Return the slow study's run as it is where nothing stops it."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run_studies([study(loader=SLOW)], folder, workers=0)
+    return only_run(study(loader=SLOW), folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, True)],
+    ids=["Ctrl-C to all", "SIGTERM to one", "SIGHUP to all"],
+)
+def test_a_signal_leaves_a_checkpoint_and_nothing_else(tmp_path, unbroken, number, to_all):
+    """A terminal's reaches all processes of a command; a supervisor's the first alone, or all.
+
+    The next call goes on from there.
+    """
+    slow, store, temporary = study(loader=SLOW), tmp_path / "runs", tmp_path / "temporary"
+    temporary.mkdir()
     run = only_run(slow, store)
-    process = subprocess.Popen(
-        [*command, "--workers", "1"], start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    words = command(parameter_file(slow, tmp_path), store, "--workers", "1")
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    streams = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(words, env=environment, **streams)
     until(lambda: recorded(run) >= 10, process)
-    (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+    every = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for one in every if to_all else every[:1]:
+        one.send_signal(number)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode != 0
+    assert process.returncode == 128 + number
+    said = "Stopped: 0 of 1 runs done, 1 has a checkpoint; run this again to go on."
+    assert errors.splitlines()[-1] == said
+    assert "Traceback" not in errors
     assert run.status["status"] == "interrupted", errors
     left = recorded(run)
     assert 10 <= left < 100
-    assert next(checkpoint.load(run.path))["repeater"]["updates"] == left
+    assert next(checkpoint.load(run.path))["rows"]["updates"]["rows"] == left
+    until(lambda: not any(psutil.pid_exists(child.pid) for child in every[1:]))
+    assert list(temporary.iterdir()) == []
     run_studies([slow], store, workers=0)
     assert run.environment["attempts"] == 2
-    run_studies([slow], tmp_path / "unbroken", workers=0)
-    other = only_run(slow, tmp_path / "unbroken")
-    assert _timeless(run).equals(_timeless(other))
-    assert run.summary["state_sha256"] == other.summary["state_sha256"]
+    assert _timeless(run).equals(_timeless(unbroken))
+    assert run.summary["state_sha256"] == unbroken.summary["state_sha256"]
+
+
+def test_ctrl_c_while_workers_start_is_one_sentence_and_leaves_none_behind(tmp_path):
+    slow = study(loader=SLOW)
+    words = command(parameter_file(slow, tmp_path), tmp_path / "runs", "--workers", "2")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+    def started() -> list[psutil.Process]:
+        children = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in children if "processes" in " ".join(child.cmdline())]
+
+    until(started, process)
+    children = started()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGINT
+    assert errors.splitlines()[-1].startswith("Stopped: 0 of 1 runs done")
+    assert "Traceback" not in errors
+    until(lambda: not any(psutil.pid_exists(child.pid) for child in children))
+
+
+def test_workers_end_with_the_process_that_they_work_for(tmp_path):
+    slow = study(loader=SLOW)
+    run = only_run(slow, tmp_path / "runs")
+    words = command(parameter_file(slow, tmp_path), tmp_path / "runs", "--workers", "1")
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    until(lambda: recorded(run) >= 5, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    until(lambda: not any(psutil.pid_exists(child.pid) for child in children))
+
+
+def test_a_notebook_shows_one_sentence_of_a_study_that_was_stopped():
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    with capture_output() as shown:
+        code = "from repeatlab.core.signals import Stopped\nraise Stopped('2 of 8 runs done')"
+        InteractiveShell().run_cell(code)
+    assert shown.stdout.strip() == "2 of 8 runs done"
+    assert shown.stderr == ""
+
+
+def test_a_script_that_cannot_be_imported_makes_a_study_with_workers(tmp_path):
+    """Without `if __name__ == "__main__"`; and with a TMPDIR too long for a socket's name."""
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    fields = study(updates=3).model_dump(mode="json", exclude_unset=True)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from repeatlab.studies.study import run_study\n"
+        f"print(run_study({fields!r}, {str(tmp_path / 'runs')!r}, workers=2))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"TMPDIR": str(long)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "1 run: 1 complete (1 trained now, 0 in the store)\n"
 
 
 @pytest.mark.parametrize("presses", [1, 2])
@@ -227,7 +320,6 @@ def test_ctrl_c_when_a_run_is_all_but_over_stops_no_later_one(tmp_path, monkeypa
         patch.setattr(Supervised, "evaluate", pressed)
         with pytest.raises(KeyboardInterrupt):
             run_studies([two], tmp_path, workers=0)
-    assert not STOP.is_set()
     assert only_run(two, tmp_path).done == (presses == 1)
     assert set(run_studies([two], tmp_path, workers=0).status.values()) == {"complete"}
 
@@ -264,9 +356,9 @@ def held(tmp_path, monkeypatch):
     config = study().planned()[0].config
     wait, calls, release = loop.leave_if_stopped, [], threading.Event()
 
-    def waiting():
+    def waiting(stop):
         calls[0]()
-        wait()
+        wait(stop)
 
     def hold():
         store = Store(tmp_path)
@@ -288,20 +380,16 @@ def test_ctrl_c_ends_waiting_for_another_process(tmp_path, held):
     held.append(lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run_studies([study()], tmp_path, workers=0)
-    assert not STOP.is_set()
 
 
-def test_a_worker_that_waits_for_another_process_leaves_with_its_study(tmp_path, held):
-    held.append(lambda: worker.stop_training("mine"))
-    config = study().planned()[0].config.to_json()
-    assert worker.train_job(config, str(tmp_path), study="mine") == "interrupted"
-    assert worker.group_job([config], str(tmp_path), study="mine") == {
-        study().planned()[0].config.run_id: "interrupted"
-    }
-    # The next study's job is not stopped, nor by what comes too late for the last one.
-    worker.stop_training("mine")
-    held[0] = lambda: worker.stop_training("another")
-    assert worker.train_job(config, str(tmp_path), study="another") == "interrupted"
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_worker_that_waits_for_another_process_leaves_with_its_study(tmp_path, held, seeds):
+    stop = Stop()
+    held.append(stop.set)
+    configs = planned(study(seeds=seeds))
+    jobs = [config.to_json() for config in configs.values()]
+    outcomes = train_runs(jobs, str(tmp_path), stop=stop)
+    assert outcomes == dict.fromkeys(configs, Outcome("interrupted", trained=False))
 
 
 def test_the_time_limit_begins_when_no_other_process_is_at_the_run(tmp_path):
@@ -323,40 +411,43 @@ def test_the_time_limit_begins_when_no_other_process_is_at_the_run(tmp_path):
     assert only_run(study(updates=3), tmp_path).done
 
 
-def test_ctrl_c_while_workers_start_leaves_none_behind():
-    """A notebook keeps hold of the traceback, and with it of what was being made."""
-    begin = cluster._start_fork_server
-
-    def pressed():
-        forked = begin()
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        return forked
-
-    before = set(psutil.Process().children(recursive=True))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "_start_fork_server", pressed)
-        with pytest.raises(KeyboardInterrupt) as kept, local_client(1):
-            threading.Event().wait(60)
-    assert kept.tb is not None
-
-    def workers() -> list[psutil.Process]:
-        """Return who is new, but for the process whose copies become workers, and its like."""
-        me = psutil.Process()
-        return list(set(me.children(recursive=True)) - set(me.children()) - before)
-
-    until(lambda: not workers(), seconds=30)
+def ask(workers: LocalWorkers, function, *args):
+    """Return what a worker says to a question."""
+    job, answers = workers.submit(function, *args), {}
+    while job not in answers:
+        answers = workers.wait([job], 60)
+    return answers[job]
 
 
-def test_ctrl_c_ends_no_local_worker():
-    with local_client(1) as client:
-        assert list(client.run(signal.getsignal, signal.SIGINT).values()) == [signal.SIG_IGN]
+def handlers(*, stop: Stop) -> list:
+    return [signal.getsignal(number) for number in SIGNALS]
 
 
-def test_two_studies_at_once_are_in_nobody_s_way_and_on_loopback_alone():
-    with warnings.catch_warnings(action="error"), local_client(1), local_client(1):
-        listening = [c for c in psutil.Process().net_connections() if c.status == "LISTEN"]
-    assert len(listening) >= 4
-    assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
+def test_signals_end_no_local_worker():
+    with LocalWorkers(1) as workers:
+        assert ask(workers, handlers) == [signal.SIG_IGN] * 3
+
+
+def reachable(process: psutil.Process) -> set:
+    """Return where others can connect to: addresses on a network, and files."""
+    return {
+        end.laddr
+        for end in process.net_connections(kind="all")
+        if end.laddr and (end.status == "LISTEN" or isinstance(end.laddr, str))
+    }
+
+
+def test_nobody_can_connect_to_a_study_s_workers():
+    """Whoever could would make them run code as the one who has started the study."""
+    me = psutil.Process()
+    before = reachable(me)
+    with LocalWorkers(1), LocalWorkers(2) as workers:
+        ask(workers, handlers)
+        children = me.children(recursive=True)
+        assert len(children) >= 4
+        for process in children:
+            assert reachable(process) == set()
+    assert reachable(me) == before
 
 
 @contextmanager
@@ -374,7 +465,7 @@ def started_cluster(
     command = [*dask, "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
     children = [subprocess.Popen([*command, *options], **silent)]
     try:
-        until(address.exists, children[0])
+        until(lambda: address.exists() and address.read_text().endswith("}"), children[0])
         worker = [*dask, "distributed.cli.dask_worker", "--nthreads", str(threads), "--no-nanny"]
         children += [subprocess.Popen([*worker, *options], **silent) for _ in range(workers)]
         if pids is not None:
@@ -533,57 +624,84 @@ def test_a_scheduler_that_cannot_be_spoken_to_is_named(tmp_path):
     assert not (tmp_path / "runs" / "supervised").exists()
 
 
+def limit_memory(size: int, *, stop: Stop) -> int:
+    """Let a worker's memory grow by so many bytes, and return its id."""
+    import resource
+
+    limit = psutil.Process().memory_info().vms + size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return os.getpid()
+
+
+def process_id(*, stop: Stop) -> int:
+    return os.getpid()
+
+
+def trained_by(workers, configs: dict, root: Path, monkeypatch) -> dict[str, Outcome]:
+    """Return how runs end that these workers make."""
+    monkeypatch.setattr(scheduling, "open_workers", lambda *args, **how: nullcontext(workers))
+    with open_trainer(Store(root), Places(lockstep=False)) as train:
+        return dict(train(configs))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system sets no such limit")
-def test_a_run_that_finds_no_memory_fails_and_its_worker_trains_the_next(tmp_path):
+def test_a_run_that_finds_no_memory_fails_and_its_worker_trains_the_next(tmp_path, monkeypatch):
     """An allocation that the system refuses: of 14 GB of weights, in a worker that may have 1."""
-
-    def let_grow_by(size: int) -> None:
-        import resource
-
-        limit = psutil.Process().memory_info().vms + size
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
     small = {"name": "supervised", "width": 2, "batch_size": 16}
     large = small | {"model": "mlp", "width": 60_000}
     configs = planned(study(tasks={"large": large, "small": small}, updates=2))
-    with local_client(1) as client:
-        client.run(let_grow_by, 2**30)
-        worker = client.run(os.getpid)
-        outcomes = dict(spread(configs, client, str(tmp_path)))
-        assert client.run(os.getpid) == worker
-    refused, made = outcomes.values()
-    assert "allocate memory" in refused
-    assert made is None
+    with LocalWorkers(1) as workers:
+        worker = ask(workers, limit_memory, 2**30)
+        refused, made = trained_by(workers, configs, tmp_path, monkeypatch).values()
+        assert ask(workers, process_id) == worker
+    assert "allocate memory" in refused.failure
+    assert made == Outcome(trained=True)
     assert [Store(tmp_path).run("supervised", i).status["status"] for i in configs] == [
         "failed",
         "complete",
     ]
 
 
-def test_workers_have_one_thread_and_the_allocator_as_it_is(monkeypatch):
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    with local_client(1) as client:
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
-        found = [client.submit(os.environ.get, name).result() for name in names]
-    assert found == ["1", "1", None]
+def state(name: str, *, stop: Stop) -> dict:
+    """Return what a worker is, and an environment variable of its own."""
+    return {
+        "threads": [os.environ[variable] for variable in processes.ONE_THREAD],
+        "loaded": list(sys.modules),
+        "frozen": gc.get_freeze_count(),
+        "collects": gc.isenabled(),
+        "value": os.environ.get(name),
+    }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are no copies")
 def test_workers_begin_with_the_libraries_and_the_environment_of_now(monkeypatch):
+    for name in processes.ONE_THREAD:
+        monkeypatch.delenv(name, raising=False)
     for value in ("before", "after"):  # the second time the process that is copied is there
         monkeypatch.setenv("REPEATLAB_DATA", value)
-        with local_client(1) as client:
-            loaded = client.submit(eval, "list(__import__('sys').modules)").result()
-            assert set(LIBRARIES) <= set(loaded)
-            # Their objects are left out by a collector that is at work again.
-            assert client.submit(eval, "__import__('gc').get_freeze_count()").result() > 100_000
-            assert client.submit(eval, "__import__('gc').isenabled()").result()
-            assert client.submit(os.environ.get, "REPEATLAB_DATA").result() == value
+        with LocalWorkers(1, [{"OWN": "mine"}]) as workers:
+            found = ask(workers, state, "REPEATLAB_DATA")
+            assert ask(workers, state, "OWN")["value"] == "mine"
+        assert found["value"] == value
+        assert found["threads"] == ["1", "1", "1"]
+        assert set(LIBRARIES) <= set(found["loaded"])
+        # Their objects are left out by a collector that is at work again.
+        assert found["frozen"] > 100_000 or sys.platform != "linux"
+        assert found["collects"]
+
+
+def test_workers_are_made_anew_when_what_they_are_copies_of_has_been_killed():
+    with LocalWorkers(1) as workers:
+        first = ask(workers, process_id)
+        (nursery,) = (p for p in psutil.Process().children() if psutil.Process(first).parent() == p)
+    nursery.kill()
+    until(lambda: not nursery.is_running() or nursery.status() == "zombie")
+    with LocalWorkers(1) as workers:
+        assert ask(workers, process_id) != first
 
 
 def test_processes_of_a_study_end_without_a_word():
     """Libraries complain at the end of a process of objects that its last collection leaves."""
-    code = "from repeatlab.studies.cluster import local_client\nwith local_client(1): pass"
+    code = "from repeatlab.studies.processes import *\nwith LocalWorkers(1): pass"
     ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("", "")
 
@@ -591,28 +709,15 @@ def test_processes_of_a_study_end_without_a_word():
 @pytest.mark.parametrize("enabled", [True, False])
 def test_importing_the_libraries_leaves_the_collector_as_it_was(monkeypatch, enabled):
     during = []
-    monkeypatch.setattr(warm_imports, "import_module", lambda name: during.append(gc.isenabled()))
+    monkeypatch.setattr(processes, "import_module", lambda name: during.append(gc.isenabled()))
     before = gc.isenabled()
     try:
         gc.enable() if enabled else gc.disable()
-        warm_imports.import_libraries()
+        processes.import_libraries()
         assert gc.isenabled() is enabled
     finally:
         gc.enable() if before else gc.disable()
     assert during == [False] * len(LIBRARIES)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are no copies")
-def test_no_copies_are_made_for_cuda_or_by_a_process_that_is_a_copy(monkeypatch):
-    assert cluster._start_fork_server()
-    context = multiprocessing.get_context("fork")
-    answers = context.SimpleQueue()
-    copy = context.Process(target=lambda: answers.put(cluster._start_fork_server()))
-    copy.start()
-    copy.join(60)
-    assert answers.get() is False
-    monkeypatch.setattr(cluster, "_gpus", lambda: ["0"])
-    assert not cluster._start_fork_server()
 
 
 def test_the_time_limit_begins_after_the_imports_of_a_process_s_first_run(tmp_path):
@@ -631,7 +736,7 @@ class Watch(worker.Timer):
         super().cancel()
 
 worker.Timer = Watch
-worker.run_job(json.loads(sys.argv[1]), sys.argv[2], limit=600)
+worker.train_runs([json.loads(sys.argv[1])], sys.argv[2], 600, stop=worker.Stop())
 """
     config = json.dumps(study(updates=2).planned()[0].config.to_json())
     command = [sys.executable, "-c", code, config, str(tmp_path)]
@@ -640,52 +745,29 @@ worker.run_job(json.loads(sys.argv[1]), sys.argv[2], limit=600)
     assert not {"sympy", "scipy", "sklearn", "torch._dynamo"} & set(loaded)
 
 
-def test_a_cluster_that_was_told_to_stop_trains_the_next_study(tmp_path):
-    """Ctrl-C stops the workers' runs, not the workers, which may be somebody else's."""
-    slow = study(updates=50, loader=SLOW)
-    run, configs = only_run(slow, tmp_path), planned(slow)
-    with local_client(1) as client:
-        outcomes = spread(configs, client, str(tmp_path))
-        threading.Thread(
-            target=lambda: (until(lambda: recorded(run) >= 10), os.kill(os.getpid(), signal.SIGINT))
-        ).start()
-        with pytest.raises(KeyboardInterrupt):
-            next(outcomes)
-        assert run.status["status"] == "interrupted"
-        assert dict(spread(configs, client, str(tmp_path))) == {run.path.name: None}
-    assert len(run.updates) == 50
-
-
 # --- what is made when, without processes -------------------------------------------------------
 
 
-class _Future:
-    def __init__(self, failure: str | None) -> None:
-        self.failure = failure
-        self.status = "error" if failure else "finished"
-
-    def done(self) -> bool:
-        return True
-
-    def exception(self) -> RunFailed | None:
-        return self.failure and RunFailed(self.failure)
-
-
-class _Client:
-    """Two workers that train at once what they are given; runs named in `failing` fail."""
+class Instant:
+    """Two workers that make at once what they are given; runs named in `failing` fail."""
 
     def __init__(self, failing: tuple[str, ...] = ()) -> None:
-        self.failing, self.order, self.rounds = failing, [], []
+        self.failing, self.order, self.most = failing, [], 0
 
-    def nthreads(self) -> dict[str, int]:
-        self.rounds.append(0)
-        return {"a": 1, "b": 1}
+    def count(self) -> int:
+        return 2
 
-    def submit(self, function, config, root, *, limit, study, key):
-        self.rounds[-1] += 1
-        run_id = key.removeprefix("run-").removesuffix(f"-{study}")
-        self.order.append(run_id)
-        return _Future("broken" if run_id in self.failing else None)
+    def submit(self, function, configs, root, limit):
+        (config,) = configs
+        self.order.append(RunConfig.from_json(config).run_id)
+        return self.order[-1]
+
+    def wait(self, jobs, seconds):
+        self.most = max(self.most, len(jobs))
+        return {i: {i: Outcome("broken" if i in self.failing else None)} for i in jobs}
+
+    def stop(self, jobs):
+        raise AssertionError("nobody asked")
 
 
 CONTROLLED = {
@@ -695,70 +777,67 @@ CONTROLLED = {
 }
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    """Make runs end as soon as they are waited for."""
-    monkeypatch.setattr("distributed.wait", lambda *args, **kwargs: None)
-
-
 def planned(study: Study) -> dict:
     return {p.config.run_id: p.config for p in study.planned()}
 
 
-def test_runs_come_after_those_they_need_and_never_more_than_there_are_workers(at_once):
-    client = _Client()
-    configs = planned(study(methods=CONTROLLED, seeds=3))
-    assert dict(spread(configs, client, "runs")) == dict.fromkeys(configs)
+def test_runs_come_after_those_they_need_and_never_more_than_there_are_workers(monkeypatch):
+    """Teachers, too."""
+    methods = CONTROLLED | {"distilled": {"distillation": {"teachers": 2}}}
+    configs, workers = planned(study(methods=methods, seeds=3)), Instant()
+    made = trained_by(workers, configs, Path("runs"), monkeypatch)
+    assert made == dict.fromkeys(configs, Outcome())
     needed = with_needs(configs.values())
-    assert sorted(client.order) == sorted(needed)
-    assert len(needed) == 12  # with a calibration run for each seed
+    assert sorted(workers.order) == sorted(needed)
+    assert len(needed) == 3 * (4 + 1 + 2)  # with a calibration run and two teachers for each seed
     for run_id, config in needed.items():
         for before in scheduling.prerequisites(config):
-            assert client.order.index(before.run_id) < client.order.index(run_id)
-    assert max(client.rounds) == 2
+            assert workers.order.index(before.run_id) < workers.order.index(run_id)
+    assert workers.most == 2
 
 
-@pytest.mark.parametrize("counts", [scheduling.COUNTS_WITHOUT - 1, scheduling.COUNTS_WITHOUT])
-def test_a_scheduler_that_stays_without_a_worker_is_told_of(monkeypatch, counts):
-    waited = []
-    monkeypatch.setattr("distributed.wait", lambda *args, **kwargs: waited.append(args))
+@pytest.mark.parametrize("looks", [scheduling.ALONE_SECONDS - 1, scheduling.ALONE_SECONDS + 2])
+def test_a_scheduler_that_stays_without_a_worker_is_told_of(monkeypatch, looks):
+    class Alone(Instant):
+        """Its worker comes back after so many looks, each of which takes a second."""
 
-    class Alone(_Client):
-        def nthreads(self):
-            return super().nthreads() if len(waited) > counts or not waited else {}
+        seconds = 0
 
-        def submit(self, *args, **how):
-            future = super().submit(*args, **how)
-            future.done = lambda: len(waited) > counts
-            return future
+        def count(self):
+            return int(self.seconds in (0, looks))
 
-    configs = planned(study())
+        def wait(self, jobs, seconds):
+            self.seconds += 1
+            return super().wait(jobs, seconds) if self.seconds == looks else {}
+
+    workers, configs = Alone(), planned(study())
+    monkeypatch.setattr(scheduling, "monotonic", lambda: workers.seconds)
     told = pytest.warns(UserWarning, match="no worker is left: the study waits for one")
     silent = warnings.catch_warnings(action="error")
-    with told if counts == scheduling.COUNTS_WITHOUT else silent:
-        assert dict(spread(configs, Alone(), "runs")) == dict.fromkeys(configs)
+    with told if looks > scheduling.ALONE_SECONDS else silent:
+        trained_by(workers, configs, Path("runs"), monkeypatch)
 
 
-def test_a_run_that_needs_a_failed_one_says_which(at_once):
+def test_a_run_that_needs_a_failed_one_says_which(monkeypatch):
     configs = planned(study(methods=CONTROLLED))
     fixed, replayed, calibrated = configs
-    client = _Client(failing=(fixed,))
-    assert dict(spread(configs, client, "runs")) == {
-        fixed: "broken",
-        replayed: f"the run {fixed} that it needs failed: broken",
-        calibrated: None,
+    workers = Instant(failing=(fixed,))
+    assert trained_by(workers, configs, Path("runs"), monkeypatch) == {
+        fixed: Outcome("broken"),
+        replayed: Outcome(f"the run {fixed} that it needs failed: broken"),
+        calibrated: Outcome(),
     }
-    assert replayed not in client.order
+    assert replayed not in workers.order
 
 
 def test_workers_share_the_gpus(monkeypatch):
     """Six workers on three GPUs: in pairs of neighbours, under the names this process sees."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert cluster._gpus() == ["0", "1", "2"]
+    assert gpu_names() == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a,7")
-    assert cluster._gpus() == ["5", "GPU-a", "7"]
-    pairs = [gpu_of(worker, cluster._gpus(), 2) for worker in range(7)]
+    assert gpu_names() == ["5", "GPU-a", "7"]
+    pairs = [gpu_of(worker, gpu_names(), 2) for worker in range(7)]
     assert pairs == ["5", "5", "GPU-a", "GPU-a", "7", "7", "5"]
     assert [gpu_of(worker, ["0", "1"], 1) for worker in range(4)] == ["0", "1", "0", "1"]
 
@@ -766,29 +845,27 @@ def test_workers_share_the_gpus(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "asked", "started", "shared"),
     [
-        ("auto", Places(runs_per_gpu=2), 4, True),
-        ("auto", Places(workers=3, runs_per_gpu=2), 3, True),
-        ("auto", Places(workers=9), 5, True),  # no more than there are runs
-        ("cpu", Places(runs_per_gpu=2), 5, False),
+        ("auto", Places(runs_per_gpu=2), 4, ["0", "0", "1", "1"]),
+        ("auto", Places(workers=3, runs_per_gpu=2), 3, ["0", "0", "1"]),
+        ("auto", Places(workers=9), 5, ["0", "1", "0", "1", "0"]),  # no more than there are runs
+        ("cpu", Places(runs_per_gpu=2), 5, [None] * 5),
     ],
 )
 def test_as_many_workers_as_the_gpus_take(monkeypatch, device, asked, started, shared):
     found = []
 
-    @contextmanager
-    def fake(workers):
-        found.append(workers)
-        yield None
+    def fake(count, shares):
+        found.append((count, [share.get("CUDA_VISIBLE_DEVICES") for share in shares]))
+        return nullcontext(Instant())
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(cluster.os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(cluster, "local_client", fake)
-    monkeypatch.setattr(cluster, "_share_gpus", lambda client, gpus, n: found.append(gpus))
-    monkeypatch.setattr(scheduling, "spread", lambda *args, **kwargs: iter(()))
+    monkeypatch.setattr(cluster, "LocalWorkers", fake)
     configs = planned(study(seeds=5, device=device))
-    assert list(execute(configs, Store("runs"), asked)) == []
-    assert found == [started, ["0", "1"]] if shared else [started]
+    with open_trainer(Store("runs"), replace(asked, lockstep=False)) as train:
+        assert len(dict(train(configs))) == 5
+    assert found == [(started, shared)]
 
 
 def test_the_time_limit_ends_a_process_that_cannot_say_so(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from repeatlab import tasks
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.store.records import Store
 from repeatlab.studies.study import Report, Study, StudyError, run_studies, run_study
+from repeatlab.training.config import RunConfig
 
 NOT_TIMES = ["seconds", "calibration_seconds"]
 
@@ -52,6 +53,27 @@ def test_a_second_execution_trains_nothing(small_study, tmp_path):
     assert report.trained == 0
     assert set(report.status.values()) == {"complete"}
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+
+
+def test_a_run_s_identity_is_found_out_once(small_study, tmp_path, monkeypatch):
+    small_study().run(tmp_path, workers=0)
+    write, written = RunConfig.to_json, []
+
+    def counted(config):
+        written.append(config)
+        return write(config)
+
+    monkeypatch.setattr(RunConfig, "to_json", counted)
+    assert small_study().run(tmp_path, workers=0).trained == 0
+    assert len(written) == 6
+
+
+def test_a_changed_copy_of_a_configuration_has_an_identity_of_its_own(small_study):
+    config = small_study().planned()[0].config
+    before = config.run_id
+    copy = config.model_copy(update={"seed": 7})
+    assert copy.run_id == RunConfig.from_json(config.to_json() | {"seed": 7}).run_id != before
+    assert config.run_id == before
 
 
 def test_only_what_is_missing_is_trained(small_study, tmp_path):
@@ -143,12 +165,18 @@ def _no_network(*args, **kwargs):
         ({"methods": {}}, "methods: "),
         ({"methods": {"a": {"maping": {}}}}, "methods.a.maping: unknown key; did you mean 'map"),
         ({"tasks": {"x": {"name": "superwised"}}}, "tasks.x: unknown task 'superwised'; did you"),
-        ({"seeds": 0}, "seeds: must be a count of at least 1 or a list of different seeds, not 0"),
-        ({"seeds": [1, 1]}, "seeds: must be a count of at least 1 or a list of different seeds"),
+        (
+            {"seeds": 0},
+            "seeds: must be a count of at least 1 and at most 10000, or a list",
+        ),
+        (
+            {"seeds": [1, 1]},
+            "seeds: must be a count of at least 1 and at most 10000, or a list",
+        ),
         ({"seeds": []}, "seeds: must be a count"),
         ({"seeds": True}, "seeds: must be a count"),
         ({"seeds": [-1]}, "seeds: must be a count"),
-        ({"max_updates": 0}, "max_updates: Input should be greater than or equal to 1, not 0"),
+        ({"max_updates": 0}, "max_updates: must be greater than or equal to 1; not 0"),
         ({"seed": 3}, "seed: unknown key; did you mean 'seeds'?"),
     ],
 )
@@ -201,7 +229,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_trained(tmp_
 
 
 def test_more_threads_than_any_machine_has_are_refused():
-    with pytest.raises(ConfigError, match="threads: Input should be less than or equal to 1024"):
+    with pytest.raises(ConfigError, match="threads: must be less than or equal to 1024"):
         Study.of(
             name="many",
             tasks={"digits": {"name": "supervised"}},

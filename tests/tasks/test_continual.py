@@ -145,8 +145,7 @@ def test_gradient_bounds_are_the_norm_of_the_gradient_at_the_logits(strategy):
     batch = task.fresh_batch(10)
     seen = []
     task.model.register_forward_hook(lambda module, images, logits: seen.append(logits))
-    logits, answers = task._outputs(batch)
-    losses = task._losses(logits, answers, batch.labels)[1]
+    losses = task.losses(task.outputs(batch), batch)[1]
     expected = torch.autograd.grad(losses.sum(), seen[0])[0].norm(dim=1)
     assert expected.std() > 0
     torch.testing.assert_close(task.gradient_bounds(batch), expected, rtol=1e-4, atol=1e-6)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from repeatlab.core.tensor_files import write_tensors
 from repeatlab.data import DataError, Splits, load_splits
+from repeatlab.data.augment import to_uint8
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.tasks import fid
-from repeatlab.tasks.fid import Fid, frechet_distance, gaussian_distance, moments, to_uint8
+from repeatlab.tasks.fid import Fid, frechet_distance, gaussian_distance, moments
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -190,13 +192,29 @@ def test_the_classifier_is_trained_once_and_the_same_each_time(digits, own_cache
     assert not loaded.training
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "torn"])
-def test_a_damaged_file_is_made_anew(digits, own_cache, content):
+@pytest.mark.parametrize("content", ["nothing", "torn", "a list", "another network", "flipped"])
+def test_a_damaged_file_or_one_of_something_else_is_made_anew(digits, own_cache, content):
     first = parameters(fid.load_classifier(digits))
     (file,) = own_cache.rglob("*.pt")
-    file.write_bytes(file.read_bytes()[:1000] if content == "torn" else content)
-    assert torch.equal(parameters(fid.load_classifier(digits)), first)
-    assert torch.equal(parameters(fid.load_classifier(digits)), first)
+    whole = file.read_bytes()
+    spoilt = {"nothing": [b""], "torn": [whole[:1000]], "flipped": flips(whole, 40)}
+    for damage in spoilt.get(content, [None]):
+        if content == "a list":
+            write_tensors(file, [1, 2])
+        elif content == "another network":
+            write_tensors(file, fid.build_classifier(3, 7).state_dict())
+        else:
+            file.write_bytes(damage)
+        assert torch.equal(parameters(fid.load_classifier(digits)), first)
+        assert file.read_bytes() == whole
+
+
+def flips(content: bytes, count: int):
+    """Yield `content` with one bit flipped, at so many places."""
+    for place in range(0, len(content), len(content) // count):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 1 << place % 8
+        yield spoilt
 
 
 def test_a_directory_that_cannot_be_written_is_no_obstacle(digits, own_cache, monkeypatch):

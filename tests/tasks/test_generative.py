@@ -15,7 +15,7 @@ from torch.nn import functional
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.core.seeding import derive
 from repeatlab.data import ImageSet, Splits, TrainStream, load_splits
-from repeatlab.tasks import generative
+from repeatlab.tasks import dataset
 from repeatlab.tasks.fid import Fid
 from repeatlab.tasks.generative import (
     Generative,
@@ -203,8 +203,8 @@ def test_the_losses_are_the_cross_entropies_of_real_and_generated():
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_the_loss_is_reported_once_and_as_soon_as_it_is_known(driver):
     task, seen = build(driver=driver), []
-    task.d_optimizer.register_step_pre_hook(lambda *_: seen.append("d"))
-    task.g_optimizer.register_step_pre_hook(lambda *_: seen.append("g"))
+    task.d_learner.optimizer.register_step_pre_hook(lambda *_: seen.append("d"))
+    task.g_learner.optimizer.register_step_pre_hook(lambda *_: seen.append("g"))
 
     def report(loss):
         assert loss.ndim == 0
@@ -227,8 +227,8 @@ def test_each_step_moves_its_own_network_only():
         return [nn.utils.parameters_to_vector(m.parameters()).clone() for m in (task.d, task.g)]
 
     before = snapshot()
-    task.d_optimizer.register_step_post_hook(compare)
-    task.g_optimizer.register_step_post_hook(compare)
+    task.d_learner.optimizer.register_step_post_hook(compare)
+    task.g_learner.optimizer.register_step_post_hook(compare)
     run(task, 0)
     assert changed == [[False, True], [False, False]]
 
@@ -240,7 +240,7 @@ def test_weights_act_on_the_real_images_in_d_s_gradient_and_not_on_the_driver_lo
     plain, weighted = build(), build()
     reports, gradients = [], []
     for task, chosen in ((plain, None), (weighted, sample_weights)):
-        task.d_optimizer.register_step_pre_hook(
+        task.d_learner.optimizer.register_step_pre_hook(
             lambda *_, task=task: gradients.append([p.grad.clone() for p in task.d.parameters()])
         )
         task.step(batch, lambda loss, *_: reports.append(loss.item()), chosen)
@@ -313,9 +313,9 @@ def test_a_repeat_redraws_the_noise_unless_it_is_told_to_keep_it():
     for redraw, equal in ((True, False), (False, True)):
         task = build(redraw_noise=redraw)
         batch = task.fresh_batch(0)
-        draws = [task._latents(batch, task.noise) for _ in range(2)]
+        draws = [task._latents(batch) for _ in range(2)]
         assert torch.equal(*draws) is equal
-        assert not torch.equal(draws[0], task._latents(task.fresh_batch(1), task.noise))
+        assert not torch.equal(draws[0], task._latents(task.fresh_batch(1)))
 
 
 def test_batch_norm_counts_the_passes_that_the_docstring_names():
@@ -396,7 +396,7 @@ def framed(monkeypatch):
     images = torch.randint(256, (60, 3, 12, 12), generator=draws).to(torch.uint8)
     part = ImageSet(images, torch.arange(60) % 10)
     splits = Splits("squares", part, part, part, 10, (0.5,) * 3, (0.3,) * 3)
-    monkeypatch.setattr(generative, "load_splits", lambda *_, **__: splits)
+    monkeypatch.setattr(dataset, "load_splits", lambda *_, **__: splits)
     return build()
 
 

@@ -81,7 +81,8 @@ def test_the_generalised_cross_entropy_weights_each_gradient_by_the_label_s_prob
     task = warm(correction="weighted", q=0.7)
     batch = task.fresh_batch(60)
     logits = task.model(batch.images).detach().requires_grad_()
-    given, corrected = task._losses(logits, batch.labels)
+    given = functional.cross_entropy(logits, batch.labels, reduction="none")
+    corrected = task.losses(logits, batch)[1]
     (plain,) = torch.autograd.grad(given.sum(), logits, retain_graph=True)
     (weighted,) = torch.autograd.grad(corrected.sum(), logits)
     weights = (-0.7 * given.detach()).exp()
@@ -98,7 +99,7 @@ def test_no_gradient_flows_through_a_weight_or_a_hard_target():
     weight = 0.3 + 0.7 * (p * given).sum(1, keepdims=True) ** 0.7
     expected = p - weight * given - (1 - weight) * np.eye(10)[p.argmax(1)]
     logits = task.model(batch.images).detach().requires_grad_()
-    (found,) = torch.autograd.grad(task._losses(logits, batch.labels)[1].sum(), logits)
+    (found,) = torch.autograd.grad(task.losses(logits, batch)[1].sum(), logits)
     assert found.numpy() == pytest.approx(expected, abs=1e-5)
 
 
@@ -107,7 +108,7 @@ def test_gradient_bounds_are_the_norm_of_the_gradient_at_the_logits(fields):
     task = warm(**fields)
     batch = task.fresh_batch(60)
     logits = task.model(batch.images).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(task._losses(logits, batch.labels)[1].sum(), logits)
+    (gradient,) = torch.autograd.grad(task.losses(logits, batch)[1].sum(), logits)
     torch.testing.assert_close(
         task.gradient_bounds(batch), gradient.norm(dim=1), rtol=1e-3, atol=1e-6
     )

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from repeatlab.core.schema import parse
 from repeatlab.tasks import precision
-from repeatlab.tasks.optimization import OPTIMIZERS, Descent, chosen
+from repeatlab.tasks.optimization import OPTIMIZERS, OptimizerStep, chosen
 from repeatlab.tasks.precision import Precision
 from repeatlab.tasks.supervised import SupervisedConfig
 from repeatlab.training import loop
@@ -104,11 +104,11 @@ def test_where_auto_means_the_cpu_nothing_is_written_before_float16_is_refused(
     assert not list(tmp_path.rglob("*.json"))
 
 
-def scaled_descent(name: str, model: nn.Module, clip: float | None = None) -> Descent:
+def scaled_step(name: str, model: nn.Module, clip: float | None = None) -> OptimizerStep:
     """Return updates with scaled losses, as on CUDA, of a model on the CPU."""
     config = SupervisedConfig(lr=0.05, optimizer=chosen(name, **TORCH[name][1]), clip_norm=clip)
     low = Precision(torch.float16, "cpu")
-    return Descent(model.parameters(), config, low, device="cpu")
+    return OptimizerStep(model.parameters(), config, low, device="cpu")
 
 
 def loss_of(model: nn.Module, index: int) -> torch.Tensor:
@@ -128,13 +128,13 @@ def linear() -> nn.Module:
 def test_scaled_updates_are_the_plain_ones_and_overflowing_ones_are_left_out(name, clip):
     """A scale is a power of two, so that it changes no digit; the plain loop just skips 3."""
     model, plain = linear(), linear()
-    descent = scaled_descent(name, model, clip)
+    step = scaled_step(name, model, clip)
     kind, settings, fixed = TORCH[name]
     optimizer = kind(plain.parameters(), lr=0.05, **(settings | fixed))
     for index in range(8):
         loss = loss_of(model, index)
-        descent(loss * torch.inf if index == 3 else loss)
-        assert descent.skipped == (index >= 3)
+        step(loss * torch.inf if index == 3 else loss)
+        assert step.skipped == (index >= 3)
         if index != 3:
             optimizer.zero_grad()
             loss_of(plain, index).backward()
@@ -145,26 +145,26 @@ def test_scaled_updates_are_the_plain_ones_and_overflowing_ones_are_left_out(nam
 
 
 def test_the_scale_and_the_count_are_part_of_the_state():
-    models, descents = [], []
+    models, steps = [], []
     for _ in range(2):
         models.append(linear())
-        descents.append(scaled_descent("momentum", models[-1]))
+        steps.append(scaled_step("momentum", models[-1]))
     for index in range(3):
-        descents[0](loss_of(models[0], index) * (torch.inf if index == 1 else 1))
+        steps[0](loss_of(models[0], index) * (torch.inf if index == 1 else 1))
     file = io.BytesIO()
-    torch.save([models[0].state_dict(), descents[0].state_dict()], file)
+    torch.save([models[0].state_dict(), steps[0].state_dict()], file)
     file.seek(0)
     weights_then, state = torch.load(file, weights_only=True)
     assert state["scaler"]["scale"] == 2.0**15
     models[1].load_state_dict(weights_then)
-    descents[1].load_state_dict(state)
-    assert descents[1].skipped == 1
-    for model, descent in zip(models, descents, strict=True):
-        descent(loss_of(model, 3) * torch.inf)
-        descent(loss_of(model, 4))
-    assert digest(descents[0].state_dict()) == digest(descents[1].state_dict())
+    steps[1].load_state_dict(state)
+    assert steps[1].skipped == 1
+    for model, step in zip(models, steps, strict=True):
+        step(loss_of(model, 3) * torch.inf)
+        step(loss_of(model, 4))
+    assert digest(steps[0].state_dict()) == digest(steps[1].state_dict())
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
-    assert descents[1].skipped == 2
+    assert steps[1].skipped == 2
 
 
 @pytest.fixture

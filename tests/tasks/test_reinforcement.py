@@ -21,9 +21,13 @@ from repeatlab.analysis.frames import load, to_target
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.core.seeding import derive, generator
 from repeatlab.studies.study import Study
-from repeatlab.tasks.greedy_episodes import greedy_episodes
-from repeatlab.tasks.q_learning import greedy, q_network
-from repeatlab.tasks.reinforcement import Reinforcement, ReinforcementConfig
+from repeatlab.tasks.reinforcement import (
+    Reinforcement,
+    ReinforcementConfig,
+    greedy,
+    play_greedily,
+    q_network,
+)
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
@@ -170,7 +174,7 @@ def test_greedy_is_torch_s_argmax(values):
 
 @pytest.mark.parametrize("action", [2, -1, 0.5])
 def test_the_environment_refuses_other_actions_than_two(action):
-    environment = make().actor.environment
+    environment = make().environment._simulator
     environment.step(np.int64(1))
     with pytest.raises(AssertionError, match="invalid"):
         environment.step(action)
@@ -291,7 +295,7 @@ def test_epsilon_falls_with_environment_steps():
     task = Reinforcement(ReinforcementConfig(), seed=0, device="cpu")
     for steps, expected in ((0, 1.0), (1500, 0.755), (3000, 0.51), (6000, 0.02), (15_000, 0.02)):
         task.buffer.steps = steps
-        assert task.actor.epsilon() == pytest.approx(expected)
+        assert task.epsilon() == pytest.approx(expected)
         task.updates += 1000  # without effect
 
 
@@ -299,10 +303,10 @@ def test_epsilon_can_fall_with_updates():
     by_steps, by_updates = make(), make(epsilon_clock="updates")
     learn(by_steps, [1] * 50)
     learn(by_updates, [1] * 50)
-    assert by_steps.actor.epsilon() == by_updates.actor.epsilon() != 1.0
+    assert by_steps.epsilon() == by_updates.epsilon() != 1.0
     assert digest(by_steps.state_dict()) == digest(by_updates.state_dict())
     learn(by_updates, [3] * 50, start=50)
-    assert by_updates.actor.epsilon() == pytest.approx(1 - 0.98 * (60 + 50 + 150) / 300)
+    assert by_updates.epsilon() == pytest.approx(1 - 0.98 * (60 + 50 + 150) / 300)
 
 
 def copies(task: Reinforcement, counts: list[int]) -> list[int]:
@@ -547,7 +551,7 @@ def test_episodes_of_several_agents_side_by_side_are_those_of_each_alone():
         rows = seen.view(3, -1, 4)
         return torch.cat([agent.model(row) for agent, row in zip(agents, rows, strict=True)])
 
-    together = greedy_episodes(agents[0].config, "test", values, device="cpu", agents=3)
+    together = play_greedily(agents[0].config, "test", values, device="cpu", agents=3)
     for agent, played in zip(agents, together, strict=True):
         alone = agent.play("test")
         assert (played.lengths == alone.lengths).all()
@@ -607,7 +611,7 @@ def test_goes_on_after_a_reload_in_the_middle_of_a_repeat(stop, fields):
 @pytest.mark.parametrize("fields", [{}, {"learning_starts": 90, "capacity": 50}])
 def test_an_agent_can_begin_where_its_like_has_begun(fields):
     lived = make(seed=3, **fields)
-    beginning = lived.actor.state_dict()
+    beginning = lived.lived()
     learn(lived, [2] * 9)
     other = make(seed=3, **fields)
     begun = Reinforcement(other.config, seed=3, device="cpu", beginning=beginning)
@@ -625,7 +629,7 @@ def test_an_agent_can_begin_where_its_like_has_begun(fields):
     [
         ({"learning_starts": 2}, "must not be less than n_steps"),
         ({"capacity": 2}, "must not be less than n_steps"),
-        ({"driver": "mse"}, "driver.*'huber' or 'td_error', not 'mse'"),
+        ({"driver": "mse"}, "driver.*'huber' or 'td_error'; not 'mse'"),
         ({"target_clock": "steps"}, "target_clock.*not 'steps'"),
         ({"observation_scale": [1.0, 2.0]}, "observation_scale.2"),
         ({"hidden": [120, 0]}, "hidden.1.*not 0"),

@@ -15,7 +15,7 @@ from torch.nn import functional
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.data import stl10
 from repeatlab.data.unlabelled import EpochOrder, labelled_subset
-from repeatlab.tasks import dataset, semisupervised
+from repeatlab.tasks import dataset, learner
 from repeatlab.tasks.models import build_classifier
 from repeatlab.tasks.optimization import chosen
 from repeatlab.tasks.semisupervised import SemiBatch, SemiSupervised, SemiSupervisedConfig
@@ -367,9 +367,8 @@ def test_stl10_s_unlabelled_images_are_taken_from_their_file(tmp_path, monkeypat
     sums = {name: md5(content).hexdigest() for name, content in files.items()}
     monkeypatch.setattr(stl10, "STL10", stl10.Source("stl10", "", sums, {}))
     monkeypatch.setenv("REPEATLAB_DATA", str(tmp_path))
-    loaded = semisupervised.load_splits("stl10", validation=20)
-    for module in (semisupervised, dataset):
-        monkeypatch.setattr(module, "load_splits", lambda *_, **__: loaded)
+    loaded = dataset.load_splits("stl10", validation=20)
+    monkeypatch.setattr(dataset, "load_splits", lambda *_, **__: loaded)
 
     config = {"dataset": "stl10", "labels": None, "model": "resnet18", "batch_size": 2, "mu": 1}
     task = build(**config)
@@ -437,7 +436,7 @@ def test_an_evaluation_leaves_no_trace(split):
 
 
 def test_metrics_are_those_of_scikit_learn_on_the_ema_network(monkeypatch):
-    monkeypatch.setattr(semisupervised, "EVALUATION_BATCH", 100)
+    monkeypatch.setattr(learner, "EVALUATION_BATCH", 100)
     task = build(lr=0.05, ema_decay=0.5, threshold=0.6, width=8)
     for index in range(40):
         task.step(task.fresh_batch(index), ignore)
@@ -494,7 +493,6 @@ def test_pictures_are_views_in_grey_levels():
         ({"dataset": "digit"}, "did you mean 'digits'"),
         ({"mu": 0, "driver": "unsupervised"}, "mu: 0 leaves no unsupervised loss"),
         ({"optimizer": {"name": "nesterov", "momentum": 0.0}}, "optimizer: momentum must be above"),
-        ({"labels": 10, "batch_size": 20}, "batch_size 20 exceeds the 10 labels"),
         ({"threshold": 1.5}, "threshold"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"driver": "ema"}, "driver"),
@@ -531,3 +529,37 @@ def test_the_defaults_are_the_plan_s():
     assert (config.lr, config.batch_size) == (1e-3, 64)
     assert config.optimizer == chosen("momentum", momentum=0.9, weight_decay=0.0)
     assert (config.threshold, config.unlabelled_weight, config.ema_decay) == (0.95, 1.0, 0.999)
+
+
+# --- fewer labels than a batch ------------------------------------------------------------------
+
+
+def test_40_labels_are_repeated_to_fill_a_batch_of_64_evenly(tmp_path):
+    task = build(labels=40, batch_size=64, mu=1)
+    seen = torch.zeros(40, dtype=torch.int64)
+    for index in range(50):
+        indices = task.fresh_batch(index).indices
+        counts = indices.bincount(minlength=40)
+        assert len(indices) == 64
+        assert int(counts.max()) <= 2  # 64 of 40 labels, each twice
+        assert int((counts > 0).sum()) >= 32
+        seen += counts
+    assert (seen.double() / 80 - 1).abs().max() < 0.25
+    assert not torch.equal(task.fresh_batch(0).indices, task.fresh_batch(1).indices)
+    run = {
+        "task": {"name": "semisupervised", "labels": 40, "batch_size": 64, "mu": 1, "width": 2},
+        "max_updates": 3,
+        "evaluation": {"splits": [], "test": False},
+    }
+    assert train(parse(RunConfig, run), tmp_path).status == {"status": "complete"}
+
+
+@pytest.mark.parametrize("sampler", [{"name": "hard_mining"}, {"name": "online"}])
+def test_different_samples_cannot_fill_it(sampler):
+    run = {
+        "task": {"name": "semisupervised", "labels": 40, "batch_size": 64},
+        "method": {"sampler": sampler},
+        "max_updates": 3,
+    }
+    with pytest.raises(ConfigError, match="40 labels are fewer than the different samples"):
+        parse(RunConfig, run)

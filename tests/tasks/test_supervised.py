@@ -18,10 +18,11 @@ from torch.nn import functional
 from repeatlab.core.schema import parse
 from repeatlab.data import DATASETS, Batch
 from repeatlab.data.sources import DIRECTORY_VARIABLE
-from repeatlab.tasks import supervised
+from repeatlab.tasks import learner
+from repeatlab.tasks.dataset import AUGMENTATION
 from repeatlab.tasks.models import resnet18, small_cnn
 from repeatlab.tasks.optimization import chosen
-from repeatlab.tasks.supervised import AUGMENTATION, Supervised, SupervisedConfig, build_model
+from repeatlab.tasks.supervised import Supervised, SupervisedConfig, build_model
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
 
@@ -283,7 +284,7 @@ def test_an_evaluation_uses_the_running_statistics():
 @pytest.mark.parametrize("updates", [0, 40])
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_metrics_are_those_of_scikit_learn(monkeypatch, split, updates):
-    monkeypatch.setattr(supervised, "EVALUATION_BATCH", 100)  # several batches, the last one short
+    monkeypatch.setattr(learner, "EVALUATION_BATCH", 100)  # several batches, the last one short
     task = build(lr=0.1)
     for index in range(updates):
         task.step(task.fresh_batch(index), ignore)
@@ -324,13 +325,13 @@ def test_macro_f1_counts_a_class_that_is_never_guessed_as_zero():
 
 def test_the_training_metrics_are_of_one_fixed_subset_without_augmentation(monkeypatch):
     seen = []
-    original = supervised.iter_batches
+    original = learner.iter_batches
 
     def spy(data, *rest):
         seen.append(data)
         return original(data, *rest)
 
-    monkeypatch.setattr(supervised, "iter_batches", spy)
+    monkeypatch.setattr(learner, "iter_batches", spy)
     for task in (build(seed=0), build(seed=1), build(augment=False)):
         task.evaluate("train")
     first = seen[0]

@@ -68,7 +68,8 @@ def test_a_fresh_network_reconstructs_at_ln_2_a_pixel(size, expected):
     assert expected == pytest.approx(size**2 * log(2), abs=1e-4)
     torch.manual_seed(0)
     model = VAE(1, size, width=4, latent=3)
-    reconstruction, divergence = model.losses(torch.rand(6, 1, size, size), torch.randn(6, 3))
+    terms = model.terms(torch.rand(6, 1, size, size), torch.randn(6, 3))
+    _, reconstruction, divergence = terms
     assert reconstruction.tolist() == pytest.approx([expected] * 6, abs=1e-3)
     assert divergence.mean() < 1
 
@@ -86,7 +87,7 @@ def test_the_losses_are_those_of_torch_s_distributions():
         nn.init.normal_(parameter, 0, 0.3)
     images = torch.randint(2, (5, 1, 8, 8)).double()
     epsilon = torch.randn(5, 3).double()
-    reconstruction, divergence = model.losses(images, epsilon)
+    _, reconstruction, divergence = model.terms(images, epsilon)
     mean, log_variance = model.encode(images)
     posterior = Normal(mean, (log_variance / 2).exp())
     z = posterior.loc + posterior.scale * epsilon
@@ -171,7 +172,7 @@ def test_weights_act_on_the_gradient_and_not_on_the_driver_loss():
     for given, sample_weights in ((batch, None), (batch, chosen), (part, None)):
         task = build()
         # One epsilon for all samples: which of them are in the batch then makes no difference.
-        task._epsilon = lambda b, noise: torch.arange(3.0).expand(len(b.images), 3)
+        task._epsilon = lambda b: torch.arange(3.0).expand(len(b.images), 3)
         for _ in range(2):
             task.step(given, lambda loss, *_: reports.append(loss.item()), sample_weights)
         ends.append(weights(task))
@@ -201,9 +202,9 @@ def test_a_repeat_redraws_epsilon_unless_it_is_told_to_keep_it():
     for redraw, equal in ((True, False), (False, True)):
         task = build(redraw_epsilon=redraw)
         batch = task.fresh_batch(0)
-        draws = [task._epsilon(batch, task.noise) for _ in range(2)]
+        draws = [task._epsilon(batch) for _ in range(2)]
         assert torch.equal(*draws) is equal
-        other = task._epsilon(task.fresh_batch(1), task.noise)
+        other = task._epsilon(task.fresh_batch(1))
         assert not torch.equal(draws[0], other)
 
 

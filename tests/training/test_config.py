@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.methods.schedules import SCHEDULES
 from repeatlab.repetition.mappings import MAPPINGS
+from repeatlab.tasks import TASKS, VERSIONS
 from repeatlab.tasks.optimization import OPTIMIZERS
 from repeatlab.training.config import MethodConfig, RunConfig
 
@@ -120,6 +123,71 @@ def test_the_identity_changes_with_the_version_of_the_records(monkeypatch):
     assert run_config().run_id != before
 
 
+def test_the_identity_changes_with_the_declared_version_of_the_task(monkeypatch):
+    names = ("supervised", "unsupervised")
+    before = {name: run_config(task={"name": name}).run_id for name in names}
+    monkeypatch.setitem(VERSIONS, "supervised", VERSIONS["supervised"] + 1)
+    after = {name: run_config(task={"name": name}).run_id for name in names}
+    assert after["supervised"] != before["supervised"]
+    assert after["unsupervised"] == before["unsupervised"]
+
+
+def test_every_task_of_the_package_has_a_declared_version():
+    assert VERSIONS.keys() == TASKS.keys()
+    assert all(type(number) is int and number >= 1 for number in VERSIONS.values())
+
+
+OWN = """
+from typing import Literal
+from repeatlab.tasks.supervised import Supervised, SupervisedConfig
+
+class OwnConfig(SupervisedConfig):
+    name: Literal["own"] = "own"
+
+class Own(Supervised):
+    Config = OwnConfig
+    # SAYS
+"""
+IDENTITY = """
+import sys
+from repeatlab.core.schema import parse
+from repeatlab.tasks import TASKS
+from repeatlab.training.config import RunConfig
+
+TASKS["own"] = "own:Own"
+data = {"task": {"name": "own"}, "max_updates": 3}
+print(parse(RunConfig, data).run_id)
+# As an editor leaves it behind a session's back, which goes on with what it has loaded.
+open(sys.argv[1], "a").write("# later")
+print(parse(RunConfig, data).run_id)
+"""
+
+
+def test_other_code_of_a_task_of_one_s_own_is_another_run(tmp_path):
+    def identities(says: str) -> list[str]:
+        source = tmp_path / "own.py"
+        source.write_text(OWN.replace("SAYS", says))
+        command = [sys.executable, "-B", "-c", IDENTITY, str(source)]
+        paths = os.pathsep.join([str(tmp_path), *sys.path])
+        environment = os.environ | {"PYTHONPATH": paths}
+        printed = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=environment
+        )
+        return printed.stdout.split()
+
+    first, other, again = identities("one"), identities("two"), identities("one")
+    assert first[0] == first[1] == again[0] != other[0]
+
+
+def test_a_task_whose_source_nobody_can_read_is_refused(monkeypatch):
+    space: dict = {"__name__": "typed"}
+    exec(OWN, space)
+    monkeypatch.setitem(sys.modules, "typed", SimpleNamespace(**space))
+    monkeypatch.setitem(TASKS, "own", "typed:Own")
+    with pytest.raises(ValueError, match="task: the source of Own must be readable"):
+        _ = parse(RunConfig, {"task": {"name": "own"}, "max_updates": 3}).run_id
+
+
 @pytest.mark.parametrize(("name", "schedule"), [*product([None, *MAPPINGS], [None, *SCHEDULES])])
 def test_json_gives_back_every_combination_of_mapping_and_schedule(name, schedule):
     method = (mapping(name) if name else {}) | (
@@ -164,7 +232,7 @@ def test_auto_is_understood_for_calibrated_fields_alone(name, field):
 def test_only_auto_needs_a_calibration():
     assert not MethodConfig().calibrated
     assert not run_config(method=mapping("linear", t=2)).method.calibrated
-    assert "or 'auto', not 'automatic'" in refusal(method=mapping("linear", t="automatic"))
+    assert "or 'auto'; not 'automatic'" in refusal(method=mapping("linear", t="automatic"))
 
 
 def test_the_ranges_of_the_other_fields_are_checked_beside_auto():
@@ -221,6 +289,76 @@ def test_a_value_out_of_range_is_named(fields, named):
     lines = refusal(**fields).splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(named)
+
+
+LINEAR = {"name": "linear", "t": 1.0}
+OF = {"mapping": {"name": "trace", "of": {"mapping": LINEAR}}}
+
+
+@pytest.mark.parametrize("size", [10**9 + 1, 10**30], ids=["1e9", "1e30"])
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (lambda n: {"seed": n * 2**63}, "seed: must be at most 9223372036854775807; not "),
+        (lambda n: {"max_updates": n}, "max_updates: must be at most 1000000000; not "),
+        (lambda n: {"processes": n}, "processes: "),
+        (lambda n: {"threads": n}, "threads: "),
+        (lambda n: {"task": {"name": "supervised", "width": n}}, "task.width: must be at most "),
+        (lambda n: {"task": {"name": "unsupervised", "latent": n}}, "task.latent: must be at "),
+        (lambda n: {"task": {"name": "reinforcement", "hidden": [64, n]}}, "task.hidden: must "),
+        (lambda n: {"task": {"name": "reinforcement", "capacity": n}}, "task.capacity: must be "),
+        (lambda n: {"method": {"distillation": {"teachers": n}}}, "method.distillation.teachers: "),
+        (lambda n: {"method": mapping("zscore", window=n)}, "method.mapping.window: must be at "),
+        (lambda n: {"method": mapping("quantile", window=n)}, "method.mapping.window: must be "),
+        (lambda n: {"method": mapping("constant", repeats=n)}, "method.mapping.repeats: must be "),
+        (
+            lambda n: {"method": {"mapping": OF["mapping"] | {"control": "spaced", "gap": n}}},
+            "method.mapping.gap: must be at most 1000000; not ",
+        ),
+        (
+            lambda n: {"method": {"mapping": OF["mapping"] | {"control": "windowed", "window": n}}},
+            "method.mapping.window: must be at most 1000000; not ",
+        ),
+        (
+            lambda n: {"method": {"sampler": {"name": "importance", "presample": n}}},
+            "method.sampler.presample: must be at most ",
+        ),
+        (lambda n: {"loader": {"delay_ms": float(n) if n < 10**300 else 1e300}}, "loader.delay_ms"),
+        (lambda n: {"evaluation": {"keep": n}}, "evaluation.keep: must be at most "),
+    ],
+)  # fmt: skip
+def test_a_size_without_bounds_is_named(fields, named, size):
+    (line,) = refusal(**fields(size)).splitlines()
+    assert line.startswith(named)
+    assert len(line) < 250
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "most"),
+    [
+        (mapping("linear", t="auto", max_repeats=5), 5.0, 5),
+        (mapping("linear", t="auto", max_repeats=5), 1e300, 5),
+        (mapping("linear", t="auto", max_repeats=2), None, 2),
+        ({"mapping": {"name": "trace", "of": mapping("linear", t="auto", max_repeats=3)}}, 3.5, 3),
+    ],
+)
+def test_a_target_that_the_mapping_cannot_meet_is_refused_before_the_calibration(
+    method, target, most
+):
+    calibration = {} if target is None else {"calibration": {"target_repeats": target}}
+    message = (
+        f"calibration.target_repeats: must be less than the mapping's max_repeats, {most}; not"
+    )
+    assert refusal(method=method, **calibration).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["linear", "threshold", "until"])
+def test_a_target_concerns_the_calibrated_linear_mapping_alone(name):
+    t = {"t": 1.0} if name == "linear" else {"t": "auto"}
+    assert run_config(method=mapping(name, **t), calibration={"target_repeats": 100.0})
+    assert run_config(
+        method=mapping("linear", t="auto", max_repeats=5), calibration={"target_repeats": 4.999}
+    )
 
 
 @pytest.mark.parametrize("apply", ["repeat", "fresh_samples"])

@@ -41,7 +41,7 @@ from repeatlab.training.data_parallel import (
     losses_with_gradients,
 )
 from repeatlab.training.loop import together, train
-from repeatlab.training.training import STOP, CheckpointPlan, Training
+from repeatlab.training.one_run import CheckpointPlan, Training
 
 TIMEOUT = 60  # seconds until a hanging rank fails its test
 EVERY_UPDATE = CheckpointPlan(updates=1)
@@ -495,7 +495,7 @@ def test_a_stop_of_one_rank_makes_all_leave_at_the_same_update(unbroken, tmp_pat
 
     def stop(rank, updates):
         if (rank, updates) == (1, 5):
-            STOP.set()
+            signal.raise_signal(signal.SIGINT)
 
     run, record = unbroken
     # Without checkpoints of every update: the one that goes on is that of the stop.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from repeatlab.tasks.models import small_cnn
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
 from repeatlab.training import weights
 from repeatlab.training.config import RunConfig
-from repeatlab.training.distillation import teacher_runs
 from repeatlab.training.loop import train
-from repeatlab.training.training import STOP, Interrupted, Training
+from repeatlab.training.one_run import Training
+from repeatlab.training.prerequisites import teacher_runs
 
 T, BATCH, TEACHER_UPDATES = 12, 16, 20
 TEMPERATURE, SHARE = 3.0, 0.8
@@ -182,11 +183,7 @@ def test_the_share_of_no_teacher_is_standard_training(store):
 
 
 def test_teachers_are_standard_runs_of_other_seeds_at_the_run_s_rates():
-    rates = {
-        "schedule": {"name": "cosine"},
-        "warm_up": {"updates": 3},
-        "base_batch_size": 8,
-    }
+    rates = {"schedule": {"name": "cosine", "warm_up": 0.1}}
     method = rates | {"mapping": {"name": "linear", "t": 0.5}, "sampler": {"name": "selective"}}
     teachers = teacher_runs(run_config(method, seed=5))
     for teacher in teachers:
@@ -246,16 +243,13 @@ def test_a_stopped_run_is_the_unbroken_run_and_its_teachers_are_made_once(
         def stopped(batch):
             make(batch)
             if self.config.run_id == run.run_id and self.repeater.updates == 5:
-                STOP.set()
+                signal.raise_signal(signal.SIGINT)
 
         return stopped
 
     monkeypatch.setattr(Training, "visit", visit)
-    try:
-        with pytest.raises(Interrupted):
-            train(run, tmp_path)
-    finally:
-        STOP.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path)
     assert len(list((tmp_path / "supervised").glob("*/summary.json"))) == 2
     resumed = train(run, tmp_path)
     assert resumed.updates["loss"].equals(unbroken.updates["loss"])
@@ -273,7 +267,7 @@ def test_an_arm_of_a_study_learns_from_teachers_of_its_own_seed(small_study, tmp
     methods = {
         "standard": {},
         "distilled": {"distillation": SETTINGS | {"updates": 5}},
-        "warm": {"warm_up": {"updates": 4}, "base_batch_size": 32},
+        "warm": {"schedule": {"name": "constant", "warm_up": 0.2}},
     }
     study = small_study(methods=methods, seeds=2, evaluation={"every": 10, "test": False})
     study.run(tmp_path, workers=0)
@@ -319,7 +313,6 @@ def test_every_kind_of_method_makes_its_updates(method, store):
         ({"task": {"name": "supervised", "label_noise": 0.2}}, "other label noise"),
         ({"method": {"mapping": {"name": "linear", "t": "auto"}}}, "t: auto is measured on"),
         ({"method": {"sampler": {"name": "rho_loss"}}}, "rho_loss trains models beforehand"),
-        ({"method": {"warm_up": {"updates": 11}}}, "end before the teachers' warm-up does"),
     ],
 )
 def test_what_a_teacher_would_not_fit_is_refused(fields, message):
@@ -334,5 +327,5 @@ def test_what_a_teacher_would_not_fit_is_refused(fields, message):
 )
 def test_bad_settings_are_named(setting):
     (name,) = setting
-    with pytest.raises(ConfigError, match=f"method.distillation.{name}: Input should be"):
+    with pytest.raises(ConfigError, match=f"method.distillation.{name}: must be"):
         run_config({"distillation": setting})

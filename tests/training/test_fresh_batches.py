@@ -26,12 +26,13 @@ from repeatlab.store.records import Run, Store
 from repeatlab.tasks import TASKS, load_task
 from repeatlab.tasks.models import small_cnn
 from repeatlab.tasks.reinforcement import Reinforcement
-from repeatlab.training import fresh_batches
+from repeatlab.training import stand_ins
 from repeatlab.training.checkpoint import digest
-from repeatlab.training.config import LoaderConfig, RunConfig
-from repeatlab.training.fresh_batches import FreshBatches, Source, SpacedBatches, build_mapping
+from repeatlab.training.config import RunConfig
+from repeatlab.training.fresh_batches import FreshBatches, SpacedBatches
 from repeatlab.training.loop import train
 from repeatlab.training.prerequisites import prerequisites, source_run
+from repeatlab.training.visits import Source, build_mapping
 
 T = 200
 BATCH = 32
@@ -459,7 +460,7 @@ def test_the_study_s_arm_is_the_source(tmp_path, monkeypatch, small_study):
         ),
         (
             {"a": {"mapping": {"name": "trace", "of": "linear", "control": "windwed"}}},
-            "methods.a.mapping.control: Input should be",
+            "methods.a.mapping.control: must be",
         ),
         (
             {"a": {"apply": "step_size"}},
@@ -564,7 +565,7 @@ LOADED: dict[str, dict[str, Any]] = {
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the list of delays from now on; nobody waits for them."""
     delays: list[float] = []
-    monkeypatch.setattr(fresh_batches, "sleep", delays.append)
+    monkeypatch.setattr(stand_ins, "sleep", delays.append)
     return delays
 
 
@@ -602,14 +603,14 @@ def test_prefetched_batches_are_the_same_and_made_beside_the_updates(
     store, tmp_path, monkeypatch, name
 ):
     threads = []
-    fresh_batch = TrainStream.fresh_batch
+    batch_of = TrainStream.batch_of
 
-    def noted(self: TrainStream, index: int, view: int = 0) -> Batch:
+    def noted(self: TrainStream, indices: torch.Tensor, index: int, view: int = 0) -> Batch:
         threads.append(current_thread() is main_thread())
-        return fresh_batch(self, index, view)
+        return batch_of(self, indices, index, view)
 
     plain = train(run_config(LOADED[name], max_updates=40), store)
-    monkeypatch.setattr(TrainStream, "fresh_batch", noted)
+    monkeypatch.setattr(TrainStream, "batch_of", noted)
     config = run_config(LOADED[name], max_updates=40, loader={"prefetch": True})
     run = train(config, tmp_path)
     assert run.path.name != plain.path.name
@@ -630,7 +631,7 @@ def test_prefetching_is_one_batch_ahead_and_no_more():
     asked, before = [], prefetching()
     make = task.fresh_batch
     task.fresh_batch = lambda index: (asked.append(index), make(index))[1]
-    batches = FreshBatches(task, settings=LoaderConfig(prefetch=True)).iter_from(4)
+    batches = FreshBatches(task, prefetch=True).iter_from(4)
     for index in range(4, 9):
         batch = next(batches)
         assert batch.index == index
@@ -659,7 +660,7 @@ def test_the_garbage_collector_does_not_wait_for_a_loader_s_thread():
             return SimpleNamespace(index=index, indices=torch.tensor([index]))
 
     before = prefetching()
-    left = iter(FreshBatches(Stuck(), settings=LoaderConfig(prefetch=True)))
+    left = iter(FreshBatches(Stuck(), prefetch=True))
     next(left)
     (thread,) = prefetching(before)
     cycle = [left]

@@ -24,7 +24,7 @@ from repeatlab.tasks import TASKS
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 from repeatlab.training.weights import networks
 
 T, BATCH = 12, 16
@@ -146,7 +146,10 @@ def counted(monkeypatch) -> Iterator[list[int]]:
 METHODS = {
     "standard": {},
     "fixed3": {"mapping": {"name": "constant", "repeats": 3}, "schedule": {"name": "cosine"}},
-    "linear": {"mapping": {"name": "linear", "t": 0.5}, "warm_up": {"updates": 5}},
+    "linear": {
+        "mapping": {"name": "linear", "t": 0.5},
+        "schedule": {"name": "constant", "warm_up": 0.2},
+    },
 }
 
 

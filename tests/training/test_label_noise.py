@@ -109,7 +109,7 @@ def test_what_is_evaluated_keeps_its_true_labels():
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_out_of_range_is_named(share):
-    with pytest.raises(ConfigError, match=r"task.label_noise: Input should be"):
+    with pytest.raises(ConfigError, match=r"task.label_noise: must be"):
         run_config(noise=share)
 
 
@@ -154,7 +154,7 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("noise", [0.2, 0.4])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_shares_are_those_counted_by_hand(tmp_path, monkeypatch, name, noise):
-    monkeypatch.setattr("repeatlab.training.training.FLUSH_UPDATES", 7)  # pieces must add up
+    monkeypatch.setattr("repeatlab.training.one_run.FLUSH_UPDATES", 7)  # pieces must add up
     run = train(run_config(METHODS[name], noise), tmp_path)
     found, expected = run.summary["label_noise"], by_hand(run, noise)
     assert found.keys() == expected.keys()

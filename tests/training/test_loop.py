@@ -31,11 +31,12 @@ from repeatlab.repetition.mappings import Constant
 from repeatlab.store.records import Run, Store
 from repeatlab.tasks.models import small_cnn
 from repeatlab.tasks.supervised import Supervised
-from repeatlab.training import loop, training
+from repeatlab.training import loop, one_run
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.fresh_batches import FreshBatches, build_mapping
+from repeatlab.training.fresh_batches import FreshBatches
 from repeatlab.training.loop import train
+from repeatlab.training.visits import build_mapping
 
 T = 23
 EVERY = 10
@@ -515,7 +516,7 @@ def test_fresh_views_show_the_same_samples_under_new_draws(runs, tmp_path):
 def test_evaluations_are_made_at_fixed_updates(
     tmp_path, monkeypatch, every, updates, expected, name, flush
 ):
-    monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
+    monkeypatch.setattr(one_run, "FLUSH_UPDATES", flush)
     config = run_config(METHODS[name], max_updates=updates, evaluation={"every": every})
     run, task = train_watched(config, tmp_path)[1:]
     due = [(update, split) for update in expected for split in ("train", "validation")]
@@ -569,8 +570,8 @@ def test_the_clock_counts_updates_and_never_an_evaluation(tmp_path, monkeypatch,
             now[0] += 1000
             return super().evaluate(split)
 
-    monkeypatch.setattr(training, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
+    monkeypatch.setattr(one_run, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(one_run, "FLUSH_UPDATES", flush)
     run = train_watched(run_config(METHODS["fixed 3"]), tmp_path, Clocked).run
     assert run.updates["seconds"].tolist() == list(range(1, T + 1))
     assert run.summary["ledger"]["seconds"] == T
@@ -714,7 +715,7 @@ def poisoned(at: int) -> type[Watched]:
 @pytest.mark.parametrize("at", [0, 1, 4, 5, 10, 11, T - 1])
 @pytest.mark.parametrize("flush", [500, 5])
 def test_a_run_that_diverges_keeps_its_data(runs, tmp_path, monkeypatch, name, at, flush):
-    monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
+    monkeypatch.setattr(one_run, "FLUSH_UPDATES", flush)
     run, task = train_watched(run_config(METHODS[name]), tmp_path, poisoned(at))[1:]
     assert task.steps == at  # the update that the NaN would drive is not made
     assert run.done
@@ -776,7 +777,7 @@ def failing(at: int, error: BaseException) -> type[Watched]:
 
 @pytest.mark.parametrize("error", [RuntimeError("out of cheese"), KeyboardInterrupt()], ids=repr)
 def test_a_run_that_fails_says_why_and_keeps_whole_blocks(runs, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(training, "FLUSH_UPDATES", 5)
+    monkeypatch.setattr(one_run, "FLUSH_UPDATES", 5)
     config = run_config(METHODS["linear"])
     with pytest.raises(type(error)):
         train_watched(config, tmp_path, failing(17, error))

@@ -16,14 +16,15 @@ from repeatlab.data import load_splits
 from repeatlab.methods.sampling import rho
 from repeatlab.methods.sampling.history import RunningHardMining, RunningOnlineSelection
 from repeatlab.repetition.loss_stats import LossStats
-from repeatlab.repetition.mappings import Linear, LinearRepeats, Trace
+from repeatlab.repetition.mappings import Linear, LinearRepeats, Mapping, Trace
 from repeatlab.store.records import Run
 from repeatlab.tasks import TASKS, load_task
 from repeatlab.tasks.supervised import Supervised
-from repeatlab.training import loop, training
+from repeatlab.training import loop, one_run
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
-from repeatlab.training.rates_and_budget import Budget, Rates, StepSize
+from repeatlab.training.rates_and_budget import Budget, Rates
+from repeatlab.training.visits import LongSteps
 
 BATCH = 16
 T = 100
@@ -90,9 +91,9 @@ def test_seconds_are_those_of_training_and_of_what_came_before():
     [
         ({"unit": "seconds"}, "budget: seconds must be given for unit: seconds, and only for it"),
         ({"unit": "cost", "seconds": 3.0}, "budget: seconds must be given for unit: seconds"),
-        ({"unit": "joules"}, "budget.unit: Input should be 'cost' or 'seconds'"),
-        ({"unit": "cost", "k": 0.0}, "budget.k: Input should be greater than 0"),
-        ({"unit": "seconds", "seconds": 0.0}, "budget.seconds: Input should be greater than 0"),
+        ({"unit": "joules"}, "budget.unit: must be 'cost' or 'seconds'"),
+        ({"unit": "cost", "k": 0.0}, "budget.k: must be greater than 0"),
+        ({"unit": "seconds", "seconds": 0.0}, "budget.seconds: must be greater than 0"),
     ],
 )
 def test_bad_budgets_are_named(budget, message):
@@ -206,7 +207,7 @@ def clock(monkeypatch) -> Clock:
             return super().evaluate(split)
 
     monkeypatch.setattr(loop, "load_task", lambda target: Timed)
-    monkeypatch.setattr(training, "perf_counter", ticking)
+    monkeypatch.setattr(one_run, "perf_counter", ticking)
     monkeypatch.setattr(rho, "perf_counter", ticking)
     return ticking
 
@@ -217,7 +218,7 @@ def seconds(budget: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("flush", [500, 3])
 def test_seconds_of_training_end_a_run(tmp_path, clock, monkeypatch, flush):
-    monkeypatch.setattr(training, "FLUSH_UPDATES", flush)
+    monkeypatch.setattr(one_run, "FLUSH_UPDATES", flush)
     evaluation = {"splits": ["train"], "every": 4, "test": True}
     run = train(run_config(evaluation=evaluation, **seconds(5.0)), tmp_path)
     assert run.summary["ledger"]["updates"] == 10
@@ -399,27 +400,30 @@ def test_a_schedule_alone_is_a_function_of_the_update(optimizers):
 # --- N as a step size -----------------------------------------------------------------------------
 
 
+def long_steps(mapping: Mapping) -> LongSteps:
+    return LongSteps(mapping, task=None, batches=None)
+
+
 def test_a_step_size_is_what_the_mapping_says_of_the_loss():
-    scale = StepSize(Linear(t=0.5))
-    losses = [0.2, 1.0, 1.6, 9.0]
-    assert [scale(torch.tensor(loss), LossStats()) for loss in losses] == [1, 2, 3, 5]
+    steps = long_steps(Linear(t=0.5))
+    assert [steps.factor(loss, LossStats()) for loss in (0.2, 1.0, 1.6, 9.0)] == [1, 2, 3, 5]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_scales_nothing(bad):
-    scale = StepSize(Linear(t=0.5))
-    assert scale(torch.tensor(bad), LossStats()) == 1
-    assert scale.stats.count == 0
+    steps = long_steps(Linear(t=0.5))
+    assert steps.factor(bad, LossStats()) == 1
+    assert steps.stats.count == 0
 
 
 def test_a_step_size_knows_where_the_run_is():
     of_run = LossStats()
-    scale = StepSize(Trace(counts=(4, 2, 5)))
+    steps = long_steps(Trace(counts=(4, 2, 5)))
     found = []
     for of_run.index in (2, 0, 1):
-        found.append(scale(torch.tensor(1.0), of_run))
+        found.append(steps.factor(1.0, of_run))
     assert found == [5, 4, 2]
-    scale, found = StepSize(LinearRepeats(high=5, low=1)), []
+    steps, found = long_steps(LinearRepeats(high=5, low=1)), []
     for of_run.progress in (0.0, 0.5, 0.99):
-        found.append(scale(torch.tensor(1.0), of_run))
+        found.append(steps.factor(1.0, of_run))
     assert found == [5, 3, 1]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from every_method import METHODS, REFUSED, config, tried
 
+from repeatlab.core.files import write_sealed
 from repeatlab.store.records import Run, Store
 from repeatlab.training import checkpoint, loop
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
+from repeatlab.training.one_run import CheckpointPlan, Training
 from repeatlab.training.prerequisites import prerequisites
-from repeatlab.training.training import STOP, CheckpointPlan, Interrupted, Training
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
 # What each method has to carry over a stop, beside what all have.
@@ -78,13 +81,12 @@ def stopping(monkeypatch):
             make(batch)
             left[0] -= 1
             if left[0] == 0:
-                STOP.set()
+                signal.raise_signal(signal.SIGINT)
 
         return counted
 
     monkeypatch.setattr(Training, "visit", visit)
-    yield lambda updates: left.__setitem__(0, updates)
-    STOP.clear()
+    return lambda updates: left.__setitem__(0, updates)
 
 
 @pytest.mark.parametrize(("name", "method"), tried(STATEFUL))
@@ -97,9 +99,8 @@ def test_a_run_stopped_at_updates_is_the_unbroken_run(name, method, stopping, tm
         train(needed, tmp_path / "stopped")
     for updates in (1, 2, 1):  # after update 1, 3 and 4: in mid-repeat and between batches
         stopping(updates)
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             train(run, tmp_path / "stopped")
-        STOP.clear()
         directory = Store(tmp_path / "stopped").run(name, run.run_id)
         assert directory.status == {"status": "interrupted"}
         assert not directory.done
@@ -161,12 +162,12 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(killed_run, tmp_path, mon
     )
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "killed"))
     # The kill fell right after update 5, whose checkpoint had not begun.
-    assert [state["repeater"]["updates"] for state in states] == [4]
+    assert [state["updates"]["repeater"]["updates"] for state in states] == [4]
     assert not list(directory.path.glob("checkpoint*")) + list(directory.path.glob("*.arrow"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
-def test_a_damaged_checkpoint_falls_back_to_the_previous_one(killed_run, tmp_path, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(killed_run, tmp_path, damage, caplog):
     run, directory = killed_run
     path = directory.path / checkpoint.CURRENT
     content = bytearray(path.read_bytes())
@@ -177,8 +178,49 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(killed_run, tmp_pat
     else:
         path.write_bytes(spoilt[damage])
     states = list(checkpoint.load(directory.path))
-    assert [state["repeater"]["updates"] for state in states] == [3]
+    assert [state["updates"]["repeater"]["updates"] for state in states] == [3]
+    assert [str(path) in message for message in caplog.messages] == [True] * (damage != "missing")
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "killed"))
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over(killed_run):
+    """Whatever torch would make of it: it does not get to see it."""
+    _, directory = killed_run
+    path = directory.path / checkpoint.CURRENT
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 1 + len(whole) // 150):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << place % 8
+        path.write_bytes(spoilt)
+        (state,) = checkpoint.load(directory.path)
+        assert state["repeater"]["updates"] == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x03\x04"])
+def test_a_file_in_a_checkpoint_s_place_that_is_none_is_passed_over(killed_run, content):
+    _, directory = killed_run
+    path = directory.path / checkpoint.CURRENT
+    write_sealed(path, content)  # whole, but nothing that torch can load
+    (state,) = checkpoint.load(directory.path)
+    assert state["repeater"]["updates"] == 3
+    path.unlink()
+    path.mkdir()
+    (state,) = checkpoint.load(directory.path)
+    assert state["repeater"]["updates"] == 3
+
+
+def test_records_with_a_flipped_bit_fall_back_to_what_is_whole(killed_run, tmp_path):
+    """In the last block: to the previous checkpoint. In the first: to a new start."""
+    run, directory = killed_run
+    stream = directory.path / "updates.arrow"
+    content = bytearray(stream.read_bytes())
+    for place in (-60, 200):
+        content[place] ^= 1
+        stream.write_bytes(content)
+        same_record(
+            train(run, tmp_path / "unbroken"),
+            train(run, shutil.copytree(tmp_path / "killed", tmp_path / str(place))),
+        )
 
 
 def test_without_any_whole_checkpoint_the_run_begins_anew(killed_run, tmp_path):
@@ -217,7 +259,9 @@ def test_a_checkpoint_runs_no_code(tmp_path):
         def __reduce__(self):
             return (pytest.fail, ("a checkpoint ran code",))
 
-    torch.save({"state": Evil(), "digest": ""}, tmp_path / checkpoint.CURRENT)
+    content = BytesIO()
+    torch.save(Evil(), content)
+    write_sealed(tmp_path / checkpoint.CURRENT, content.getvalue())
     assert list(checkpoint.load(tmp_path)) == []
 
 
@@ -242,6 +286,5 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_handler_as_it_was(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt, match="after update 4"):
         train(run, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGINT) is before
-    assert not STOP.is_set()
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "stopped"))
     assert len(updates) == 4 + 7 + 3

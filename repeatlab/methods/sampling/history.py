@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from repeatlab.methods.sampling.running import RunningSampler, Selection, draw, draw_distinct
+from repeatlab.methods.sampling.running import RunningSampler, Selection
+from repeatlab.methods.selection import LastScores, draw_by_rank, hard_mining
 
 if TYPE_CHECKING:
     from repeatlab.methods.sampling import HardMining, OnlineBatchSelection, Progress
@@ -15,70 +16,56 @@ if TYPE_CHECKING:
 
 
 class RunningHistory(RunningSampler):
-    """The last score of every sample; NaN while it has none.
+    """Draws by the last score of every sample.
 
     Attributes:
-        scores: float64, (samples so far,), by sample number.
-        largest: The largest score so far.
+        memory: The scores, by sample number.
         progress: Returns which share of the run is over.
     """
 
     kind = "loss"
 
-    def __init__(self, task: Task, seed: int, progress: Progress) -> None:
+    def __init__(self, settings: Any, task: Task, seed: int, progress: Progress) -> None:
         super().__init__(task, seed)
-        self.progress = progress
-        self.scores = torch.zeros(0, dtype=torch.float64)
-        self.largest = 0.0
+        self.settings, self.progress = settings, progress
+        self.memory = LastScores()
 
     def observe(self, batch: Any, losses: Tensor, bounds: Tensor | None) -> None:
-        seen = losses if self.kind == "loss" else bounds
-        self.scores = self.scores.to(seen.device)
-        self.scores[batch.indices.to(seen.device)] = seen.double()
+        self.memory.update(batch.indices, losses if self.kind == "loss" else bounds)
 
     def known(self, numbers: range) -> Tensor:
         """Return the scores of the samples `numbers`; those never seen have the largest so far."""
-        missing = numbers.stop - len(self.scores)
-        if missing > 0:
-            unseen = self.scores.new_full((missing,), float("nan"))
-            self.scores = torch.cat([self.scores, unseen])
-        scores = self.scores[numbers.start : numbers.stop]
-        seen = scores[~scores.isnan()]
         self.host_reads += 1
-        if len(seen):
-            self.largest = max(self.largest, float(seen.max()))
-        return scores.nan_to_num(self.largest or 1.0)
+        return self.memory.known(numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"scores": self.scores.cpu(), "largest": self.largest}
-        return super().state_dict() | own
+        return super().state_dict() | self.memory.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.scores, self.largest = state["scores"], state["largest"]
+        self.memory.load_state_dict(state)
 
 
 class RunningHardMining(RunningHistory):
     """See `repeatlab.methods.sampling.HardMining`."""
 
-    def __init__(self, settings: HardMining, task: Task, seed: int, progress: Progress) -> None:
-        super().__init__(task, seed, progress)
-        self.settings, self.kind = settings, settings.score
+    settings: HardMining
+
+    @property
+    def kind(self) -> str:
+        """Which of an update's scores are remembered."""
+        return self.settings.score
 
     def fresh_batch(self, index: int) -> Selection:
-        numbers, count = self.task.population(index), self.task.batch_size
-        scores = self.known(numbers)
-        # Where every score is 0 the floor is too, and all are equally likely.
-        floor = self.settings.floor * float(scores.mean()) or 1.0
-        priorities = scores.clamp(min=floor) ** self.settings.alpha
-        beta = self._beta()
-        if beta:
-            places = draw(priorities, count, self.draws(index))
-            weights = (priorities[places] * len(numbers) / priorities.sum()) ** -beta
-            weights = (weights / weights.max()).float()
-        else:
-            places = draw_distinct(priorities, count, self.draws(index))
-            weights = torch.ones(count, device=places.device)
+        numbers, settings = self.task.population(index), self.settings
+        places, weights = hard_mining(
+            self.known(numbers),
+            self.task.batch_size,
+            self.draws(index),
+            alpha=settings.alpha,
+            floor=settings.floor,
+            beta=self._beta(),
+        )
         batch = self.task.batch_of(places + numbers.start, index)
         return Selection(batch, weights.to(self.task.device))
 
@@ -88,25 +75,25 @@ class RunningHardMining(RunningHistory):
 
 
 class RunningOnlineSelection(RunningHistory):
-    """See `repeatlab.methods.sampling.OnlineBatchSelection`."""
+    """See `repeatlab.methods.sampling.OnlineBatchSelection`.
 
-    def __init__(
-        self, settings: OnlineBatchSelection, task: Task, seed: int, progress: Progress
-    ) -> None:
-        super().__init__(task, seed, progress)
-        self.settings = settings
-        self.order = torch.zeros(0, dtype=torch.int64)  # sample numbers, largest loss first
+    Attributes:
+        order: int64, (n,): sample numbers as last sorted, the largest loss first.
+    """
+
+    settings: OnlineBatchSelection
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.order = torch.zeros(0, dtype=torch.int64)
 
     def fresh_batch(self, index: int) -> Selection:
         numbers, count = self.task.population(index), self.task.batch_size
         if index % self.settings.sort_every == 0 or not len(self.order):
             order = self.known(numbers).argsort(descending=True, stable=True)
             self.order = order + numbers.start
-        ranks = torch.arange(len(self.order), dtype=torch.float64, device=self.order.device)
-        priorities = self._pressure() ** (-ranks / len(self.order))
-        places = draw_distinct(priorities, count, self.draws(index))
-        weights = torch.ones(count, device=self.task.device)
-        return Selection(self.task.batch_of(self.order[places], index), weights)
+        chosen = draw_by_rank(self.order, count, self.draws(index), pressure=self._pressure())
+        return self.unweighted(self.task.batch_of(chosen, index))
 
     def _pressure(self) -> float:
         start, end = self.settings.pressure, self.settings.pressure_end

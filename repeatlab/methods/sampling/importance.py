@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from repeatlab.cost import tau_threshold
-from repeatlab.methods.sampling.running import RunningSampler, Selection, draw
+from repeatlab.methods.sampling.running import RunningSampler, Selection
+from repeatlab.methods.selection import ImportanceSwitch, importance_sampling
 
 if TYPE_CHECKING:
     from repeatlab.methods.sampling import Importance
@@ -20,8 +20,8 @@ class RunningImportance(RunningSampler):
     """See `repeatlab.methods.sampling.Importance`.
 
     Attributes:
-        tau: Its moving average; 0 before the first batch.
-        threshold: tau_th.
+        switch: Whether sampling is on, with the moving average of tau.
+        uniform: Whether the latest fresh batch was drawn uniformly.
         block: Blocks of b samples taken so far: while sampling is uniform the k-th fresh batch is
             that of the standard arm.
     """
@@ -29,19 +29,18 @@ class RunningImportance(RunningSampler):
     def __init__(self, settings: Importance, task: Task, seed: int) -> None:
         super().__init__(task, seed)
         self.settings = settings
-        self.threshold = tau_threshold(settings.presample, settings.k)
-        self.tau, self.count, self.block = 0.0, 0, 0
-        self.uniform = True
+        threshold = tau_threshold(settings.presample, settings.k)
+        self.switch = ImportanceSwitch(threshold, settings.ema)
+        self.count, self.block, self.uniform = 0, 0, True
         self._rows: list[tuple[int, float, float, bool]] = []
 
     def fresh_batch(self, index: int) -> Selection:
-        self.uniform = self.tau <= self.threshold
+        self.uniform = not self.switch.on
         if self.uniform:
-            batch = self._next_block(index)._replace(index=index)
-            return Selection(batch, torch.ones(self.task.batch_size, device=self.task.device))
+            return self.unweighted(self._next_block(index)._replace(index=index))
         blocks = [self._next_block(index) for _ in range(self.settings.presample)]
         scores = self.score(blocks, self.settings.score)
-        picks, weights = resample(scores, self.task.batch_size, self.draws(index))
+        picks, weights = importance_sampling(scores, self.task.batch_size, self.draws(index))
         self._move(index, scores)
         return Selection(self.task.pick(blocks, picks, index), weights)
 
@@ -55,12 +54,11 @@ class RunningImportance(RunningSampler):
             self._move(batch.index, losses if self.settings.score == "loss" else bounds)
 
     def _move(self, index: int, scores: Tensor) -> None:
-        """Move the average of tau; tau is never corrected for its start, as in the paper."""
+        """Move the average of tau."""
         self.host_reads += 1
-        now = tau(scores)
-        self.tau = self.settings.ema * self.tau + (1 - self.settings.ema) * now
+        now = self.switch.update(scores)
         self.count = index + 1
-        self._rows.append((index, now, self.tau, not self.uniform))
+        self._rows.append((index, now, self.switch.tau, not self.uniform))
 
     def drain(self) -> dict[str, np.ndarray]:
         rows, self._rows = self._rows, []
@@ -72,31 +70,11 @@ class RunningImportance(RunningSampler):
         return self.block
 
     def state_dict(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("tau", "count", "block", "uniform")}
-        return super().state_dict() | own
+        own = {name: getattr(self, name) for name in ("count", "block", "uniform")}
+        return super().state_dict() | {"tau": self.switch.tau} | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for name in ("tau", "count", "block", "uniform"):
+        self.switch.tau = state["tau"]
+        for name in ("count", "block", "uniform"):
             setattr(self, name, state[name])
-
-
-def tau(scores: Tensor) -> float:
-    """Return sqrt(B) ||g||_2 of the normalised scores, in [1, sqrt(B)]; 1 where all are 0."""
-    total = float(scores.double().sum())
-    if total == 0:
-        return 1.0
-    return len(scores) ** 0.5 * float((scores.double() / total).norm())
-
-
-def resample(scores: Tensor, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return `count` places drawn in proportion to `scores`, (B,), and their weights.
-
-    The weight of place i is 1 / (B g_i), g the normalised scores: sum g_i w_i f_i = mean f for
-    every f that is 0 where the score is. Where all scores are 0, all places are equally likely.
-    """
-    scores = scores.double()
-    if not bool(scores.any()):
-        scores = torch.ones_like(scores)
-    places = draw(scores, count, draws)
-    return places, (scores.mean() / scores[places]).float()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repeatlab.core.seeding import generator
 from repeatlab.methods.sampling.running import RunningSampler, Selection
+from repeatlab.methods.selection import rho_loss
 
 if TYPE_CHECKING:
     from repeatlab.methods.sampling import RhoLoss
@@ -47,10 +48,8 @@ class RunningRhoLoss(RunningSampler):
         p, count = self.settings.presample, self.task.batch_size
         blocks = [self.task.candidates(index, index * p + place) for place in range(p)]
         numbers = torch.cat([block.indices for block in blocks])
-        reducible = self.score(blocks, "loss") - self.irreducible[numbers]
-        picks = reducible.topk(count).indices
-        batch = self.task.pick(blocks, picks, index)
-        return Selection(batch, torch.ones(count, device=self.task.device))
+        picks, _ = rho_loss(self.score(blocks, "loss"), self.irreducible[numbers], count)
+        return self.unweighted(self.task.pick(blocks, picks, index))
 
     def drawn(self, fresh_batches: int) -> int:
         return self.settings.presample * fresh_batches

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repeatlab.core.seeding import generator
+from repeatlab.methods.selection import draws
 
 if TYPE_CHECKING:
     from repeatlab.tasks import Task
@@ -79,7 +79,11 @@ class RunningSampler(ABC):
 
     def draws(self, index: int) -> torch.Generator:
         """Return the generator of this sampler's draw number `index`."""
-        return generator(self.seed, "sampler", index)
+        return draws(self.seed, index)
+
+    def unweighted(self, batch: Any) -> Selection:
+        """Return a batch whose samples all count alike."""
+        return Selection(batch, torch.ones(self.task.batch_size, device=self.task.device))
 
     def score(self, blocks: list[Any], kind: str) -> Tensor:
         """Return the scores of all samples of `blocks`, end to end, and charge for them."""
@@ -88,30 +92,3 @@ class RunningSampler(ABC):
         self.scored += len(blocks) * (task.scoring_samples if by_loss else task.bound_samples)
         score = task.sample_losses if by_loss else task.gradient_bounds
         return torch.cat([score(block) for block in blocks])
-
-
-def draw(priorities: Tensor, count: int, draws: torch.Generator) -> Tensor:
-    """Return `count` places drawn with replacement in proportion to `priorities`, (n,), float64."""
-    cumulative = priorities.cumsum(0)
-    uniform = torch.rand(count, generator=draws, dtype=torch.float64).to(cumulative.device)
-    places = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
-    return places.clamp(max=len(priorities) - 1)
-
-
-def draw_distinct(priorities: Tensor, count: int, draws: torch.Generator) -> Tensor:
-    """Return `count` different places, each drawn in proportion to what is left, (n,), float64.
-
-    Raises:
-        ValueError: fewer than `count` priorities are positive.
-    """
-    if int((priorities > 0).sum()) < count:
-        raise ValueError(f"{count} different samples cannot be drawn from {len(priorities)}")
-    chosen: dict[int, None] = {}
-    # Drawing on until enough are new is drawing from what is left.
-    while len(chosen) < count:
-        before = len(chosen)
-        chosen |= dict.fromkeys(draw(priorities, 2 * count, draws).tolist())
-        if len(chosen) == before:  # what is left is too improbable to come up
-            priorities = priorities.clone()
-            priorities[list(chosen)] = 0.0
-    return torch.tensor(list(chosen)[:count], device=priorities.device)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from repeatlab.methods.sampling.running import RunningSampler, Selection
+from repeatlab.methods.selection import selective_backprop
 
 if TYPE_CHECKING:
     from repeatlab.methods.sampling import SelectiveBackprop
@@ -44,19 +44,16 @@ class RunningSelective(RunningSampler):
                 self.waiting.insert(0, (made, block, rows[len(taken) :]))
         still = {block for _, block, _ in self.waiting}
         self._blocks = {block: batch for block, batch in self._blocks.items() if block in still}
-        batch = self.task.pick(blocks, torch.tensor(picks, device=self.task.device), index)
-        return Selection(batch, torch.ones(count, device=self.task.device))
+        picked = torch.tensor(picks, device=self.task.device)
+        return self.unweighted(self.task.pick(blocks, picked, index))
 
     def _score_block(self, index: int) -> None:
         """Forward one more block and keep its samples by chance."""
         block = self._block(index, self.block)
-        losses = self.score([block], "loss").cpu().double().numpy()
+        losses, draws = self.score([block], "loss"), self.draws(self.block)
+        kept, _ = selective_backprop(losses, self.losses, draws, beta=self.settings.beta)
         self.host_reads += 1
-        self.losses.extend(losses.tolist())
-        percentiles = percentile(losses, np.array(self.losses))
-        uniform = torch.rand(len(losses), generator=self.draws(self.block), dtype=torch.float64)
-        keep = uniform.numpy() < percentiles**self.settings.beta
-        self.waiting.append((index, self.block, np.flatnonzero(keep).tolist()))
+        self.waiting.append((index, self.block, kept.tolist()))
         self.block += 1
 
     def _block(self, index: int, block: int) -> Any:
@@ -76,8 +73,3 @@ class RunningSelective(RunningSampler):
         self.block, self.waiting = state["block"], [tuple(item) for item in state["waiting"]]
         self.losses = deque(state["losses"], maxlen=self.settings.history)
         self._blocks = {}
-
-
-def percentile(losses: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """Return the share of `history` that each loss is not below: in (0, 1] if it is among it."""
-    return np.searchsorted(np.sort(history), losses, side="right") / len(history)

@@ -21,14 +21,13 @@ import pandas as pd
 from repeatlab.analysis import planned_comparisons
 from repeatlab.analysis.frames import Records
 from repeatlab.analysis.hypotheses import Verdict, judge, verdict_table
-from repeatlab.analysis.paired_differences import Endpoint
 from repeatlab.analysis.planned_comparisons import Plan
 from repeatlab.analysis.statistics import ALPHA
+from repeatlab.analysis.viewpoints import Views, load_views
 from repeatlab.core.environment import commit
 from repeatlab.core.files import write_json
 from repeatlab.core.schema import ConfigError
 from repeatlab.figures import read_manifest
-from repeatlab.figures.viewpoints import Viewed, look_at
 from repeatlab.report.paper.tables import every_table
 from repeatlab.store.records import Run
 
@@ -66,6 +65,7 @@ def gather(
     profile: str,
     views: Sequence[Mapping[str, Any]],
     shown: Mapping[str, str],
+    k: float = 2.0,
     plan: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Gathered:
@@ -78,6 +78,7 @@ def gather(
         profile: What scale the runs are of, for the banner.
         views: One for each study: `study` (its name in the store), `name` (of the task), `metric`
             and `target` (a number, or None).
+        k: A backward's time in forwards, for the cost; a view may have a `k` of its own.
         shown: Figure name to caption. A name's first word is its section, one of `SECTIONS`.
         plan: The fields of `planned_comparisons.Plan` that differ from its defaults.
         seed: Of resampling.
@@ -90,11 +91,8 @@ def gather(
         if _section(name) not in SECTIONS:
             said = f"figure {name!r}: its first word must be one of {', '.join(SECTIONS)}"
             raise ConfigError(said)
-    viewed = look_at(runs, views)
-    endpoints = {
-        task: Endpoint(metric=view["metric"], target=view["target"])
-        for task, view in viewed.tasks.items()
-    }
+    viewed = load_views(runs, views)
+    endpoints = viewed.endpoints(k)
     found = planned_comparisons.gather(viewed.records, endpoints, chosen)
     verdicts = judge(found, chosen, seed=seed)
     tables = every_table(viewed, endpoints, found, chosen, runs=Path(runs), seed=seed)
@@ -150,7 +148,7 @@ def _figure(name: str, caption: str, figures: Path, directory: Path) -> dict[str
     return entry | {"file": file, "missing_runs": listed["missing_runs"]}
 
 
-def _banner(profile: str, viewed: Viewed, studies: pd.DataFrame) -> dict[str, Any]:
+def _banner(profile: str, viewed: Views, studies: pd.DataFrame) -> dict[str, Any]:
     """Return where the paper's numbers come from."""
     environments = _environments(viewed.records)
     versions = {e["versions"]["torch"] for e in environments if "versions" in e}

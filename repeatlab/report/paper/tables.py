@@ -12,7 +12,7 @@ from repeatlab.analysis.comparison import TABLE, comparison_table, over_tasks
 from repeatlab.analysis.frames import Records, final_table, target_summary, to_target
 from repeatlab.analysis.paired_differences import Endpoint, pairs
 from repeatlab.analysis.planned_comparisons import Evidence, Plan
-from repeatlab.figures.viewpoints import Viewed
+from repeatlab.analysis.viewpoints import Views
 from repeatlab.store.records import Run, Store
 
 # Equal what: the axes of the efficiency table.
@@ -30,7 +30,7 @@ TARGETS = ["task", "method", "metric", "target", "reached", "runs", "update", "f
 
 
 def every_table(
-    viewed: Viewed,
+    viewed: Views,
     endpoints: Mapping[str, Endpoint],
     evidence: Evidence,
     plan: Plan,
@@ -45,7 +45,7 @@ def every_table(
         # An empty frame has no family to adjust in.
         if not len(frame):
             return pd.DataFrame(columns=TABLE)
-        return comparison_table(frame, seed=seed, resamples=0)
+        return comparison_table(frame, seed=seed)
 
     by_axis = _pairs_by_axis(viewed, endpoints, plan)
     return {
@@ -65,12 +65,12 @@ def every_table(
     }
 
 
-def _of(viewed: Viewed, task: str) -> Records:
+def _of(viewed: Views, task: str) -> Records:
     runs = viewed.records.runs
     return Records(runs[runs["task"] == task])
 
 
-def configurations(viewed: Viewed, against: str = "standard") -> dict[str, dict[str, Any]]:
+def configurations(viewed: Views, against: str = "standard") -> dict[str, dict[str, Any]]:
     """Return the stored configuration of one run of each task, of the standard arm if there is."""
     found = {}
     for task in viewed.tasks:
@@ -81,7 +81,7 @@ def configurations(viewed: Viewed, against: str = "standard") -> dict[str, dict[
     return found
 
 
-def _studies(viewed: Viewed) -> pd.DataFrame:
+def _studies(viewed: Views) -> pd.DataFrame:
     """Return what was planned and what became of it; a study that is missing has no run."""
     configs, rows = configurations(viewed), []
     for task, view in viewed.tasks.items():
@@ -106,7 +106,7 @@ def _studies(viewed: Viewed) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=STUDIES).astype({"updates": "Int64"})
 
 
-def _settings(viewed: Viewed) -> pd.DataFrame:
+def _settings(viewed: Views) -> pd.DataFrame:
     """Return the stored settings of each task's runs, but for what differs between them."""
     columns = {}
     for task, config in configurations(viewed).items():
@@ -117,7 +117,7 @@ def _settings(viewed: Viewed) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["setting", *columns])
 
 
-def _methods(viewed: Viewed, runs: Path) -> pd.DataFrame:
+def _methods(viewed: Views, runs: Path) -> pd.DataFrame:
     """Return every method with its settings and the tasks that have it so."""
     seen: dict[tuple[str, str], list[str]] = {}
     store = Store(runs)
@@ -149,7 +149,7 @@ def _said(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _final(viewed: Viewed) -> pd.DataFrame:
+def _final(viewed: Views) -> pd.DataFrame:
     """Return how the runs of each task and method ended, on the validation split."""
     frames = []
     for task, view in viewed.tasks.items():
@@ -163,7 +163,7 @@ def _final(viewed: Viewed) -> pd.DataFrame:
     return _together(frames, FINAL)
 
 
-def _targets(viewed: Viewed) -> pd.DataFrame:
+def _targets(viewed: Views) -> pd.DataFrame:
     """Return who reached the target and when, of the tasks that have one."""
     frames = []
     for task, view in viewed.with_target.items():
@@ -176,7 +176,7 @@ def _targets(viewed: Viewed) -> pd.DataFrame:
 
 
 def _pairs_by_axis(
-    viewed: Viewed, endpoints: Mapping[str, Endpoint], plan: Plan
+    viewed: Views, endpoints: Mapping[str, Endpoint], plan: Plan
 ) -> dict[str, pd.DataFrame]:
     """Return the pairs of the arms at equal updates, cost, fresh data, seconds, and so on."""
     records, methods = viewed.records, list(plan.arms)

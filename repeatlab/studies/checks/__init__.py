@@ -10,15 +10,11 @@ To look at the pictures: `figures.picture_grid(check(...).seen)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from repeatlab.core.environment import pick_device
 from repeatlab.core.schema import Model, parse
-from repeatlab.core.seeding import derive
 from repeatlab.studies.checks.expectations import EXPECTATIONS, Expectations, Expected
 from repeatlab.studies.checks.gradient import gradient
 from repeatlab.studies.checks.learning import (
@@ -33,19 +29,11 @@ from repeatlab.studies.checks.probe import Subject
 from repeatlab.studies.checks.report import Report, Result
 from repeatlab.tasks import TASKS, Task, TaskConfig, load_task
 from repeatlab.training.config import TaskChoice
+from repeatlab.training.loop import torch_settings
 
 __all__ = ["CHECKS", "EXPECTATIONS", "Expectations", "Expected", "Report", "Result", "check"]
 
-CHECKS = (
-    inputs,
-    labels,
-    initial_loss,
-    gradient,
-    descent,
-    updates,
-    overfitting,
-    regularisation,
-)
+CHECKS = (inputs, labels, initial_loss, gradient, descent, updates, overfitting, regularisation)
 
 
 class _Chosen(Model):
@@ -81,21 +69,8 @@ def check(
         seed=seed,
         device="cpu" if device == "mps" else device,
     )
-    with _one_thread(seed):
+    with torch_settings(1, seed):
         results = tuple(make(subject) for make in CHECKS)
         dataset = getattr(config, "dataset", "")
         title = f"{config.name} on {dataset}" if dataset else config.name
         return Report(title, results, seen(subject))
-
-
-@contextmanager
-def _one_thread(seed: int) -> Iterator[None]:
-    """As in a run by default: one thread, and a global random state that is left as it was."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(derive(seed, "global"))
-            yield
-    finally:
-        torch.set_num_threads(threads)

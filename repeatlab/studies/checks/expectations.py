@@ -157,26 +157,19 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 # Of a batch of `data.Batch`.
-_LABELLED = {
+_LABELLED: dict[str, Any] = {
     "scale": "standard",
     "labelled": lambda batch: (batch.images, batch.labels, batch.indices),
     "goal": _near_zero,
 }
 EXPECTATIONS: dict[str, Expectations] = {
-    "supervised": Expectations(
-        initial=_equal_classes,
-        scale="standard",
-        labelled=lambda batch: (batch.images, batch.labels, batch.indices),
-        goal=_near_zero,
-    ),
+    "supervised": Expectations(initial=_equal_classes, **_LABELLED),
     "semisupervised": Expectations(
         initial=_equal_classes,
-        scale="standard",
-        labelled=lambda batch: (batch.labelled, batch.labels, batch.indices),
         # Every pseudo-label counts: after a short burn-in none would.
         differentiable={"threshold": 0.0},
         memory=_one_companion,
-        goal=_near_zero,
+        **_LABELLED | {"labelled": lambda batch: (batch.labelled, batch.labels, batch.indices)},
     ),
     "selfsupervised": Expectations(
         initial=_equal_similarities,

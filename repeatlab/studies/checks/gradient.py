@@ -71,7 +71,7 @@ def gradient(subject: Subject) -> Result:
 
 def _comparisons(probe: Probe) -> Iterator[tuple[str, Comparison]]:
     """Compare every sampled derivative, with the name of its weight."""
-    analytic = probe.gradients()
+    analytic = probe.evaluate(gradients=True)
     names = {id(weight): name for name, weight in trained(probe.task).items()}
     for which, gradients in enumerate(analytic.gradients):
         for group in probe.task.optimizers[which].param_groups:

@@ -34,9 +34,9 @@ FACTORS = {
 WINDOW = 10  # losses averaged: where noise is redrawn, one may be low by chance
 DECAY = 1.0
 RATIO_UPDATES = 10
-# DCGAN's recipe makes 1e-2: steps of 2e-4 on weights of 0.02.
 # Whose first update moves a weight by lr weight_decay w more than without a decay.
 PULLING = ("sgd", "momentum", "nesterov", "adamw")
+# DCGAN's recipe makes 1e-2: steps of 2e-4 on weights of 0.02.
 RATIOS = {"pass": (3e-5, 3e-2), "warn": (3e-6, 3e-1)}
 
 
@@ -83,7 +83,7 @@ def descent(subject: Subject) -> Result:
             for group in optimizer.param_groups:
                 group["lr"] *= SMALL_RATE
         probe = Probe(task, probe.batch)
-        before, after = probe.gradients(), probe.step()
+        before, after = probe.evaluate(gradients=True), probe.step()
         numbers, fell = {}, []
         for which, gradients in enumerate(before.gradients):
             weights = [w for w in trained(task).values() if id(w) in gradients]
@@ -116,20 +116,20 @@ def updates(subject: Subject) -> Result:
     no number moves at all is a failure.
     """
     task = subject.build()
-    first = {name: weight.detach().clone() for name, weight in trained(task).items()}
+    first = _weights(task)
     burn_in(task)
     ratios: dict[str, list[float]] = {name: [] for name in first if first[name].ndim > 1}
     for index in range(BURN_IN, BURN_IN + RATIO_UPDATES):
-        before = {name: weight.detach().clone() for name, weight in trained(task).items()}
+        before = _weights(task)
         task.step(task.fresh_batch(index), lambda *losses: None)
-        for name, weight in trained(task).items():
-            if name in ratios:
-                moved = (weight.detach() - before[name]).norm() / before[name].norm()
-                ratios[name].append(moved.item())
+        after = _weights(task)
+        for name, of_one in ratios.items():
+            moved = (after[name] - before[name]).norm() / before[name].norm()
+            of_one.append(moved.item())
     means = [float(np.mean(values)) for values in ratios.values()]
     median = float(np.median(means))
     numbers = {"median": median, "lowest": min(means), "highest": max(means)}
-    still = [name for name, weight in trained(task).items() if weight.equal(first[name])]
+    still = [name for name, weight in _weights(task).items() if weight.equal(first[name])]
     verdict = next((v for v, (low, high) in RATIOS.items() if low <= median <= high), "fail")
     if still:
         verdict, numbers = "fail", numbers | {"never moved:": " ".join(still)}
@@ -178,7 +178,8 @@ def _learn_by_heart(
     subject: Subject, goal: Callable[[Any, Any, float], float], *, factor: float
 ) -> tuple[bool, dict[str, float]]:
     """Return whether a batch could be learnt at `factor` times the learning rate, and how far."""
-    task, batch = _memory(subject, {"lr": factor * subject.config.lr})
+    task = subject.quiet(MEMORY, {"lr": factor * subject.config.lr})
+    batch = subject.expected.memory(task.fresh_batch(0))
     losses = [_update(task, batch)]
     aim = goal(task, batch, losses[0])
     while np.mean(losses[-WINDOW:]) > aim and len(losses) < MEMORY_UPDATES:
@@ -223,9 +224,9 @@ def _decay(subject: Subject) -> tuple[list[float], dict[str, float]]:
     for decay in (0.0, DECAY):
         optimizer = subject.config.optimizer.model_copy(update={"weight_decay": decay})
         task = subject.quiet(MEMORY, {"optimizer": optimizer})
-        first = {name: weight.detach().clone() for name, weight in trained(task).items()}
+        first = _weights(task)
         loss = _update(task, task.fresh_batch(0))
-        after.append({name: weight.detach() for name, weight in trained(task).items()})
+        after.append(_weights(task))
     seen, penalty = [], 0.0
     for name, weight in first.items():
         moves = not after[0][name].equal(weight) or not after[1][name].equal(weight)
@@ -238,9 +239,9 @@ def _decay(subject: Subject) -> tuple[list[float], dict[str, float]]:
     return [loss, loss + penalty], decays
 
 
-def _memory(subject: Subject, changes: Mapping[str, Any]) -> tuple[Task, Any]:
-    task = subject.quiet(MEMORY, changes)
-    return task, subject.expected.memory(task.fresh_batch(0))
+def _weights(task: Task) -> dict[str, Tensor]:
+    """Return copies of a task's trained weights, by name."""
+    return {name: weight.detach().clone() for name, weight in trained(task).items()}
 
 
 def _update(task: Task, batch: Any) -> float:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from repeatlab.studies.checks.expectations import QUIET, Expectations
 from repeatlab.tasks import Task, TaskConfig
+from repeatlab.training.weights import networks
 
 BURN_IN = 20  # updates: at their first weights, networks are special (zeros, symmetries)
 FEW = 8  # samples: the more there are, the more kinks
@@ -70,7 +71,7 @@ def double_precision(subject: Subject) -> Iterator[Probe]:
     task = subject.quiet(FEW, subject.expected.differentiable)
     burn_in(task)
     batch = task.fresh_batch(BURN_IN)
-    for module in modules(task).values():
+    for module in networks(task).values():
         module.double()
     for optimizer in task.optimizers:
         optimizer.state.clear()  # so that a step goes along the gradient, not the momentum
@@ -93,11 +94,6 @@ def burn_in(task: Task, updates: int = BURN_IN) -> None:
         task.step(task.fresh_batch(index), lambda *losses: None)
 
 
-def modules(task: Task) -> dict[str, nn.Module]:
-    """Return the task's networks by name, those included that are not trained."""
-    return {name: value for name, value in vars(task).items() if isinstance(value, nn.Module)}
-
-
 def trained(task: Task) -> dict[str, Tensor]:
     """Return every weight of the networks that an optimizer has a part of, by name.
 
@@ -106,7 +102,7 @@ def trained(task: Task) -> dict[str, Tensor]:
     held = {id(p) for o in task.optimizers for group in o.param_groups for p in group["params"]}
     return {
         f"{name}.{path}": weight
-        for name, module in modules(task).items()
+        for name, module in networks(task).items()
         if any(id(p) in held for p in module.parameters())
         for path, weight in module.named_parameters()
     }
@@ -142,14 +138,6 @@ class Probe:
         """Bring the task back to the state that it had at first."""
         self.task.load_state_dict(deepcopy(self._state))
 
-    def evaluate(self, change: Callable[[], None] | None = None) -> Evaluation:
-        """Return the losses in the first state, after `change` of its weights if there is one."""
-        return self._watched(change, gradients=False)
-
-    def gradients(self) -> Evaluation:
-        """Return the losses in the first state with their gradients."""
-        return self._watched(None, gradients=True)
-
     def step(self) -> dict[int, Tensor]:
         """Make one real update from the first state; return the weights after it, by `id`."""
         self.restore()
@@ -159,7 +147,10 @@ class Probe:
         self.restore()
         return after
 
-    def _watched(self, change: Callable[[], None] | None, *, gradients: bool) -> Evaluation:
+    def evaluate(
+        self, change: Callable[[], None] | None = None, *, gradients: bool = False
+    ) -> Evaluation:
+        """Return the losses in the first state, after `change` of its weights if there is one."""
         self.restore()
         if change is not None:
             with torch.no_grad():

@@ -15,7 +15,6 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from repeatlab.core.files import StoreError, write_json
@@ -24,7 +23,6 @@ from repeatlab.store.records import Run, Store
 
 REPEATS = 4  # N of the loops that are set against those at N = 1
 PRESAMPLE = 3  # p of the loops with importance sampling
-BRIEF_DELAY = 0.003  # seconds that the loader of one loop sleeps: while it does, caches still hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +45,13 @@ class Measurement:
             other samples in its place. Those that the task has not are missing.
         loops: An update in whole loops, with all that comes to it: `once` at N = 1, `repeated` at
             N = `REPEATS`, `uniform` and `chosen` at N = 1 with importance sampling off and on at
-            p = `PRESAMPLE`, `delayed` and `prefetched` at N = 1 with a loader that sleeps `delay`
-            seconds a batch, in turn with the updates and meanwhile, `delayed_briefly` with one that
-            sleeps `BRIEF_DELAY`. Missing where the task refuses it.
+            p = `PRESAMPLE`. Missing where the task refuses it.
         spread: Interquartile range over the blocks of everything above.
         flops: Floating-point operations of one update, `forward` and `backward`: those of matrix
             products and convolutions, a multiplication with its addition counted as two.
         blocks: Blocks of updates that were timed, of each kind in turn.
         updates: Updates in a block.
         environment: Versions, processor and device.
-        delay: How long the slow loader slept, in seconds; 0 if there was none yet.
     """
 
     task: dict[str, Any]
@@ -74,7 +69,6 @@ class Measurement:
     blocks: int
     updates: int
     environment: dict[str, Any]
-    delay: float = 0.0
 
     @property
     def key(self) -> str:
@@ -112,47 +106,9 @@ class Measurement:
         presample = (PRESAMPLE - 1) * self.model.data + PRESAMPLE * self.parts["bounds"]
         return self.loops["chosen"] - self.loops["uniform"] - presample
 
-    @property
-    def waking(self) -> float:
-        """Seconds by which a long sleep for a batch takes longer than that; 0 if not measured."""
-        return self._waking("delayed", self.delay)
-
-    def waking_after(self, seconds: float) -> float:
-        """Return the seconds by which a sleep of `seconds` takes longer than that.
-
-        w (1 - exp(-seconds / tau)): what a process has at hand is lost little by little while it
-        sleeps. w is that of a long sleep, tau such that the brief one took what it did.
-        """
-        long, brief = self.waking, self._waking("delayed_briefly", BRIEF_DELAY)
-        if "delayed_briefly" not in self.loops or brief >= long:
-            return long
-        return long * (1 - (1 - brief / long) ** (seconds / BRIEF_DELAY))
-
-    def _waking(self, kind: str, slept: float) -> float:
-        if kind not in self.loops:
-            return 0.0
-        return max(0.0, self.loops[kind] - self.loops["once"] - slept)
-
-    @property
-    def prefetch_waking(self) -> float:
-        """The same where batches are made meanwhile; 0 too if updates were the slower ones."""
-        if "prefetched" not in self.loops:
-            return 0.0
-        model = self.model
-        busy = max(model.data + self.delay, model.update)
-        return max(0.0, self.loops["prefetched"] - busy)
-
     def delayed(self, seconds: float) -> CostModel:
         """Return the cost model with a loader that sleeps so long for every batch."""
-        model = self.model
-        if not seconds:
-            return model
-        return replace(
-            model,
-            data=model.data + seconds,
-            waking=self.waking_after(seconds),
-            prefetch_waking=self.prefetch_waking,
-        )
+        return replace(self.model, data=self.model.data + seconds)
 
     @property
     def model(self) -> CostModel:
@@ -249,23 +205,20 @@ def predict(
     ledger: Mapping[str, float],
     *,
     config: Mapping[str, Any] | None = None,
-    repeats: np.ndarray | None = None,
 ) -> float:
     """Return the training time of a run, in seconds, from what its ledger has counted.
 
     N update + d for each fresh batch, after `CostModel.run`. To that come, as the run's method
-    asks: a slow loader's delay for every batch made, and what waking costs once for every batch
-    trained on; new views and samples; what choosing samples takes: the presample, its scores,
-    weights. What is not in it: calibration and models trained beforehand, which have their own
-    seconds; the sorting and drawing of samplers other than importance sampling.
+    asks: a slow loader's delay for every batch made, new views and samples, and what choosing
+    samples takes: the presample, its scores, weights. What is not in it: calibration and models
+    trained beforehand, which have their own seconds; the sorting and drawing of samplers other than
+    importance sampling; that a sleep ends late, and what follows it finds no caches.
 
     Args:
         measurement: Of the run's task, on its device and number of threads.
         ledger: The counts of `repeatlab.cost.Ledger` by name.
         config: The run's configuration as its record has it; by default standard training from a
             loader without delay.
-        repeats: (fresh batches,), how many updates each had: what a loader that prefetches takes
-            depends on it. By default all had the mean number.
     """
     config = config or {}
     method, loader = config.get("method") or {}, config.get("loader") or {}
@@ -273,11 +226,7 @@ def predict(
     if not fresh_batches:
         return 0.0
     slow = measurement.delayed(loader.get("delay_ms", 0.0) / 1000)
-    prefetch = loader.get("prefetch", False)
-    seconds = slow.run(updates, fresh_batches, prefetch=prefetch)
-    if prefetch and repeats is not None:
-        made = zip(*np.unique(repeats, return_counts=True), strict=True)
-        seconds = sum(count * slow.fresh_batch(n, prefetch=True) for n, count in made)
+    seconds = slow.run(updates, fresh_batches, prefetch=loader.get("prefetch", False))
     if method.get("fresh_views"):
         seconds += (updates - fresh_batches) * measurement.parts["refresh"]
     if method.get("apply") == "fresh_samples":
@@ -301,15 +250,11 @@ def _choosing(
     scored = ledger.get("scoring_samples", 0) / per_batch  # in batches
     if sampler["name"] == "rho_loss":
         scored = sampler["presample"] * fresh_batches  # the rest, beforehand, has its own seconds
+    chosen = fresh_batches if scored else 0
     if sampler["name"] == "importance":
-        # Chosen from a presample while it is on; uniform batches are not scored.
-        chosen = scored / sampler["presample"]
-        more = scored - chosen
-    else:
-        chosen = fresh_batches if scored else 0
-        more = scored - chosen
+        chosen = scored / sampler["presample"]  # while it is on; uniform batches are not scored
     score = parts.get("bounds", parts["scoring"]) if by_bounds else parts["scoring"]
-    seconds = more * data + scored * score
+    seconds = (scored - chosen) * data + scored * score
     return seconds + ledger["updates"] * measurement.weighting + chosen * measurement.selection
 
 
@@ -338,14 +283,11 @@ def with_prediction(runs: pd.DataFrame, store: Store) -> pd.DataFrame:
 
 def _predicted(run: Run, measurements: Mapping[str, Measurement]) -> float:
     config = run.config
-    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    environment = run.environment
     key = measurement_key(config["task"], environment["device"], config["threads"])
     measurement = measurements.get(key)
     if measurement is None or "lockstep" in environment:
         return nan
     if measurement.environment["processor"] != environment["processor"]:
         return nan
-    repeats = None
-    if config.get("loader", {}).get("prefetch"):
-        repeats = run.updates.groupby("fresh_batch").size().to_numpy()
-    return predict(measurement, run.summary["ledger"], config=config, repeats=repeats)
+    return predict(measurement, run.summary["ledger"], config=config)

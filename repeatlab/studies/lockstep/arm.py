@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
 
 from repeatlab.core.stopwatch import Stopwatch
-from repeatlab.training.training import Training
+from repeatlab.repetition.repeater import NonFiniteLoss
+from repeatlab.training.one_run import Training
 
 
 class Arm(Training):
     """A run whose updates are made by its group.
 
     Attributes:
-        coming: The batches of its updates, each to be asked for when the last update is made.
+        clock: Of the whole group.
+        life: What is left of it, see `lived`; None when it has left the group.
         batch: The batch that it is at.
     """
 
-    coming: Iterator[Any]
+    clock: Stopwatch
+    life: Generator[Any, float | None, None] | None = None
     batch: Any = None
 
-    def start(self, state: dict[str, Any] | None, clock: Stopwatch) -> None:
-        """Get ready for the first update, or for those that are left after `state`."""
-        self.clock = clock
-        self.begin(state)
-        self.coming = self.visits()
+    def lived(self) -> Generator[Any, float | None, None]:
+        """Yield the batch of each update, to be sent its loss, and again while the step is made."""
+        end = None
+        try:
+            for batch in self.visits():
+                self.updates.report((yield batch))
+                yield
+        except NonFiniteLoss as error:
+            end = error
+        with self.clock.standing():
+            self.end(end)
 
-    def report(self, loss: float) -> None:
-        """Tell the loss of the batch that the arm is at.
-
-        Raises:
-            NonFiniteLoss: it is NaN or infinite; the update is not to be made.
-        """
-        self.repeater.report(loss)
-        if self.step_size is not None:
-            self.rates.scale(self.step_size(torch.tensor(loss), self.repeater.stats))
+    def pause(self) -> None:
+        """See `Training`; the clock of all stands meanwhile."""
+        with self.clock.standing():
+            super().pause()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of a run alone: a view would bring all arms' weights with it."""
         state = super().state_dict()
         return state | {"task": _copied(state["task"])}
-
-    def _pause(self) -> None:
-        with self.clock.standing():
-            super()._pause()
 
 
 def _copied(value: Any) -> Any:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from repeatlab.core.environment import pick_device
 from repeatlab.core.files import write_json
+from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.core.stopwatch import Stopwatch
-from repeatlab.data import Batch, TrainStream
-from repeatlab.repetition.repeater import NonFiniteLoss
+from repeatlab.data import Batch
 from repeatlab.store.records import Store
 from repeatlab.studies.lockstep.arm import Arm
 from repeatlab.studies.lockstep.kinds import STACKS, Stack
@@ -21,7 +21,8 @@ from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.training import loop
 from repeatlab.training.config import RunConfig
-from repeatlab.training.training import CheckpointPlan, Interrupted
+from repeatlab.training.one_run import CheckpointPlan
+from repeatlab.training.stand_ins import StandIn
 
 # Of fresh batches that arms of one seed share: one that was dropped is made again.
 SHARED_BYTES = 2**25
@@ -35,6 +36,7 @@ def train_group(
     *,
     plan: CheckpointPlan | None = None,
     watch: loop.Watch = nullcontext,
+    stop: Stop | None = None,
 ) -> dict[str, str | None]:
     """Make these runs in lock-step, and return by run id why one has failed, or None.
 
@@ -48,24 +50,27 @@ def train_group(
         runs: The run store, or its directory.
         plan: When checkpoints are written.
         watch: As of `loop.train`.
+        stop: As of `loop.train`.
 
     Raises:
         StoreError: the store cannot be written.
-        Interrupted: `training.STOP` was set; every run has left a checkpoint.
+        Interrupted: `stop` was set; every run has left a checkpoint.
     """
+    if stop is None:
+        with held_back() as stop:
+            return train_group(configs, runs, plan=plan, watch=watch, stop=stop)
     store = runs if isinstance(runs, Store) else Store(runs)
     store.check_writable()
-    group = Group(store, pick_device(configs[0].device), plan=plan)
+    group = Group(store, pick_device(configs[0].device), plan=plan, stop=stop)
     for config in configs:
-        loop.make_needs(config, store, watch=watch)
+        loop.make_needs(config, store, watch=watch, stop=stop)
     with ExitStack() as held:
         # In one order everywhere: two processes with common runs wait, and never for each other.
         for config in sorted(configs, key=lambda config: config.run_id):
             run = store.run(config.task.name, config.run_id)
-            held.enter_context(store.locked(run, waiting=loop.leave_if_stopped))
+            held.enter_context(store.locked(run, waiting=partial(loop.leave_if_stopped, stop)))
         held.enter_context(watch(configs))
-        held.enter_context(loop.interrupted_at_an_update())
-        with loop.torch_settings(configs[0]):
+        with loop.torch_settings(configs[0].threads, configs[0].seed):
             group.open(configs)
             group.train()
     if "interrupted" in group.outcomes.values():
@@ -73,25 +78,32 @@ def train_group(
     return group.outcomes
 
 
-def _shared(stream: TrainStream) -> Callable[[int], Batch]:
-    """Return `stream.fresh_batch` with a memory: a batch is a function of (seed, index)."""
-    size = 4 * stream.batch_size * stream.data.images[0].numel()
+class SharedBatches(StandIn):
+    """A task whose fresh batches all arms of its seed share: they are functions of (seed, index).
 
-    @lru_cache(maxsize=1 + SHARED_BYTES // (TOGETHER * size))
-    def together(number: int) -> list[Batch]:
-        return stream.fresh_batches(number * TOGETHER, TOGETHER)
+    Args:
+        task: The task.
+        other: What stands for the task of another of these arms; None for the first one.
+    """
 
-    def fresh_batch(index: int) -> Batch:
+    def __init__(self, task: DatasetTask, other: SharedBatches | None = None) -> None:
+        super().__init__(task)
+        stream = task.stream
+        size = 4 * stream.batch_size * stream.data.images[0].numel()
+        remembering = lru_cache(maxsize=1 + SHARED_BYTES // (TOGETHER * size))
+        made = remembering(lambda number: stream.fresh_batches(number * TOGETHER, TOGETHER))
+        self.together: Callable[[int], list[Batch]] = other.together if other else made
+
+    def fresh_batch(self, index: int) -> Batch:
+        """See `Task`."""
         number, place = divmod(index, TOGETHER)
-        return together(number)[place]
-
-    return fresh_batch
+        return self.together(number)[place]
 
 
 def _rates(config: RunConfig) -> str:
     """Return what says how a run's learning rate goes: the optimizer moves neighbours as one."""
     method = config.method
-    return repr((config.task.lr, method.schedule, method.warm_up, method.apply))
+    return repr((config.task.lr, method.schedule, method.apply))
 
 
 class Group:
@@ -101,21 +113,23 @@ class Group:
         store: Where their records are.
         device: Where they train.
         plan: When checkpoints are written.
+        stop: Asks them to stop.
 
     Attributes:
         arms: Those that are not done.
         outcomes: Run id to why it has failed, or None.
     """
 
-    def __init__(self, store: Store, device: str, *, plan: CheckpointPlan | None = None) -> None:
-        self.store, self.device, self.plan = store, device, plan
+    def __init__(
+        self, store: Store, device: str, *, plan: CheckpointPlan | None, stop: Stop
+    ) -> None:
+        self.store, self.device, self.plan, self.stop = store, device, plan, stop
         self.arms: list[Arm] = []
         self.outcomes: dict[str, str | None] = {}
         self._clock = Stopwatch()
         self._data: Any = None
-        self._batches: dict[int, Callable[[int], Any]] = {}
+        self._batches: dict[int, SharedBatches] = {}
         self._beginnings: dict[int, dict[str, Any]] = {}
-        self._gone: set[Arm] = set()
         self._stack: Stack | None = None
 
     def open(self, configs: Sequence[RunConfig]) -> None:
@@ -133,27 +147,39 @@ class Group:
         opened = loop.open_run(config, self.store, run, device=self.device)
         try:
             write_json(run.path / "environment.json", {**run.environment, "lockstep": arms})
-            task = self._build_task(config)
-            parts = {"calibration": opened.calibration, "source": opened.source}
-            arm = Arm(config, task, opened.writer, plan=self.plan, **parts)
-            arm.start(opened.state, self._clock)
+            task, through = self._build_task(config)
+            arm = Arm(
+                config,
+                task,
+                opened.writer,
+                calibration=opened.calibration,
+                source=opened.source,
+                plan=self.plan,
+                stop=self.stop,
+                clock=self._clock,
+                through=through,
+            )
+            arm.begin(opened.state)
+            arm.life = arm.lived()
         except BaseException as error:
             opened.writer.fail(error)
             raise
         self.arms.append(arm)
 
-    def _build_task(self, config: RunConfig) -> Task:
-        """Return the run's task, which shares what is equal in all: data, how an agent begins."""
+    def _build_task(self, config: RunConfig) -> tuple[Task, Task | StandIn]:
+        """Return the run's task and what stands for it, with what is equal in all arms shared."""
         parts = {} if self._data is None else {"data": self._data}
         if config.seed in self._beginnings:
             parts["beginning"] = self._beginnings[config.seed]
-        task = loop.build_task(config, self.device, **parts)
+        kind = STACKS[config.task.name].task
+        task = loop.build_task(config, self.device, kind=kind, **parts)
         if isinstance(task, Reinforcement):
-            self._beginnings.setdefault(config.seed, task.actor.state_dict())
-        if isinstance(task, DatasetTask):
-            self._data = task.data
-            task.fresh_batch = self._batches.setdefault(config.seed, _shared(task.stream))
-        return task
+            self._beginnings.setdefault(config.seed, task.lived())
+            return task, task
+        self._data = task.data
+        sharing = SharedBatches(task, self._batches.get(config.seed))
+        self._batches[config.seed] = sharing
+        return task, sharing
 
     def train(self) -> None:
         """Make all updates that are left, and close every run at its end."""
@@ -161,83 +187,54 @@ class Group:
             with self._clock.running():
                 self._regroup()
                 while self.arms:
-                    self._next_batches()
+                    for place, arm in enumerate(self.arms):
+                        batch = self._go_on(arm)
+                        if batch is not None and batch is not arm.batch:
+                            arm.batch = batch
+                            self._stack.stage(place, batch)
                     self._regroup()
                     if self.arms:
-                        self._report(self._stack.losses())
+                        for arm, loss in zip(self.arms, self._stack.losses(), strict=True):
+                            self._go_on(arm, loss)
                         self._stack.step()
                         self._regroup()
-        except KeyboardInterrupt:
-            for arm in self._under_way:
-                arm.writer.close("interrupted")
-            raise
         except BaseException as error:
-            for arm in self._under_way:
-                arm.writer.fail(error)
+            for arm in self.arms:
+                if arm.life is None:
+                    continue
+                if isinstance(error, KeyboardInterrupt):
+                    arm.writer.close("interrupted")
+                else:
+                    arm.writer.fail(error)
             raise
 
-    @property
-    def _under_way(self) -> list[Arm]:
-        """The arms that have not left."""
-        return [arm for arm in self.arms if arm not in self._gone]
-
-    def _next_batches(self) -> None:
-        """Bring every arm to the batch of its next update, by way of a pause where one is due."""
-        stage = self._stack.stage
-        for place, arm in enumerate(self.arms):
-            try:
-                batch = next(arm.coming)
-                if batch is not arm.batch:
-                    arm.batch = batch
-                    stage(place, batch)
-            except StopIteration:
-                self._close(arm)
-            except NonFiniteLoss as error:
-                self._close(arm, error)
-            except Interrupted:
-                arm.writer.close("interrupted")
-                self._leave(arm, "interrupted")
-            except Exception as error:
-                self._fail(arm, error)
-
-    def _report(self, losses: Sequence[float]) -> None:
-        for arm, loss in zip(self.arms, losses, strict=True):
-            try:
-                arm.report(loss)
-            except NonFiniteLoss as error:
-                self._close(arm, error)
-            except Exception as error:
-                self._fail(arm, error)
-
-    def _close(self, arm: Arm, error: NonFiniteLoss | None = None) -> None:
-        """End a run, complete or diverged, before the others' next update."""
+    def _go_on(self, arm: Arm, loss: float | None = None) -> Any:
+        """Let a run live until it waits for the others; return its batch, if it has come to one."""
+        outcome = None
         try:
-            with self._clock.standing():
-                arm.end(error)
-        except Exception as failure:
-            self._fail(arm, failure)
-        else:
-            self._leave(arm, None)
-
-    def _fail(self, arm: Arm, error: Exception) -> None:
-        with suppress(OSError):  # where it cannot be written, the caller still hears of it
-            arm.writer.fail(error)
-        self._leave(arm, f"{type(error).__name__}: {error}")
-
-    def _leave(self, arm: Arm, outcome: str | None) -> None:
-        self.outcomes[arm.config.run_id] = outcome
-        self._gone.add(arm)
+            return arm.life.send(loss)
+        except StopIteration:
+            pass
+        except Interrupted:
+            arm.writer.close("interrupted")
+            outcome = "interrupted"
+        except Exception as error:
+            with suppress(OSError):  # where it cannot be written, the caller still hears of it
+                arm.writer.fail(error)
+            outcome = f"{type(error).__name__}: {error}"
+        arm.life, self.outcomes[arm.config.run_id] = None, outcome
+        return None
 
     def _regroup(self) -> None:
         """Stack the networks of the arms that are left, if any has gone, and at the beginning."""
-        if self._stack is not None and not self._gone:
+        left = [arm for arm in self.arms if arm.life is not None]
+        if self._stack is not None and len(left) == len(self.arms):
             return
-        self.arms = [arm for arm in self.arms if arm not in self._gone]
-        self._gone.clear()
-        if not self.arms:
+        self.arms = left
+        if not left:
             return
-        self._clock.arms = len(self.arms)
-        self._stack = STACKS[self.arms[0].config.task.name]([arm.task for arm in self.arms])
-        for place, arm in enumerate(self.arms):
+        self._clock.arms = len(left)
+        self._stack = STACKS[left[0].config.task.name]([arm.task for arm in left])
+        for place, arm in enumerate(left):
             if arm.batch is not None:
                 self._stack.stage(place, arm.batch)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -14,9 +13,15 @@ from torch.nn import functional
 from repeatlab.data import Batch
 from repeatlab.studies.lockstep.network import StackedMLP
 from repeatlab.studies.lockstep.optimizers import StackedOptimizer
-from repeatlab.tasks.greedy_episodes import Played, greedy_episodes
-from repeatlab.tasks.q_learning import double_q_targets, greedy, taken
-from repeatlab.tasks.reinforcement import Reinforcement
+from repeatlab.tasks import Task
+from repeatlab.tasks.reinforcement import (
+    Played,
+    Reinforcement,
+    double_q_targets,
+    greedy,
+    play_greedily,
+    taken,
+)
 from repeatlab.tasks.replay_buffer import Transitions, in_columns
 from repeatlab.tasks.supervised import Supervised
 
@@ -25,7 +30,18 @@ NOTHING = (torch.empty(0),) * 5
 
 
 class Stack(Protocol):
-    """The networks of some arms of one task, and the batches that they are at."""
+    """The networks of some arms of one task, and the batches that they are at.
+
+    Made of these arms' tasks. A task that is to go in lock-step gets one of its own here, and in
+    `plan` what may differ among its runs.
+
+    Attributes:
+        task: What each arm trains: the task's class, or a subclass that asks the stack.
+    """
+
+    task: ClassVar[type[Task]]
+
+    def __init__(self, tasks: Sequence[Any]) -> None: ...
 
     def stage(self, arm: int, batch: Any) -> None:
         """Put a batch in the place of the one that an arm was at."""
@@ -44,6 +60,8 @@ class SupervisedStack:
         tasks: The arms' tasks, each with an MLP.
     """
 
+    task = Supervised
+
     def __init__(self, tasks: Sequence[Supervised]) -> None:
         self._network = StackedMLP([task.model for task in tasks])
         self._optimizer = StackedOptimizer(
@@ -58,7 +76,7 @@ class SupervisedStack:
         self._of_label = torch.eye(classes, device=device) * (-1 / size)
         self._places = list(zip(self._images, self._gradient, strict=True))
         self._targets = list(torch.zeros(arms, size, dtype=torch.int64, device=device))
-        self._log_shares = self._gradient
+        self._outputs = self._log_shares = self._gradient
 
     def stage(self, arm: int, batch: Batch) -> None:
         """See `Stack`."""
@@ -69,17 +87,44 @@ class SupervisedStack:
 
     def losses(self) -> list[float]:
         """See `Stack`."""
-        self._log_shares = self._network(self._images).log_softmax(2)
+        self._outputs = self._network(self._images).requires_grad_()
+        self._log_shares = self._outputs.log_softmax(2)
         # One by one: torch's mean over a batch, and so every N, is that of a run alone to the bit.
-        pairs = zip(self._log_shares, self._targets, strict=True)
+        pairs = zip(self._log_shares.detach(), self._targets, strict=True)
         return torch.stack([functional.nll_loss(*pair) for pair in pairs]).tolist()
 
     def step(self) -> None:
         """See `Stack`."""
-        shares = self._log_shares
-        backward = torch.ops.aten._log_softmax_backward_data
-        self._network.backward(backward(self._gradient, shares, 2, shares.dtype))
+        (gradient,) = torch.autograd.grad(self._log_shares, self._outputs, self._gradient)
+        self._network.backward(gradient)
         self._optimizer.step()
+
+
+class AgentInStep(Reinforcement):
+    """An agent that asks the networks of all arms, where one of its own would ask its own.
+
+    Attributes:
+        stack: These networks; None before they are stacked.
+        arm: Its number among them.
+    """
+
+    stack: ReinforcementStack | None = None
+    arm = 0
+
+    def fetch(self, indices: Tensor, index: int) -> Transitions:
+        """Return a batch that is read from the buffer only when it is staged."""
+        return Transitions(*NOTHING, indices, index)
+
+    def greedy_action(self, seen: np.ndarray) -> int:
+        """See `Reinforcement`."""
+        return (
+            self.stack.greedy_action(self.arm, seen) if self.stack else super().greedy_action(seen)
+        )
+
+    def play(self, split: str) -> Played:
+        """See `Reinforcement`."""
+        played = self.stack.play(self.arm, split) if self.stack else None
+        return played or super().play(split)
 
 
 class ReinforcementStack:
@@ -92,7 +137,9 @@ class ReinforcementStack:
         tasks: The arms' tasks.
     """
 
-    def __init__(self, tasks: Sequence[Reinforcement]) -> None:
+    task = AgentInStep
+
+    def __init__(self, tasks: Sequence[AgentInStep]) -> None:
         self._tasks = tasks
         self._agents = StackedMLP([task.model for task in tasks])
         self._targets = StackedMLP([task.target for task in tasks])
@@ -109,9 +156,7 @@ class ReinforcementStack:
         # Of the weights as they are until the next step.
         self._episodes: dict[str, tuple[list[Played], list[Tensor]]] = {}
         for arm, task in enumerate(tasks):
-            task.fetch = _numbers_alone
-            task.greedy_action = partial(self._greedy_action, arm)
-            task.play = partial(self._play, arm)
+            task.stack, task.arm = self, arm
 
     def stage(self, arm: int, batch: Transitions) -> None:
         """See `Stack`."""
@@ -140,20 +185,19 @@ class ReinforcementStack:
         for task in self._tasks:
             task.count_update()
 
-    def _greedy_action(self, arm: int, seen: np.ndarray) -> int:
+    def greedy_action(self, arm: int, seen: np.ndarray) -> int:
         """Return an arm's greedy action: few arms want one in a round, so that each is asked."""
         observation = torch.from_numpy(seen).to(self._gradient.device)
         return greedy(self._agents.alone(arm, observation))
 
-    def _play(self, arm: int, split: str) -> Played:
-        """Return an arm's episodes of a split."""
+    def play(self, arm: int, split: str) -> Played | None:
+        """Return an arm's episodes of a split; None where its weights are no longer these."""
         weights = self._agents.weights
         if split not in self._episodes:
             self._episodes[split] = self._play_all(split), [stack.clone() for stack in weights]
         played, by = self._episodes[split]
-        if all(torch.equal(now[arm], then[arm]) for now, then in zip(weights, by, strict=True)):
-            return played[arm]
-        return Reinforcement.play(self._tasks[arm], split)  # it has gone back to its best weights
+        same = all(torch.equal(now[arm], then[arm]) for now, then in zip(weights, by, strict=True))
+        return played[arm] if same else None
 
     def _play_all(self, split: str) -> list[Played]:
         arms, config = len(self._tasks), self._tasks[0].config
@@ -162,12 +206,7 @@ class ReinforcementStack:
             return self._agents(seen.view(arms, -1, 4)).flatten(0, 1)
 
         device = self._gradient.device
-        return greedy_episodes(config, split, values, device=device, agents=arms)
-
-
-def _numbers_alone(indices: Tensor, index: int) -> Transitions:
-    """Return a batch that is read from the buffer only when it is staged."""
-    return Transitions(*NOTHING, indices, index)
+        return play_greedily(config, split, values, device=device, agents=arms)
 
 
 STACKS: dict[str, type[Stack]] = {

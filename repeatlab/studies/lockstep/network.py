@@ -73,7 +73,6 @@ class StackedMLP:
 
     def backward(self, gradient: Tensor) -> None:
         """Fill `gradients`, given that at the outputs of the last call, (arms, b, outputs)."""
-        masked = torch.ops.aten.threshold_backward.grad_input
         slopes = self._places(self._slopes, gradient.shape[1])
         for place in range(len(self._layers) - 1, -1, -1):
             inputs, (weight, bias) = self._inputs[place], self._gradients[place]
@@ -82,7 +81,16 @@ class StackedMLP:
             if place:
                 slope = slopes[place - 1]
                 torch.bmm(gradient, self._layers[place][0], out=slope)
-                gradient = masked(slope, inputs, 0, grad_input=slope)
+                gradient = relu_backward_(slope, inputs)
+
+
+def relu_backward_(gradient: Tensor, outputs: Tensor) -> Tensor:
+    """Set a gradient at a ReLU's outputs to 0 where these are, in place: that at its inputs.
+
+    By the kernel of autograd's own backward: what can be said without torch's internal names, such
+    as `masked_fill_(outputs <= 0, 0)`, takes ten to thirty times as long.
+    """
+    return torch.ops.aten.threshold_backward.grad_input(gradient, outputs, 0, grad_input=gradient)
 
 
 def _linear_layers(network: nn.Module) -> list[nn.Linear]:

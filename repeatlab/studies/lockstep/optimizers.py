@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 
 class StackedOptimizer:
@@ -38,14 +39,7 @@ class StackedOptimizer:
         if not isinstance(optimizers[0], (SGD, Adam)) or not self._groups[0].get("fused"):
             raise ValueError(f"no lock-step for {type(optimizers[0]).__name__}, or not fused")
         self._move = _sgd if isinstance(optimizers[0], SGD) else _adam
-        self._steps = torch.zeros(len(weights), len(optimizers), device=weights[0].device)
-        # First, as in a run alone: the digest of a state goes by the order of its parts.
-        steps = [_owned(optimizers, "step", self._steps.unbind())] if self._move is _adam else []
-        states = [
-            _owned(optimizers, name, [torch.zeros_like(stack) for stack in weights])
-            for name in _state_names(optimizers[0])
-        ]
-        states += steps
+        states = [_owned(optimizers, name, weights) for name in _state_names(optimizers[0])]
         # Of weights, gradients and each part of the state, arm by arm, those of its parameters.
         self._parts = [
             list(zip(*(stack.unbind() for stack in stacks), strict=True))
@@ -55,7 +49,6 @@ class StackedOptimizer:
 
     def step(self) -> None:
         """Make one update of every arm."""
-        self._steps += 1
         at_rate: dict[float, list[int]] = {}
         for arm, group in enumerate(self._groups):
             at_rate.setdefault(group["lr"], []).append(arm)
@@ -76,13 +69,12 @@ class StackedOptimizer:
 def _state_names(optimizer: Optimizer) -> tuple[str, ...]:
     if isinstance(optimizer, SGD):
         return ("momentum_buffer",) if optimizer.param_groups[0]["momentum"] else ()
-    return "exp_avg", "exp_avg_sq"
+    return "step", "exp_avg", "exp_avg_sq"  # in torch's order, by which the digest of a state goes
 
 
-def _owned(
-    optimizers: Sequence[Optimizer], name: str, stacks: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """Return `stacks`, zeros for each parameter, as that part of the state, with what there was."""
+def _owned(optimizers: Sequence[Optimizer], name: str, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return stacks of that part of the state of each parameter, of which the arms' are views."""
+    stacks = [stack.new_zeros(len(stack) if name == "step" else stack.shape) for stack in weights]
     for arm, optimizer in enumerate(optimizers):
         for parameter, stack in zip(optimizer.param_groups[0]["params"], stacks, strict=True):
             state, view = optimizer.state[parameter], stack[arm]
@@ -97,7 +89,8 @@ def _sgd(
 ) -> None:
     settings = ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
     chosen = {name: group[name] for name in settings}
-    torch._fused_sgd_(weights, gradients, list(momenta), lr=rate, is_first_step=False, **chosen)
+    momenta = list(momenta) or [None] * len(weights)
+    sgd(weights, gradients, momenta, lr=rate, fused=True, **chosen)
 
 
 def _adam(
@@ -105,13 +98,12 @@ def _adam(
     rate: float,
     weights: list,
     gradients: list,
+    steps: list,
     means: list,
     squares: list,
-    steps: list,
 ) -> None:
-    move = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     first, second = group["betas"]
-    settings = ("weight_decay", "eps", "maximize", "amsgrad")
+    settings = ("weight_decay", "eps", "maximize", "amsgrad", "decoupled_weight_decay")
     chosen = {name: group[name] for name in settings}
     lists = (weights, gradients, means, squares, [], steps)
-    move(*lists, lr=rate, beta1=first, beta2=second, **chosen)
+    adam(*lists, lr=rate, beta1=first, beta2=second, fused=True, **chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
 from math import ceil
@@ -23,37 +23,17 @@ MOST_ARMS = 64
 MOST_WORK = 2_000_000
 
 # What lock-step deals with; whatever else a configuration says must be its default.
-_RUN = {"task", "method", "max_updates", "seed", "evaluation", "calibration", "device", "threads"}
-_METHOD = {"mapping", "schedule", "warm_up", "base_batch_size", "apply", "fresh_views"}
-_EVALUATION = {"every", "splits", "test", "early_stopping"}
+_RUN = "task method max_updates seed evaluation calibration device threads"
+_METHOD = "mapping schedule apply fresh_views"
+_EVALUATION = "every splits test early_stopping"
 _TASKS = {
-    "supervised": {
-        "name", "dataset", "lr", "batch_size", "width", "model", "optimizer", "augment",
-        "label_noise",
-    },
-    "reinforcement": {
-        "name",
-        "lr",
-        "optimizer",
-        "batch_size",
-        "hidden",
-        "gamma",
-        "n_steps",
-        "learning_starts",
-        "train_frequency",
-        "capacity",
-        "target_every",
-        "target_clock",
-        "epsilon_start",
-        "epsilon_end",
-        "epsilon_steps",
-        "epsilon_clock",
-        "driver",
-        "sutton_barto_reward",
-        "observation_scale",
-        "evaluation_episodes",
-    },
-}  # fmt: skip
+    "supervised": "name dataset lr batch_size width model optimizer augment label_noise",
+    "reinforcement": (
+        "name lr optimizer batch_size hidden gamma n_steps learning_starts train_frequency "
+        "capacity target_every target_clock epsilon_start epsilon_end epsilon_steps epsilon_clock "
+        "driver sutton_barto_reward observation_scale evaluation_episodes"
+    ),
+}
 _OPTIMIZERS = {"sgd", "momentum", "nesterov", "adam", "adamw"}
 
 
@@ -83,20 +63,17 @@ def _rounds(runs: list[RunConfig]) -> dict[int, list[RunConfig]]:
     """Return the runs, of one kind, by round: as early as others need them, else where most are."""
     needed = {before.run_id for run in runs for before in prerequisites(run)}
     rounds: dict[int, list[RunConfig]] = {}
-    for run in runs:
-        if run.run_id in needed:
-            rounds.setdefault(_depth(run), []).append(run)
-    # Those that have to be late come first.
-    for run in sorted(runs, key=_depth, reverse=True):
+    # What others need comes first; of the rest, what has to be late.
+    for run in sorted(runs, key=lambda run: (run.run_id not in needed, -_depth(run))):
+        earliest = chosen = _depth(run)
         if run.run_id not in needed:
-            earliest = _depth(run)
             long = [
                 number
                 for number, there in rounds.items()
                 if number >= earliest and max(r.max_updates for r in there) >= run.max_updates
             ]
             chosen = max(long, key=lambda number: (len(rounds[number]), -number), default=earliest)
-            rounds.setdefault(chosen, []).append(run)
+        rounds.setdefault(chosen, []).append(run)
     return rounds
 
 
@@ -116,8 +93,7 @@ def can_go_in_step(config: RunConfig) -> bool:
 
 def pays(config: RunConfig) -> bool:
     """Whether the network is so small that its calls cost more than its arithmetic."""
-    widths = _WIDTHS[config.task.name](config.task)
-    weights = sum(a * b for a, b in pairwise(widths))
+    weights = sum(a * b for a, b in pairwise(_widths(config.task)))
     return config.task.batch_size * weights <= MOST_WORK
 
 
@@ -142,29 +118,27 @@ def _depth(config: RunConfig) -> int:
     return max((1 + _depth(needed) for needed in prerequisites(config)), default=0)
 
 
-def _is_default(model: BaseModel, *, but: set[str]) -> bool:
+def _is_default(model: BaseModel, *, but: str) -> bool:
     fields = type(model).model_fields
     return all(
         getattr(model, name) == field.get_default(call_default_factory=True)
         for name, field in fields.items()
-        if name not in but
+        if name not in but.split()
     )
-
-
-def _classifier_widths(task: Any) -> list[int]:
-    pixels, classes = _sizes(task.dataset)
-    return [pixels, task.width, task.width, classes]
 
 
 @cache
 def _sizes(dataset: str) -> tuple[int, int]:
+    """Return the numbers of an image of a data set, and its classes."""
     from repeatlab.data import load_splits
 
     splits = load_splits(dataset)
     return splits.train.images[0].numel(), splits.classes
 
 
-_WIDTHS: dict[str, Callable[[Any], list[int]]] = {
-    "supervised": _classifier_widths,
-    "reinforcement": lambda task: [4, *task.hidden, 2],
-}
+def _widths(task: Any) -> list[int]:
+    """Return the widths of the layers of a task's MLP, inputs and outputs included."""
+    if task.name == "reinforcement":
+        return [4, *task.hidden, 2]
+    pixels, classes = _sizes(task.dataset)
+    return [pixels, task.width, task.width, classes]

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from typing import TypeVar
 
 from repeatlab.core.stopwatch import Stopwatch
-from repeatlab.training.training import Training
+from repeatlab.training.one_run import Training
 
 T = TypeVar("T")
 # What makes some updates, yields, and goes on when it has the turn again; at its end it returns.
 Turns = Generator[None, None, T]
 
 
-def in_turns(loops: Mapping[str, Turns[T]], lead_in: Callable[[], None]) -> dict[str, T]:
-    """Let loops go on in turn, `lead_in` before each turn, and return what each of them returns."""
+def in_turns(loops: Mapping[str, Turns[T]]) -> dict[str, T]:
+    """Let loops go on in turn, and return what each of them returns."""
     returned, going = {}, dict(loops)
     while going:
         for name, loop in list(going.items()):
-            lead_in()
             try:
                 next(loop)
             except StopIteration as end:
@@ -29,7 +28,6 @@ def in_turns(loops: Mapping[str, Turns[T]], lead_in: Callable[[], None]) -> dict
 
 def train_in_turns(training: Training, stopwatch: Stopwatch, *, turn: int) -> Turns[None]:
     """Run a training, `turn` updates at a time; its clock, `stopwatch`, stands between them."""
-    training.clock = stopwatch
     with stopwatch.running():
         training.begin()
         visit = training.visit()

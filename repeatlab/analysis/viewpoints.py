@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 
 from repeatlab.analysis.frames import Records, load, together
+from repeatlab.analysis.paired_differences import Endpoint
 
 
 @dataclass(frozen=True)
-class Viewed:
+class Views:
     """The runs of several studies as one.
 
     Attributes:
@@ -38,8 +39,19 @@ class Viewed:
         """The tasks of which a target is known."""
         return {t: view for t, view in self.tasks.items() if view["target"] is not None}
 
+    def endpoints(self, k: float | None = None) -> dict[str, Endpoint]:
+        """Return what is compared on each task.
 
-def look_at(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Viewed:
+        Args:
+            k: A backward's time in forwards; a view may have a `k` of its own.
+        """
+        return {
+            task: Endpoint(metric=view["metric"], target=view["target"], k=view.get("k", k))
+            for task, view in self.tasks.items()
+        }
+
+
+def load_views(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Views:
     """Return the runs of the views that the store at `runs` has, and what it lacks.
 
     Args:
@@ -58,7 +70,7 @@ def look_at(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Viewed:
         own = together({name: found[name]}).runs["task"].unique() if name in found else [name]
         tasks |= dict.fromkeys(own, view)
     absent = [view["study"] for view in views if view["name"] not in found]
-    return Viewed(together(found), tasks, absent)
+    return Views(together(found), tasks, absent)
 
 
 def stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
