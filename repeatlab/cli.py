@@ -99,12 +99,14 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
     default=True,
     help="Whether small networks train as groups where that is faster; by default they do.",
 )
-def run(parameters: tuple[Path, ...], runs: Path, **places: Any) -> None:
-    """Train the studies of parameter files, without their notebooks.
+@click.option("--amend", metavar="REASON", help="Why a registered plan has changed.")
+def run(parameters: tuple[Path, ...], runs: Path, amend: str | None, **places: Any) -> None:
+    """Train the studies of parameter files, without their notebooks; a plan with all its stages.
 
     Started by torchrun, every run is trained by all of its processes, which share the batches.
     """
     from repeatlab.studies.cluster import Places
+    from repeatlab.studies.plan import is_plan, read_plan, run_plan
     from repeatlab.studies.study import run_studies
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -112,8 +114,57 @@ def run(parameters: tuple[Path, ...], runs: Path, **places: Any) -> None:
             raise click.UsageError("torchrun decides where runs are made: leave that out here")
         _run_shared(parameters, runs)
         return
-    studies = _read_studies(parameters)
-    click.echo(str(run_studies(studies, runs, places=Places(**places))))
+    plans, others = [], []
+    for path in parameters:
+        (plans if is_plan(path) else others).append(path)
+    for path in plans:
+        click.echo(str(run_plan(read_plan(path), runs, places=Places(**places), amend=amend)))
+    if others:
+        click.echo(str(run_studies(_read_studies(others), runs, places=Places(**places))))
+
+
+@cli.command()
+@click.argument("name")
+@RUNS
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="The effect to find, a share of updates saved; by default the plan's margin.",
+)
+def power(name: str, runs: Path, share: float | None) -> None:
+    """Say from the runs of plan NAME, a pilot, how many seeds it needs, and their hours."""
+    from repeatlab.analysis.plans import load_plan, pilots
+    from repeatlab.analysis.power import power_table
+
+    plan = load_plan(runs, name)
+    family = 2 * len(plan.declared.arms) + 1
+    table = power_table(pilots(plan), margin=plan.declared.margin, share=share, family=family)
+    click.echo(table.to_string(index=False))
+
+
+@cli.command()
+@click.argument("studies", nargs=-1)
+@RUNS
+@click.option("--plan", "plans", multiple=True, help="Every study of this plan.")
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="A directory.")
+def export(studies: tuple[str, ...], plans: tuple[str, ...], runs: Path, to: Path) -> None:
+    """Write the runs of studies, by default all, as a few Parquet files that `import` reads."""
+    from repeatlab.store.exchange import export
+
+    store = Store(runs)
+    known = store.studies()
+    chosen = list(studies) + [n for n in known for p in plans if n.startswith(f"{p}-")]
+    click.echo(f"{export(store, chosen or known, to)} runs written into {to}")
+
+
+@cli.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@RUNS
+def import_(source: Path, runs: Path) -> None:
+    """Put the runs that `export` has written into the store, done: nothing is trained again."""
+    from repeatlab.store.exchange import import_runs
+
+    click.echo(f"{import_runs(Store(runs), source)} runs of {source} are new in {runs}")
 
 
 def _run_shared(parameters: tuple[Path, ...], runs: Path) -> None:
@@ -150,7 +201,7 @@ def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
     from repeatlab.studies.verification import study_states, summary_table, timed_states
 
     store = Store(runs)
-    names = list(studies) or sorted(p.stem for p in (runs / "studies").glob("*.json"))
+    names = list(studies) or store.studies()
     if not names:
         raise StoreError(f"{runs} holds no study; `repeatlab run` makes one")
     click.echo(summary_table(store, names).to_string())

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from repeatlab.analysis.comparison import comparison_table
+from repeatlab.analysis.declaration import LARGER_STEP
 from repeatlab.analysis.frames import RUN_KEYS, Records, mean_interval
 from repeatlab.analysis.paired_differences import Endpoint, pairs
-from repeatlab.analysis.planned_comparisons import LARGER_STEP
 from repeatlab.store.records import Run, fresh_batches
 
 WINDOW = 50

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from repeatlab.analysis.declaration import Declaration
-from repeatlab.analysis.evidence import Evidence, gather
+from repeatlab.analysis.evidence import Evidence, compare_on, doses, gather
 from repeatlab.analysis.frames import Records, load
 from repeatlab.analysis.over_tasks import OverTasks, over_tasks
+from repeatlab.analysis.power import Pilot, pilot_of
 from repeatlab.analysis.updates_saved import Paired, Saved, saved, share_saved
 from repeatlab.analysis.verdicts import Verdict, judge
 from repeatlab.core.files import StoreError
@@ -139,8 +140,6 @@ def _arm_row(
     arm: str,
     task: str,
 ) -> dict[str, Any] | None:
-    from repeatlab.analysis.evidence import compare_on, doses
-
     paired = evidence.at_end.get(arm, {}).get(task) or compare_on(
         plan.declared, task, records, plan.budgets, split, arm, plan.declared.against
     )
@@ -173,6 +172,24 @@ def _state(effect: Saved, margin: float) -> str:
     if effect.direction():
         return "better" if effect.direction() > 0 else "worse"
     return "equivalent" if effect.equivalent(margin) else "undecided"
+
+
+def pilots(plan: PlanRecords) -> dict[str, Pilot]:
+    """Return what the plan's runs say of each task, as a pilot of more seeds.
+
+    Raises:
+        StoreError: a task has fewer than two seeds of the standard arm at every budget.
+    """
+    against = plan.declared.against
+    own, found = plan.stages["own"], {}
+    for task in plan.declared.goals:
+        paired = compare_on(plan.declared, task, own, plan.budgets, "validation", against, against)
+        if paired is None:
+            raise StoreError(f"plan {plan.name}: a pilot needs two seeds of {against} on {task}")
+        runs = [own.done, *(records.done for records in plan.budgets.values())]
+        spent = sum(r.loc[r["task"] == task, "seconds"].sum() for r in runs if len(r))
+        found[task] = pilot_of(paired, float(spent) / 3600 / len(paired.seeds))
+    return found
 
 
 def arm_over_tasks(found: Mapping[str, Paired]) -> tuple[Saved, OverTasks]:

@@ -36,6 +36,7 @@ from typing import Any
 from pydantic import Field
 
 from repeatlab.core.schema import ConfigError, Model, did_you_mean, parse, read_yaml
+from repeatlab.studies.method_files import with_included
 
 # Where notebooks find store and figures; the batch decides that, not a parameter file.
 PLACES = ("runs", "figures")
@@ -130,7 +131,7 @@ def read_job(path: Path, root: Path) -> Job:
     if "space" in content:
         raise ConfigError(f"{path}: is a search, which `repeatlab search` makes")
     entry = parse(BatchEntry, content, source=str(path))
-    folder, parameters = root / "notebooks", _with_included(entry.parameters, path)
+    folder, parameters = root / "notebooks", _with_methods(entry.parameters, path)
     if not folder.is_dir():
         return Job(path, folder / f"{entry.notebook}.ipynb", parameters, alone=entry.alone)
     notebooks = {p.stem: p for p in folder.glob("*.ipynb")}
@@ -150,38 +151,13 @@ def read_job(path: Path, root: Path) -> Job:
     return Job(path, notebook, parameters, alone=entry.alone)
 
 
-class Included(Model):
-    """How a study takes its methods from another file."""
-
-    include: list[str]
-    without: list[str] = Field(default_factory=list)
-    defaults: dict[str, Any] = Field(default_factory=dict)
-
-
-def _with_included(parameters: dict[str, Any], path: Path) -> dict[str, Any]:
+def _with_methods(parameters: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the parameters with the methods that their study includes written out."""
     study = parameters.get("study")
-    methods = study.get("methods") if isinstance(study, dict) else None
-    if not isinstance(methods, dict) or "include" not in methods:
+    if not isinstance(study, dict) or not isinstance(study.get("methods"), dict):
         return parameters
-    where = f"{path}: parameters.study.methods"
-    own = {name: value for name, value in methods.items() if name not in Included.model_fields}
-    rule = {name: value for name, value in methods.items() if name in Included.model_fields}
-    settings = parse(Included, rule, source=where)
-    shared: dict[str, Any] = {}
-    for file in settings.include:
-        shared |= read_yaml(path.parent / file)
-    for name in settings.without:
-        if name not in shared:
-            raise ConfigError(
-                f"{where}.without: unknown method {name!r}; {did_you_mean(name, shared)}"
-            )
-    kept = {name: value for name, value in shared.items() if name not in settings.without}
-    for name, value in (kept | own).items():
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}.{name}: must be a mapping such as {{}}, not {value!r}")
-    together = {name: settings.defaults | value for name, value in (kept | own).items()}
-    return parameters | {"study": study | {"methods": together}}
+    methods = with_included(study["methods"], path, "parameters.study.methods")
+    return parameters | {"study": study | {"methods": methods}}
 
 
 def parameter_names(notebook: Path) -> set[str]:

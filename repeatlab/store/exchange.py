@@ -23,11 +23,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from repeatlab.core.files import StoreError, damaged, digest_of, read_json, replacing, write_json
-from repeatlab.store.records import Run, RunWriter, Store
+from repeatlab.core.files import (
+    StoreError,
+    digest_of,
+    not_whole,
+    read_json,
+    replacing,
+    write_json,
+)
+from repeatlab.store.records import Run, Store
 
 FORMAT = 1
 TABLES = ("updates", "evals", "sampler")
+DIGESTS = ("files", "sha256")  # of a run's summary: made anew where it is put back
 BLOCK = 250  # runs that are held at once
 # Numbers that grow or repeat are stored as differences or by what they share.
 ENCODINGS = {"use_dictionary": True, "compression": "zstd", "compression_level": 12}
@@ -42,18 +50,19 @@ def export(store: Store, studies: Sequence[str], to: str | Path) -> int:
     to = Path(to)
     to.mkdir(parents=True, exist_ok=True)
     manifests = {name: store.read_study(name) for name in studies}
-    ids = dict.fromkeys(
-        tuple(run["run"]) for study in manifests.values() for run in study["runs"]
-    )
+    ids = dict.fromkeys(tuple(run["run"]) for study in manifests.values() for run in study["runs"])
     runs = [run for key in ids if (run := store.run(*key)).done]
     written = [_write(to / "runs.parquet", (_described(block) for block in _blocks(runs)))]
     for name in TABLES:
-        tables = (_stacked(name, block, first) for first, block in _numbered(runs))
+        tables = (_stacked(name, b, i * BLOCK) for i, b in enumerate(_blocks(runs)))
         written.append(_write(to / f"{name}.parquet", tables))
     written.append(_write(to / "pictures.parquet", (_pictures(b) for b in _blocks(runs))))
     names = {study.get("study", {}).get("plan") for study in manifests.values()} - {None}
     plans = {n: p for n, p in store.plans().items() if p["digest"] in names}
     for name, content in (("studies", manifests), ("plans", plans)):
+        content = {
+            key: {k: v for k, v in one.items() if k != "sha256"} for key, one in content.items()
+        }
         write_json(to / f"{name}.json", content)
         written.append(to / f"{name}.json")
     digests = {path.name: digest_of(path) for path in written if path is not None}
@@ -66,11 +75,6 @@ def _blocks(runs: list[Run]) -> Iterator[list[Run]]:
         yield runs[first : first + BLOCK]
 
 
-def _numbered(runs: list[Run]) -> Iterator[tuple[int, list[Run]]]:
-    for first in range(0, len(runs), BLOCK):
-        yield first, runs[first : first + BLOCK]
-
-
 def _described(runs: Iterable[Run]) -> pa.Table:
     rows = [
         {
@@ -78,7 +82,7 @@ def _described(runs: Iterable[Run]) -> pa.Table:
             "run": run.path.name,
             "config": json.dumps(run.config),
             "environment": json.dumps(run.environment),
-            "summary": json.dumps({k: v for k, v in run.summary.items() if k != "files"}),
+            "summary": json.dumps({k: v for k, v in run.summary.items() if k not in DIGESTS}),
         }
         for run in runs
     ]
@@ -175,7 +179,7 @@ def _check(source: Path) -> None:
         if not file.exists():
             raise StoreError(f"{file} is missing")
         if digest_of(file) != digest:
-            raise damaged(file)
+            raise not_whole(file)
 
 
 def _row_ranges(table: pa.Table, runs: int) -> list[tuple[int, int]]:
@@ -193,9 +197,7 @@ def _row_ranges(table: pa.Table, runs: int) -> list[tuple[int, int]]:
 def _without_empty(table: pa.Table) -> pa.Table:
     """Return one run's rows without the columns that only other runs have."""
     kept = [
-        name
-        for name in table.column_names
-        if name != "run" and table[name].null_count < len(table)
+        name for name in table.column_names if name != "run" and table[name].null_count < len(table)
     ]
     return table.select(kept)
 
@@ -210,8 +212,4 @@ def _restore(
     for name, table in parts.items():
         writer.rewrite(name, table)
     summary = json.loads(row["summary"])
-    _finish(writer, summary)
-
-
-def _finish(writer: RunWriter, summary: dict[str, Any]) -> None:
     writer.finish(summary.pop("status"), summary)

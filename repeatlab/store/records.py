@@ -12,6 +12,7 @@
         summary.json      how it ended: final metrics, ledger, calibration, and the digest of every
                           other file; written last, so it marks *done*
     runs/studies/<name>.json  which runs a study consists of
+    runs/plans/<name>.json    what a plan declared before its first run
 
 A run without summary.json is not done. Its streams are readable up to their last whole block. The
 files of one that is done are held to their digests whenever they are read; config.json,
@@ -193,6 +194,29 @@ class Store:
                 "run the task's notebook, or `repeatlab run` with the parameters of that study"
             )
         return read_json(path, sealed=True)
+
+    def studies(self) -> list[str]:
+        """Return the names of all studies."""
+        return sorted(path.stem for path in (self.root / "studies").glob("*.json"))
+
+    def write_plan(self, name: str, plan: Mapping[str, Any]) -> None:
+        """Register a plan, or what has become of it, under its name."""
+        path = self._plan_file(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, plan, sealed=True)
+
+    def read_plan(self, name: str) -> dict[str, Any] | None:
+        """Return what `write_plan` wrote, None where no such plan is registered."""
+        path = self._plan_file(name)
+        return read_json(path, sealed=True) if path.exists() else None
+
+    def plans(self) -> dict[str, dict[str, Any]]:
+        """Return every registered plan by name."""
+        paths = sorted((self.root / "plans").glob("*.json"))
+        return {path.stem: read_json(path, sealed=True) for path in paths}
+
+    def _plan_file(self, name: str) -> Path:
+        return self.root / "plans" / f"{safe_name('plan', name)}.json"
 
 
 def _lock_file(run: Run) -> Path:

@@ -192,6 +192,11 @@ class Plan(Model):
         )
 
 
+def is_plan(path: Path) -> bool:
+    """Return whether a parameter file is a plan's: it says what is judged."""
+    return "judged" in read_yaml(path)
+
+
 def read_plan(path: str | Path) -> Plan:
     """Return the plan of a YAML file, with the methods that it includes.
 

@@ -88,6 +88,8 @@ class Study(Model):
     threads: Threads = 1
     processes: PositiveInt = 1
     """Processes that share every batch of a run, under torchrun where it is more than one."""
+    plan: str | None = None
+    """The digest of the plan that it is a stage of."""
     lockstep: bool = True
     """Whether runs of small networks may train as one group where that is faster. Their `seconds`
     are then a share of the group's, which says nothing of an arm: not where time is compared."""
@@ -357,5 +359,6 @@ def _manifest(study: Study) -> dict[str, Any]:
             for p in study.planned()
         ],
         "study": study.model_dump(mode="json", exclude_unset=True),
+        "plan": study.plan,
         "commit": commit(),
     }

@@ -17,7 +17,7 @@ from repeatlab.tasks import TASKS, load_task, version
 from repeatlab.training.early_stopping import EarlyStopping
 
 # Part of every run's identity: raise it when the same configuration would give other records.
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 
 PositiveInt = Annotated[int, Field(ge=1)]
 # More threads or processes than any machine has end the process rather than raise.
@@ -98,6 +98,9 @@ class MethodConfig(Model):
         | None
     ) = None
     schedule: choice("schedule", SCHEDULES) | None = None
+    rate: Annotated[float, Field(gt=0)] = 1.0
+    """The arm's learning rate in units of the task's, on top of the schedule. The short run of
+    `t: auto`, teachers and models that a sampler trains beforehand keep the task's own."""
     distillation: DistillationConfig | None = None
     """Of an ensemble into the run's network, on the supervised task."""
     apply: Literal["repeat", "step_size", "fresh_samples"] = "repeat"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Rates:
-    """The learning rates of all optimizers, scaled alike by schedule and step size.
+    """The learning rates of all optimizers, scaled alike by the arm, schedule and step size.
 
     Attributes:
         moving: Whether they have to be set before every update.
@@ -31,7 +31,10 @@ class Rates:
         # What was set is kept where it does not follow from the update's index.
         self._keep = config.budget is not None or config.method.apply == "step_size"
         self.moving = bool(self._schedule or self._keep)
-        self._groups = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
+        rate = config.method.rate
+        self._groups = [(g, rate * g["lr"]) for o in optimizers for g in o.param_groups]
+        for group, base in self._groups:
+            group["lr"] = base
         self._factors: list[float] = []
 
     def set(self, position: int) -> None:

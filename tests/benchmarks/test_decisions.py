@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from repeatlab.analysis.hypotheses import judge
+from repeatlab.analysis.planned_comparisons import Evidence, Plan
 from scipy import stats
 
 from repeatlab.analysis.effects import AdjustedFinding, finding, holm_adjusted
-from repeatlab.analysis.hypotheses import judge
 from repeatlab.analysis.paired_differences import DIVERGED, PAIRED
-from repeatlab.analysis.planned_comparisons import Evidence, Plan
 from repeatlab.analysis.statistics import flip_interval
 from repeatlab.core.environment import processor
 

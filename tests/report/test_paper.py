@@ -14,10 +14,10 @@ import typst
 from click.testing import CliRunner
 from matplotlib.figure import Figure
 from pypdf import PdfReader
+from repeatlab.analysis.hypotheses import HYPOTHESES
 
 import repeatlab.report.paper
 from repeatlab.analysis.frames import load
-from repeatlab.analysis.hypotheses import HYPOTHESES
 from repeatlab.cli import ROOT, cli
 from repeatlab.core.schema import ConfigError
 from repeatlab.cost import Ledger

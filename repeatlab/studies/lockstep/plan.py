@@ -24,7 +24,7 @@ MOST_WORK = 2_000_000
 
 # What lock-step deals with; whatever else a configuration says must be its default.
 _RUN = "task method max_updates seed evaluation calibration device threads"
-_METHOD = "mapping schedule apply fresh_views"
+_METHOD = "mapping schedule rate apply fresh_views"
 _EVALUATION = "every splits test early_stopping"
 _TASKS = {
     "supervised": "name dataset lr batch_size width model optimizer augment label_noise",
