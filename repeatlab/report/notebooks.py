@@ -5,9 +5,7 @@
     parameters: {...}          # every name must stand in the notebook's `parameters` cell
     alone: false               # true where it times what it trains
 
-Methods that many studies share are written once: in a study, `methods: {include: [FILES], without:
-[NAMES], defaults: {...}, NAME: {...}}` takes those of YAML files beside it, but for some, puts
-`defaults` into each that does not say otherwise, and adds or replaces others.
+Methods that many studies share are written once; see `repeatlab.studies.method_files`.
 
 All studies of a profile are trained first, by the same processes, one per core: no core waits for
 the last run of a study, or for a notebook. Then notebooks only draw, and run side by side; those of

@@ -89,7 +89,7 @@ class PlannedTask(Model):
     lockstep: bool = True
     methods: dict[str, MethodConfig | None] = Field(default_factory=dict)
     """Arms that differ on this task; null leaves one out."""
-    grids: dict[str, dict[str, tuple[Any, ...]]] = Field(default_factory=dict, strict=False)
+    grids: dict[str, dict[str, list[Any]]] = Field(default_factory=dict)
     """Arm -> field of its method ("mapping.t") -> values that are tried with every rate."""
 
 
@@ -370,7 +370,7 @@ def run_plan(
     registered = register(plan, store, amend=amend)
     choices = tune(plan, runs, places=places)
     registered["rates"] = {
-        label: {arm: asdict(choice) for arm, choice in found.items()}
+        label: {arm: asdict(choice) for arm, choice in of_every_arm(plan, label, found).items()}
         for label, found in choices.items()
     }
     store.write_plan(plan.name, registered)
@@ -400,14 +400,22 @@ def tune(
     return choices
 
 
-def at_own_rates(plan: Plan, label: str, choices: Mapping[str, Choice]) -> dict[str, MethodConfig]:
-    """Return every arm of a task at the rate that was chosen for it, or for its source."""
+def of_every_arm(plan: Plan, label: str, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Return the choice for every arm of a task: a control, untried, has its source's rate."""
     found = {}
     for name, method in plan.arms(label).items():
         source = _source(method)
-        choice = choices[source or name]
-        found[name] = with_fields(method, choice.rate, {} if source else choice.fields)
+        found[name] = Choice(choices[source].rate, {}, 0, False, 0) if source else choices[name]
     return found
+
+
+def at_own_rates(plan: Plan, label: str, choices: Mapping[str, Choice]) -> dict[str, MethodConfig]:
+    """Return every arm of a task at the rate that was chosen for it, or for its source."""
+    arms = plan.arms(label)
+    return {
+        name: with_fields(arms[name], choice.rate, choice.fields)
+        for name, choice in of_every_arm(plan, label, choices).items()
+    }
 
 
 def compared(plan: Plan, choices: Mapping[str, Mapping[str, Choice]]) -> list[Study]:

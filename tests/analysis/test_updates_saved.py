@@ -69,7 +69,7 @@ def test_a_constant_shift_of_rounding_is_no_difference():
 
 
 def test_a_task_that_differs_by_next_to_nothing_does_not_decide_over_the_others():
-    """A constant 1e-6 beside five tasks without effect: in units that it enters it would be huge."""
+    """A constant 1e-6 beside five tasks without effect: in its own units it would be huge."""
     others = {str(i): task(1.0, seed=i) for i in range(5)}
     quiet = task(1.0, seed=9)
     constant = Paired(quiet.other + 1e-6, quiet.other, quiet.standard, RATIOS, quiet.seeds)
