@@ -45,7 +45,7 @@ def call(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = (done.stdout + done.stderr).strip().splitlines()
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
     return lines[-1].strip("= ") if lines else f"exit status {done.returncode}"
 
 

@@ -341,8 +341,9 @@ def test_the_generators_gradient_is_checked_by_its_own_loss():
 
 def test_pseudo_labels_take_part_in_the_gradient_check():
     class Faulty(SemiSupervised):
-        def _losses(self, batch, labelled, weak, strong):
-            return super()._losses(batch, labelled, weak, Scaled.apply(strong))
+        def losses(self, logits, batch):
+            labelled, weak, strong = logits
+            return super().losses((labelled, weak, Scaled.apply(strong)), batch)
 
     assert gradient(subject(Faulty)).verdict == "fail"
 

@@ -207,7 +207,7 @@ class Bench:
             writer, options = RunWriter(Path(directory)), {"calibration": {}, "clock": self._clock}
             training = Training(config, task, writer, through=through, **options)
             if kind in THRESHOLDS:
-                training.updates.sampler.threshold = THRESHOLDS[kind]
+                training.updates.sampler.switch.threshold = THRESHOLDS[kind]
             training.run()
             seconds = Run(Path(directory)).updates["seconds"].to_numpy()
         begin = seconds[self.lead - 1] if self.lead else 0.0
