@@ -100,7 +100,7 @@ def read_profile(profile: str, root: Path, *, only: Collection[str] = ()) -> lis
             "(git clone ADDRESS; cd repeatlab)"
         )
     directory = root / "params" / profile
-    files = sorted(directory.glob("*.yaml"))
+    files = sorted(set(directory.glob("*.yaml")) - set(plans_of(profile, root)))
     if not files:
         folders = (d for d in sorted((root / "params").glob("*")) if any(d.glob("*.yaml")))
         known = [folder.name for folder in folders if folder.name != SEARCHES]
@@ -115,6 +115,12 @@ def read_profile(profile: str, root: Path, *, only: Collection[str] = ()) -> lis
             raise ConfigError(f"no notebook {name!r} in the profile {profile!r}; {hint}")
     jobs = [job for job in jobs if not only or job.notebook.stem in only]
     return sorted(jobs, key=lambda job: (job.notebook.name, job.source.name))
+
+
+def plans_of(profile: str, root: Path) -> list[Path]:
+    """Return the files of a profile that are plans; see `repeatlab.studies.plan`."""
+    files = sorted((root / "params" / profile).glob("*.yaml"))
+    return [path for path in files if "judged" in read_yaml(path)]
 
 
 def read_job(path: Path, root: Path) -> Job:
@@ -323,8 +329,8 @@ def execute_profile(
 ) -> list[str]:
     """Train a profile's studies, execute its notebooks, and return the figures that they wrote.
 
-    All parameter files are checked before anything is trained. Where notebooks are named in `only`,
-    just their studies are trained and just they are executed.
+    All parameter files are checked before anything is trained, a plan's stages last. Where
+    notebooks are named in `only`, just their studies are trained and just they are executed.
 
     Raises:
         ConfigError: a parameter file is not valid.
@@ -333,8 +339,10 @@ def execute_profile(
         KeyboardInterrupt: Ctrl-C; no kernel is left.
     """
     from repeatlab.figures import read_manifest
+    from repeatlab.studies.plan import read_plan, run_plan
     from repeatlab.studies.study import run_all
 
+    plans = [] if only else [read_plan(path) for path in plans_of(profile, root)]
     jobs = read_profile(profile, root, only=only)
     studies = {
         f"{job.source}: parameters.{name}": study
@@ -345,6 +353,9 @@ def execute_profile(
     if studies:
         start = perf_counter()
         echo(f"{len(studies)} studies: {run_all(studies, runs)}, {perf_counter() - start:.0f} s")
+    for plan in plans:
+        start = perf_counter()
+        echo(f"plan {plan.name}: {run_plan(plan, runs)}, {perf_counter() - start:.0f} s")
     kernels = Kernels()
     places = {"output": runs / "notebooks" / profile, "runs": runs, "figures": figures}
 
