@@ -70,7 +70,7 @@ def gather(
         split: Which split's metric decides at the end; the way to the target is the validation
             split's, since the test split is read once.
     """
-    tables = {task: _Values(declared, task, own, budgets, split) for task in declared.goals}
+    tables = {task: TaskValues(declared, task, own, budgets, split) for task in declared.goals}
 
     def compare(arm: str, other: str) -> dict[str, Paired]:
         found = {task: table.paired(arm, other) for task, table in tables.items()}
@@ -90,7 +90,7 @@ def gather(
     )
 
 
-class _Values:
+class TaskValues:
     """The final metric of one task, by arm and seed, and of the standard arm by budget."""
 
     def __init__(
@@ -113,6 +113,7 @@ class _Values:
         self.standard[1.0] = self.arms.get(declared.against, {})
 
     def paired(self, arm: str, other: str) -> Paired | None:
+        """Return one arm against another at T; None with fewer than two common seeds."""
         ours, theirs = self.arms.get(arm, {}), self.arms.get(other, {})
         ratios = sorted(self.standard)
         known = [set(ours), set(theirs), *(set(self.standard[r]) for r in ratios)]
@@ -128,15 +129,18 @@ class _Values:
         )
 
     def needed(self) -> list[str]:
+        """Return the arms that a hypothesis is about."""
         declared = self.declared
         names = [*declared.arms, declared.real, *declared.controls, *declared.variants]
         return [name for name in dict.fromkeys([declared.against, *names]) if name]
 
     def complete_seeds(self) -> int:
+        """Return how many seeds every needed arm has, and the standard one at every budget."""
         counts = [len(self.arms.get(arm, {})) for arm in self.needed()]
         return min([*counts, *map(len, self.standard.values())])
 
     def lacking(self) -> list[str]:
+        """Return what is planned and not there, a line each."""
         planned = self.declared.seeds_on(self.task)
         made = {arm: len(self.arms.get(arm, {})) for arm in self.needed()}
         made |= {f"{self.declared.against} at {r:g} T": len(v) for r, v in self.standard.items()}
@@ -170,19 +174,6 @@ def _worst(records: Records, task: str, goal: Goal) -> float:
     values = goal.sign * rows.loc[rows["task"] == task, "value"].to_numpy(float)
     values = values[np.isfinite(values)]
     return float(values.min()) if len(values) else np.nan
-
-
-def compare_on(
-    declared: Declaration,
-    task: str,
-    own: Records,
-    budgets: Mapping[float, Records],
-    split: str,
-    arm: str,
-    other: str,
-) -> Paired | None:
-    """Return one arm against another on one task at T; None with fewer than two common seeds."""
-    return _Values(declared, task, own, budgets, split).paired(arm, other)
 
 
 def doses(records: Records, arm: str) -> dict[str, Dose]:

@@ -1,4 +1,4 @@
-"""What the store holds of a registered plan, and its verdicts side by side."""
+"""What the store holds of a registered plan, and what it says."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from repeatlab.analysis.declaration import Declaration
-from repeatlab.analysis.evidence import Evidence, compare_on, doses, gather
+from repeatlab.analysis.evidence import Evidence, TaskValues, gather
 from repeatlab.analysis.frames import Records, load
 from repeatlab.analysis.over_tasks import OverTasks, over_tasks
 from repeatlab.analysis.power import Pilot, pilot_of
-from repeatlab.analysis.updates_saved import Paired, Saved, saved, share_saved
+from repeatlab.analysis.updates_saved import Paired, Saved, saved
 from repeatlab.analysis.verdicts import Verdict, judge
 from repeatlab.core.files import StoreError
 from repeatlab.store.records import Store
@@ -50,6 +50,11 @@ class PlanRecords:
     rates: Mapping[str, Mapping[str, Mapping[str, Any]]]
     stages: Mapping[str, Records]
     budgets: Mapping[float, Records]
+
+    def values(self, stage: str, split: str) -> dict[str, TaskValues]:
+        """Return task -> the final metric of every arm of a stage on a split."""
+        own, budgets = self.stages[stage], self.budgets
+        return {t: TaskValues(self.declared, t, own, budgets, split) for t in self.declared.goals}
 
     def evidence(self, stage: str, split: str) -> Evidence:
         """Return the comparisons of a stage on a split."""
@@ -100,80 +105,6 @@ def _records(runs: str | Path, study: str) -> Records:
         return Records(pd.DataFrame(columns=["task", "method", "seed", "status", "path", "id"]))
 
 
-# --- tables -----------------------------------------------------------------------------------
-
-
-def verdicts_side_by_side(plan: PlanRecords) -> pd.DataFrame:
-    """Return one row per hypothesis: its claim, and its verdict in every view."""
-    rows: dict[str, dict[str, str]] = {}
-    for view, (_, verdicts) in plan.views.items():
-        for one in verdicts:
-            row = rows.setdefault(one.hypothesis, {"claim": one.claim})
-            row[view] = one.verdict
-    return pd.DataFrame(rows).T.rename_axis("hypothesis").reset_index()
-
-
-def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validation") -> pd.DataFrame:
-    """Return one row per arm and task: dose, rate, updates saved and fresh data saved.
-
-    Columns: task, arm, rate (in units of the task's; NaN at the shared one), mean_n, repeated
-    (share of batches visited more than once), seeds, equal_pairs, saved, low, high (share of
-    updates, 95 %), reuse, reuse_low, reuse_high (E(N): fresh batches that the standard arm needs
-    for the arm's metric, over those that the arm used), p, state by the margin.
-    """
-    evidence = plan.evidence(stage, split)
-    records = plan.stages[stage]
-    rows = []
-    for arm in (m for m in records.runs["method"].unique() if m != plan.declared.against):
-        for task in plan.declared.goals:
-            row = _arm_row(plan, evidence, records, stage, split, arm, task)
-            rows += [row] if row else []
-    return pd.DataFrame(rows)
-
-
-def _arm_row(
-    plan: PlanRecords,
-    evidence: Evidence,
-    records: Records,
-    stage: str,
-    split: str,
-    arm: str,
-    task: str,
-) -> dict[str, Any] | None:
-    paired = evidence.at_end.get(arm, {}).get(task) or compare_on(
-        plan.declared, task, records, plan.budgets, split, arm, plan.declared.against
-    )
-    if paired is None:
-        return None
-    effect = saved({task: paired})
-    dose = evidence.dose.get(arm, {}).get(task) or doses(records, arm)[task]
-    choice = plan.rates.get(task, {}).get(arm) if stage == "own" else None
-    limits = effect.interval
-    return {
-        "task": task,
-        "arm": arm,
-        "rate": choice["rate"] if choice else np.nan,
-        "mean_n": dose.mean,
-        "repeated": dose.repeated,
-        "seeds": effect.seeds,
-        "equal_pairs": effect.equal,
-        "saved": share_saved(effect.ratio),
-        "low": share_saved(limits.low),
-        "high": share_saved(limits.high),
-        "reuse": effect.ratio * dose.mean,
-        "reuse_low": limits.low * dose.mean,
-        "reuse_high": limits.high * dose.mean,
-        "p": effect.p,
-        "state": _state(effect, plan.declared.margin),
-    }
-
-
-def _state(effect: Saved, margin: float) -> str:
-    if effect.direction():
-        return "better" if effect.direction() > 0 else "worse"
-    return "equivalent" if effect.equivalent(margin) else "undecided"
-
-
 def pilots(plan: PlanRecords) -> dict[str, Pilot]:
     """Return what the plan's runs say of each task, as a pilot of more seeds.
 
@@ -182,8 +113,8 @@ def pilots(plan: PlanRecords) -> dict[str, Pilot]:
     """
     against = plan.declared.against
     own, found = plan.stages["own"], {}
-    for task in plan.declared.goals:
-        paired = compare_on(plan.declared, task, own, plan.budgets, "validation", against, against)
+    for task, values in plan.values("own", "validation").items():
+        paired = values.paired(against, against)
         if paired is None:
             raise StoreError(f"plan {plan.name}: a pilot needs two seeds of {against} on {task}")
         runs = [own.done, *(records.done for records in plan.budgets.values())]

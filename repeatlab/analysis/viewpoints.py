@@ -11,6 +11,8 @@ import pandas as pd
 
 from repeatlab.analysis.frames import Records, load, together
 from repeatlab.analysis.paired_differences import Endpoint
+from repeatlab.store.measurements import measured_k
+from repeatlab.store.records import Run
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class Views:
         records: The runs, each task under its view's name.
         tasks: Task -> its view, also where the store has nothing of it.
         absent: Studies that the store lacks.
+        measured: Task -> k, where the store has measured it; see `store.measurements`.
     """
 
     records: Records
     tasks: dict[str, Mapping[str, Any]]
     absent: list[str]
+    measured: dict[str, float]
 
     @property
     def counts(self) -> pd.DataFrame:
@@ -39,15 +43,27 @@ class Views:
         """The tasks of which a target is known."""
         return {t: view for t, view in self.tasks.items() if view["target"] is not None}
 
-    def endpoints(self, k: float | None = None) -> dict[str, Endpoint]:
-        """Return what is compared on each task.
+    def k(self, given: float | None = None) -> dict[str, float | None]:
+        """Return each task's k, a backward's time in forwards, for the axis of cost.
 
         Args:
-            k: A backward's time in forwards; a view may have a `k` of its own.
+            given: Where neither the store has measured it nor the view has a `k` of its own.
         """
+        return {t: self.measured.get(t, view.get("k", given)) for t, view in self.tasks.items()}
+
+    def k_table(self, given: float | None = None) -> pd.DataFrame:
+        """Return each task's k, and whether it was measured or given: columns task, k, origin."""
+        rows = [
+            {"task": task, "k": k, "origin": "measured" if task in self.measured else "given"}
+            for task, k in self.k(given).items()
+        ]
+        return pd.DataFrame(rows, columns=["task", "k", "origin"])
+
+    def endpoints(self, k: float | None = None) -> dict[str, Endpoint]:
+        """Return what is compared on each task; `k` as for the method of this name."""
         return {
-            task: Endpoint(metric=view["metric"], target=view["target"], k=view.get("k", k))
-            for task, view in self.tasks.items()
+            task: Endpoint(metric=self.tasks[task]["metric"], k=k)
+            for task, k in self.k(k).items()
         }
 
 
@@ -70,7 +86,11 @@ def load_views(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Views:
         own = together({name: found[name]}).runs["task"].unique() if name in found else [name]
         tasks |= dict.fromkeys(own, view)
     absent = [view["study"] for view in views if view["name"] not in found]
-    return Views(together(found), tasks, absent)
+    records = together(found)
+    first = records.done.groupby("task", sort=False)["path"].first()
+    of_task = {task: measured_k(runs, Run(Path(path))) for task, path in first.items()}
+    measured = {task: k for task, k in of_task.items() if k is not None}
+    return Views(records, tasks, absent, measured)
 
 
 def stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from repeatlab.analysis.plans import arms_table, load_plan, pilots, verdicts_side_by_side
+from repeatlab.analysis.plan_tables import arms_table, verdicts_side_by_side
+from repeatlab.analysis.plans import load_plan, pilots
 from repeatlab.cli import cli
 from repeatlab.core.files import StoreError
 from repeatlab.core.schema import ConfigError

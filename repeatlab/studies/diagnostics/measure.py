@@ -16,12 +16,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from repeatlab.core.environment import describe, pick_device
+from repeatlab.store.measurements import measurement_key
 from repeatlab.store.records import Run, RunWriter, Store
 from repeatlab.studies.diagnostics.prediction import (
     PRESAMPLE,
     REPEATS,
     Measurement,
-    measurement_key,
     read_measurements,
     write_measurement,
 )

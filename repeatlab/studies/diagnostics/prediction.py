@@ -1,13 +1,11 @@
 """Predicted training time: measured parts, and what a run has counted. Never imports torch.
 
-    runs/measurements/<key>.json  one `Measurement`; the key follows from task, device and threads
-
-`repeatlab.studies.diagnostics.measure` makes measurements.
+`repeatlab.studies.diagnostics.measure` makes measurements; where they lie is told in
+`repeatlab.store.measurements`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +17,7 @@ import pandas as pd
 
 from repeatlab.core.files import StoreError, write_json
 from repeatlab.cost import CostModel
+from repeatlab.store.measurements import measurement_key
 from repeatlab.store.records import Run, Store
 
 REPEATS = 4  # N of the loops that are set against those at N = 1
@@ -141,12 +140,6 @@ class Measurement:
     def from_json(cls, data: Mapping[str, Any]) -> Measurement:
         """Return what `to_json` wrote."""
         return cls(**data)
-
-
-def measurement_key(task: Mapping[str, Any], device: str, threads: int) -> str:
-    """Return sixteen hex digits that identify a task's configuration, a device and its threads."""
-    text = json.dumps([task, device, threads], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_measurement(store: Store, measurement: Measurement) -> Path:
