@@ -81,7 +81,7 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
         raise ConfigError(f"the profile '{profile}' has no paper.yaml: it makes no paper")
     (job,) = jobs
     found = gather(runs, figures, out, **job.parameters)
-    click.echo(found.verdict_table[["hypothesis", "verdict"]].to_string(index=False, header=False))
+    click.echo(found.verdict_lines)
     if found.missing_figures:
         click.echo(f"missing figures: {', '.join(found.missing_figures)}")
     click.echo(typeset(out, pages=pages))

@@ -1,9 +1,10 @@
 """What the paper is made of, gathered from run store and figures into one directory.
 
 tables/<name>.csv, .tex   what `tables.every_table` returns
-verdicts.json             hypotheses with criterion, verdict, sentence and numbers
+verdicts.json             of each hypothesis criterion, verdict in every view, sentence, numbers, and
+                          the plan that it follows: digest, n, margin, changes
 banner.json               profile, data, scale, seeds, hardware, commits
-rules.json                what was decided beforehand: arms, controls, windows, level
+rules.json                what was decided beforehand: arms, controls, margin, windows, level
 figures.json, figures/    figures by section; `file` is null where there is none
 """
 
@@ -12,16 +13,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from repeatlab.analysis import planned_comparisons
+from repeatlab.analysis.declaration import Declaration
 from repeatlab.analysis.frames import Records
-from repeatlab.analysis.hypotheses import Verdict, judge, verdict_table
-from repeatlab.analysis.planned_comparisons import Plan
+from repeatlab.analysis.plans import PlanRecords, load_plan
 from repeatlab.analysis.statistics import ALPHA
 from repeatlab.analysis.viewpoints import Views, load_views
 from repeatlab.core.environment import commit
@@ -29,8 +29,10 @@ from repeatlab.core.files import write_json
 from repeatlab.core.schema import ConfigError
 from repeatlab.figures import read_manifest
 from repeatlab.report.paper.tables import every_table
-from repeatlab.store.records import Run
+from repeatlab.report.paper.wording import registered, verdict_entries, what_can_be_decided
+from repeatlab.store.records import Run, Store
 
+NO_PLAN = "no plan says what is compared, or the store lacks it"
 SECTIONS = ("convergence", "efficiency", "mechanism", "adaptability", "sensitivity", "robustness")
 
 
@@ -41,20 +43,24 @@ class Gathered:
     Attributes:
         directory: Where.
         tables: Name to table.
-        verdicts: One for each hypothesis.
+        verdicts: One for each hypothesis, as verdicts.json holds them; none without a plan.
         banner: Where the numbers come from, as banner.json holds it.
+        rules: What was decided beforehand, as rules.json holds it.
         missing_figures: Names of the figures that the paper shows as missing.
     """
 
     directory: Path
     tables: dict[str, pd.DataFrame]
-    verdicts: list[Verdict]
+    verdicts: list[dict[str, Any]]
     banner: dict[str, Any]
+    rules: dict[str, Any]
     missing_figures: list[str]
 
     @property
-    def verdict_table(self) -> pd.DataFrame:
-        return verdict_table(self.verdicts)
+    def verdict_lines(self) -> str:
+        """Each hypothesis with its verdict, a line each; or that there is none."""
+        lines = [f"{one['hypothesis']} {one['verdict']}" for one in self.verdicts]
+        return "\n".join(lines) or f"no verdicts: {NO_PLAN}"
 
 
 def gather(
@@ -66,8 +72,7 @@ def gather(
     views: Sequence[Mapping[str, Any]],
     shown: Mapping[str, str],
     k: float = 2.0,
-    plan: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    plan: str | None = None,
 ) -> Gathered:
     """Write tables, verdicts and figures of the views' studies into `directory`.
 
@@ -78,24 +83,23 @@ def gather(
         profile: What scale the runs are of, for the banner.
         views: One for each study: `study` (its name in the store), `name` (of the task), `metric`
             and `target` (a number, or None).
-        k: A backward's time in forwards, for the cost; a view may have a `k` of its own.
+        k: A backward's time in forwards, for the cost, where the store has not measured a task's;
+            a view may have a `k` of its own.
         shown: Figure name to caption. A name's first word is its section, one of `SECTIONS`.
-        plan: The fields of `planned_comparisons.Plan` that differ from its defaults.
-        seed: Of resampling.
+        plan: The registered plan that the verdicts follow; without one there are none.
 
     Raises:
-        ConfigError: a figure belongs to no section, or the plan has a field that there is not.
+        ConfigError: a figure belongs to no section.
     """
-    chosen = _plan(plan or {})
     for name in shown:
         if _section(name) not in SECTIONS:
             said = f"figure {name!r}: its first word must be one of {', '.join(SECTIONS)}"
             raise ConfigError(said)
     viewed = load_views(runs, views)
-    endpoints = viewed.endpoints(k)
-    found = planned_comparisons.gather(viewed.records, endpoints, chosen)
-    verdicts = judge(found, chosen, seed=seed)
-    tables = every_table(viewed, endpoints, found, chosen, runs=Path(runs), seed=seed)
+    known = plan is not None and Store(runs).read_plan(plan) is not None
+    planned = load_plan(runs, plan) if known else None
+    tables = every_table(viewed, planned, runs=Path(runs), k=k)
+    verdicts = verdict_entries(planned, tables["arms"]) if planned else []
 
     directory = Path(directory)
     (directory / "tables").mkdir(parents=True, exist_ok=True)
@@ -105,24 +109,26 @@ def gather(
         latex = table.to_latex(index=False, escape=True, float_format="{:.4g}".format)
         (directory / "tables" / f"{name}.tex").write_text(latex, encoding="utf-8")
     entries = [_figure(name, shown[name], Path(figures), directory) for name in shown]
-    rules = asdict(chosen) | {"alpha": ALPHA, "level": round(100 * (1 - ALPHA))}
     written = {
-        "verdicts": [_plain(asdict(verdict)) for verdict in verdicts],
-        "banner": _banner(profile, viewed, tables["studies"]),
-        "rules": _plain(rules),
+        "verdicts": _plain(verdicts),
+        "banner": _banner(profile, viewed, tables["studies"], [] if known else [plan]),
+        "rules": _plain(_rules(planned)),
         "figures": entries,
     }
     for name, content in written.items():
         write_json(directory / f"{name}.json", content)
     missing = [entry["name"] for entry in entries if entry["file"] is None]
-    return Gathered(directory, tables, verdicts, written["banner"], missing)
+    found = (written[name] for name in ("verdicts", "banner", "rules"))
+    return Gathered(directory, tables, *found, missing)
 
 
-def _plan(given: Mapping[str, Any]) -> Plan:
-    known = {field.name for field in fields(Plan)}
-    if unknown := sorted(set(given) - known):
-        raise ConfigError(f"plan: unknown {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+def _rules(plan: PlanRecords | None) -> dict[str, Any]:
+    """Return what was decided before the runs; without a plan that is next to nothing."""
+    declared = plan.declared if plan else Declaration(goals={}, seeds=0)
+    rules = asdict(declared) | {"alpha": ALPHA, "level": round(100 * (1 - ALPHA))}
+    if not plan:
+        return rules | {"plan": None, "changes": []}
+    return rules | registered(plan) | {"decides": what_can_be_decided(plan)}
 
 
 def _section(figure: str) -> str:
@@ -148,8 +154,10 @@ def _figure(name: str, caption: str, figures: Path, directory: Path) -> dict[str
     return entry | {"file": file, "missing_runs": listed["missing_runs"]}
 
 
-def _banner(profile: str, viewed: Views, studies: pd.DataFrame) -> dict[str, Any]:
-    """Return where the paper's numbers come from."""
+def _banner(
+    profile: str, viewed: Views, studies: pd.DataFrame, plans: Sequence[str | None]
+) -> dict[str, Any]:
+    """Return where the paper's numbers come from; `plans` are those that the store lacks."""
     environments = _environments(viewed.records)
     versions = {e["versions"]["torch"] for e in environments if "versions" in e}
     return {
@@ -160,7 +168,7 @@ def _banner(profile: str, viewed: Views, studies: pd.DataFrame) -> dict[str, Any
         "tasks": len(studies),
         **{count: int(studies[count].sum()) for count in ("planned", "complete", "diverged")},
         "missing": int(studies["missing"].sum()),
-        "absent": viewed.absent,
+        "absent": [*viewed.absent, *(f"plan {name}" for name in plans if name)],
         "hardware": sorted({_machine(e) for e in environments}),
         "torch": sorted(versions),
         "run_commits": sorted({str(e.get("commit")) for e in environments}),

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from repeatlab.analysis.frames import LOWER_IS_BETTER
-from repeatlab.report.paper.gathering import Gathered
+from repeatlab.report.paper.gathering import NO_PLAN, Gathered
+from repeatlab.report.paper.wording import dose_words, percent, rate_words
 
 NAME = "results.md"
 # Of all arms the ones that a first look needs; `tables/final.csv` of the paper has all.
@@ -35,27 +36,53 @@ def write_results(
 
 
 def results(gathered: Gathered, *, methods: Sequence[str] = ARMS) -> str:
-    """Return the final metric of each task and method, and the verdicts, as Markdown tables."""
+    """Return the final metric of each task and method, and the verdicts, as Markdown."""
     banner, final = gathered.banner, gathered.tables["final"]
     shown = [method for method in methods if method in set(final["method"])]
     rows = [
         [task, _metric(group["metric"].iloc[0]), *(_cell(group, method) for method in shown)]
         for task, group in final.groupby("task", sort=False)
     ]
-    verdicts = [
-        [f"{one.hypothesis}: {one.claim}", one.verdict, one.sentence.replace("|", "/")]
-        for one in gathered.verdicts
-    ]
     parts = [
         f"{_setting(banner)} Validation metric after the last update, at equal updates: mean and "
         "95 % interval (Student) over seeds.",
         _table(["task", "metric", *(f"`{method}`" for method in shown)], rows),
-        "Verdicts over all tasks, by criteria that stood before the runs "
-        "(`repeatlab/analysis/hypotheses.py`): standardised paired differences, positive where "
-        "repetition is better, at equal cost but for H3.",
-        _table(["hypothesis", "verdict", "what it rests on"], verdicts),
+        *_judged(gathered),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _judged(gathered: Gathered) -> list[str]:
+    """Return the verdicts: what they follow, with dose and rate, side by side, in words."""
+    verdicts, rules = gathered.verdicts, gathered.rules
+    if not verdicts:
+        return [f"No verdicts: {NO_PLAN}."]
+    changes = [f"{one['fields']} ({one['reason']})" for one in rules["changes"]]
+    changed = f" Amended since: {'; '.join(changes)}." if changes else " Nothing was amended."
+    follows = (
+        f"Verdicts follow the plan `{rules['plan']}` (digest `{rules['digest']}`), which was "
+        f"registered before its first run: n = {rules['seeds']} seeds, margin "
+        f"{percent(rules['margin'])} of updates saved, every arm at its own learning rate, tuned "
+        f"with equal effort.{changed} {rules['decides']}"
+    )
+    beside = list(verdicts[0]["views"])
+    rows, sides = [], []
+    for one in verdicts:
+        name, arms = f"{one['hypothesis']}: {one['claim']}", one["arms"]
+        plan = [percent(one["margin"]), one["seeds"], f"`{one['digest']}`"]
+        rows.append([name, one["verdict"], dose_words(arms), rate_words(arms), *plan])
+        sides.append([one["hypothesis"], *one["views"].values()])
+    dose = "visits a batch (mean N)"
+    rate = "own rate (of the task's, over tasks)"
+    return [
+        follows,
+        _table(["hypothesis", "verdict", dose, rate, "margin", "n", "digest"], rows),
+        "The same at own rates on the test split, which no rate was chosen on, and at the rate "
+        "that all arms share:",
+        _table(["", *beside], sides),
+        "In words:",
+        "\n".join(f"- **{one['hypothesis']}** {one['claim']} {one['told']}" for one in verdicts),
+    ]
 
 
 def _setting(banner: Mapping[str, Any]) -> str:

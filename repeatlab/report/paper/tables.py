@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from repeatlab.analysis.comparison import TABLE, comparison_table, over_tasks
 from repeatlab.analysis.frames import Records, final_table, target_summary, to_target
-from repeatlab.analysis.paired_differences import Endpoint, pairs
-from repeatlab.analysis.planned_comparisons import Evidence, Plan
+from repeatlab.analysis.plan_tables import plan_tables
+from repeatlab.analysis.plans import PlanRecords
 from repeatlab.analysis.viewpoints import Views
 from repeatlab.store.records import Run, Store
 
-# Equal what: the axes of the efficiency table.
-EQUAL = ("update", "cost", "fresh_batches", "environment_steps", "seconds")
 # What a task without a data set learns from.
 SIMULATORS = {"reinforcement": "CartPole-v1"}
 # fmt: off
 STUDIES = ["task", "study", "data", "model", "metric", "target", "updates", "seeds", "planned",
-           "complete", "diverged", "missing"]
+           "complete", "diverged", "missing", "k", "k_origin"]
 FINAL = ["task", "method", "metric", "runs", "missing", "diverged", "mean", "low", "high",
          "mean_repeats", "fresh_batches", "seconds"]
 TARGETS = ["task", "method", "metric", "target", "reached", "runs", "update", "fresh_batches",
@@ -30,38 +27,16 @@ TARGETS = ["task", "method", "metric", "target", "reached", "runs", "update", "f
 
 
 def every_table(
-    viewed: Views,
-    endpoints: Mapping[str, Endpoint],
-    evidence: Evidence,
-    plan: Plan,
-    *,
-    runs: Path,
-    seed: int = 0,
+    viewed: Views, plan: PlanRecords | None, *, runs: Path, k: float | None = None
 ) -> dict[str, pd.DataFrame]:
     """Return the tables of the paper by name; a table without rows keeps its columns."""
-    cost, arms, variants = evidence.cost, list(plan.arms), list(plan.variants)
-
-    def compared(frame: pd.DataFrame) -> pd.DataFrame:
-        # An empty frame has no family to adjust in.
-        if not len(frame):
-            return pd.DataFrame(columns=TABLE)
-        return comparison_table(frame, seed=seed)
-
-    by_axis = _pairs_by_axis(viewed, endpoints, plan)
     return {
-        "studies": _studies(viewed),
+        "studies": _studies(viewed, k),
         "settings": _settings(viewed),
         "methods": _methods(viewed, runs),
         "final": _final(viewed),
         "targets": _targets(viewed),
-        "convergence": compared(evidence.speed),
-        "efficiency": _each_axis(by_axis, lambda frame: over_tasks(frame, seed=seed)),
-        "efficiency_by_task": _each_axis(by_axis, compared),
-        "hardness": compared(evidence.hardness),
-        "mechanism": compared(evidence.controls),
-        "adaptability": over_tasks(cost[cost["method"].isin(arms)], seed=seed),
-        "sensitivity": compared(cost[cost["method"].isin(variants)]),
-        "variants": compared(evidence.variants),
+        **plan_tables(plan),
     }
 
 
@@ -81,9 +56,10 @@ def configurations(viewed: Views, against: str = "standard") -> dict[str, dict[s
     return found
 
 
-def _studies(viewed: Views) -> pd.DataFrame:
+def _studies(viewed: Views, k: float | None) -> pd.DataFrame:
     """Return what was planned and what became of it; a study that is missing has no run."""
     configs, rows = configurations(viewed), []
+    costs = viewed.k_table(k).set_index("task")
     for task, view in viewed.tasks.items():
         runs, of_task = _of(viewed, task).runs, configs[task].get("task", {})
         status = runs["status"].value_counts()
@@ -101,6 +77,8 @@ def _studies(viewed: Views) -> pd.DataFrame:
                 "planned": len(runs),
                 **counts,
                 "missing": len(runs) - sum(counts.values()),
+                "k": costs.loc[task, "k"],
+                "k_origin": costs.loc[task, "origin"],
             }
         )
     return pd.DataFrame(rows, columns=STUDIES).astype({"updates": "Int64"})
@@ -173,33 +151,6 @@ def _targets(viewed: Views) -> pd.DataFrame:
             named = target_summary(times).assign(metric=view["metric"], target=view["target"])
             frames.append(named.reindex(columns=TARGETS))
     return _together(frames, TARGETS)
-
-
-def _pairs_by_axis(
-    viewed: Views, endpoints: Mapping[str, Endpoint], plan: Plan
-) -> dict[str, pd.DataFrame]:
-    """Return the pairs of the arms at equal updates, cost, fresh data, seconds, and so on."""
-    records, methods = viewed.records, list(plan.arms)
-    found = {}
-    for axis in EQUAL:
-        tasks = endpoints
-        if axis == "environment_steps":  # only simulators count them
-            tasks = {t: e for t, e in endpoints.items() if _counted(records.done, t, axis)}
-        if tasks:
-            found[axis] = pairs(records, tasks, axis=axis, against=plan.against, methods=methods)
-    return found
-
-
-def _each_axis(
-    frames: Mapping[str, pd.DataFrame], table: Callable[[pd.DataFrame], pd.DataFrame]
-) -> pd.DataFrame:
-    """Return the table of each frame, one below the other, with what was equal in front."""
-    tables = [table(frame).assign(equal=axis) for axis, frame in frames.items()]
-    return pd.concat([t[["equal", *t.columns.drop("equal")]] for t in tables], ignore_index=True)
-
-
-def _counted(runs: pd.DataFrame, task: str, axis: str) -> bool:
-    return axis in runs and bool((runs.loc[runs["task"] == task, axis] > 0).any())
 
 
 def _together(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
