@@ -1,4 +1,4 @@
-"""What pairs of runs show, as tables: task x method, and over tasks. Never imports torch."""
+"""What pairs of runs show, a row for each task and method. Never imports torch."""
 
 from __future__ import annotations
 
@@ -7,35 +7,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from repeatlab.analysis.effects import (
-    RANKED,
-    AdjustedFinding,
-    finding,
-    holm_adjusted,
-    spread,
-    standardised,
-)
-from repeatlab.analysis.statistics import (
-    iqm,
-    probability_of_improvement,
-    stratified_interval,
-)
+from repeatlab.analysis.paired_differences import APART, DIVERGED
+from repeatlab.analysis.statistics import ALPHA, Effect, holm, paired_effect
 
 # fmt: off
 TABLE = [
     "task", "method", "against", "n", "n_missing", "n_diverged", "difference", "low", "high",
-    "interval", "median", "standardised", "standardised_low", "standardised_high", "probability",
-    "p", "p_adjusted", "least_p_adjusted", "decision", "note",
-]
-OVER_TASKS = [
-    "method", "against", "tasks", "n", "iqm", "low", "high", "mean", "probability", "note",
+    "interval", "median", "p", "p_adjusted", "least_p_adjusted", "decision", "note",
 ]
 # fmt: on
 WORDS = {1: "better", -1: "worse", 0: "undecided"}
 
 
 def comparison_table(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
-    """Return one row per task and method: what its pairs show.
+    """Return one row per task and method: what its pairs show, in the metric's unit.
 
     Args:
         frame: What `pairs` returns, one or several tasks and methods. They are one family: Holm
@@ -46,94 +31,62 @@ def comparison_table(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     Returns:
         Columns task, method, against; n, n_missing, n_diverged (pairs); difference with low, high
         and `interval` (what they invert: "sign flip", or "signed ranks" where a run diverged, of
-        the pairwise means' median; infinite below six pairs); median of the differences;
-        standardised, standardised_low and standardised_high (in units of `effects.spread`, taken as
-        known; NaN if undefined); probability that a run of the method is the better one; p,
+        the pairwise means' median; infinite below six pairs); median of the differences; p,
         p_adjusted (Holm), least_p_adjusted (what it could have been at best, given the other
         comparisons); decision ("equal" where no pair differs; "better" or "worse" where p_adjusted
         < 0.05; "undecided"; where a pair is missing nothing is decided); note.
     """
     groups = dict(list(frame.groupby(["task", "method", "against"], sort=False)))
-    findings = holm_adjusted(finding(group, seed=seed) for group in groups.values())
-    rows = [
-        dict(zip(["task", "method", "against"], key, strict=True)) | _row(groups[key], one)
-        for key, one in zip(groups, findings, strict=True)
+    effects = [
+        paired_effect(group["difference"].dropna().to_numpy(float), seed=seed)
+        for group in groups.values()
     ]
+    gaps = [int(group["difference"].isna().sum()) for group in groups.values()]
+    p = np.array([np.nan if gap else one.p for gap, one in zip(gaps, effects, strict=True)])
+    adjusted, rows = holm(p), []
+    for place, (key, group) in enumerate(groups.items()):
+        best = p.copy()
+        best[place] = effects[place].smallest_p
+        family = {"p_adjusted": adjusted[place], "least_p_adjusted": holm(best)[place]}
+        keys = dict(zip(["task", "method", "against"], key, strict=True))
+        rows.append(keys | family | _row(group, effects[place], gaps[place], adjusted[place]))
     return pd.DataFrame(rows, columns=TABLE)
 
 
-def _row(group: pd.DataFrame, adjusted: AdjustedFinding) -> dict[str, Any]:
-    one, effect = adjusted.finding, adjusted.finding.effect
-    known = group.dropna(subset="difference")
-    scale = spread(known["value"], known["other"])
+def _row(group: pd.DataFrame, effect: Effect, gaps: int, p: float) -> dict[str, Any]:
     low, high, kind = effect.interval
+    diverged = int((group["status"] == DIVERGED).sum())
+    direction = 0 if gaps else effect.direction(p)
     return {
         "n": effect.n,
-        "n_missing": one.gaps,
-        "n_diverged": one.diverged,
+        "n_missing": gaps,
+        "n_diverged": diverged,
         "difference": effect.estimate,
         "low": low,
         "high": high,
         "interval": kind,
-        "median": known["difference"].median(),
-        "standardised": effect.estimate / scale,
-        "standardised_low": low / scale,
-        "standardised_high": high / scale,
-        "probability": _probability(known),
-        "p": effect.p,
-        "p_adjusted": adjusted.p,
-        "least_p_adjusted": adjusted.least_p,
-        "decision": "equal" if effect.equal and not one.gaps else WORDS[adjusted.direction],
-        "note": one.note,
+        "median": group["difference"].dropna().median(),
+        "p": np.nan if gaps else effect.p,
+        "decision": "equal" if effect.equal and not gaps else WORDS[direction],
+        "note": "; ".join(_notes(group, effect, gaps, diverged)),
     }
 
 
-def over_tasks(frame: pd.DataFrame, *, seed: int = 0, resamples: int = 9999) -> pd.DataFrame:
-    """Return one row per method: its standardised improvement over all tasks together.
-
-    Every run's difference is `effects.standardised`; a task of which only ranks could be taken, or
-    that has no pair, is named.
-
-    Args:
-        frame: What `pairs` returns, of several tasks.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
-
-    Returns:
-        Columns method, against, tasks, n, iqm with low and high (bootstrap stratified by task),
-        mean, probability (that a run of the method is the better one, mean over tasks), note.
-    """
-    rows = []
-    for (method, against), of_method in frame.groupby(["method", "against"], sort=False):
-        strata, odds, said = [], [], []
-        for task, group in of_method.groupby("task", sort=False):
-            known = group.dropna(subset="difference")
-            if gaps := len(group) - len(known):
-                said.append(f"{task}: {gaps} of {len(group)} pairs missing")
-            if len(known):
-                columns = known[["difference", "value", "other"]].to_numpy(float)
-                values, by_ranks = standardised(*columns.T)
-                strata.append(values)
-                odds.append(_probability(known))
-                said += [f"{task}: {RANKED}"] * by_ranks
-        values = np.concatenate([np.empty(0), *strata])
-        interval = stratified_interval(strata, seed=seed, resamples=resamples)
-        rows.append(
-            {
-                "method": method,
-                "against": against,
-                "tasks": len(strata),
-                "n": len(values),
-                "iqm": float(iqm(values)) if len(values) else np.nan,
-                "low": interval.low,
-                "high": interval.high,
-                "mean": values.mean() if len(values) else np.nan,
-                "probability": np.mean(odds) if odds else np.nan,
-                "note": "; ".join(said),
-            }
-        )
-    return pd.DataFrame(rows, columns=OVER_TASKS)
-
-
-def _probability(known: pd.DataFrame) -> float:
-    return probability_of_improvement(*(known["sign"] * known[side] for side in ("value", "other")))
+def _notes(group: pd.DataFrame, effect: Effect, gaps: int, diverged: int) -> list[str]:
+    said = []
+    if gaps:
+        lost = group[group["difference"].isna()]
+        why = "without a range in common" if (lost["status"] == APART).all() else "missing"
+        known = lost["seed"].notna().all()
+        seeds = f" seed {', '.join(map(str, lost['seed']))}" if known else ""
+        said.append(f"{gaps} of {len(group)} pairs {why} ({lost['task'].iloc[0]}{seeds})")
+    if diverged:
+        worst = ", counted as worst by rank" * bool(np.isinf(group["difference"]).any())
+        said.append(f"{diverged} diverged{worst}")
+    if effect.equal:
+        said.append(f"all {effect.n} pairs are equal")
+    elif effect.n and effect.smallest_p > ALPHA:
+        ties = effect.n - effect.unequal
+        tied = f", {ties} of them ties" if ties else ""
+        said.append(f"n = {effect.n}{tied}: p cannot fall below {effect.smallest_p:.4g}")
+    return said

@@ -17,11 +17,9 @@ import pandas as pd
 
 from repeatlab.analysis.frames import AXES, LOWER_IS_BETTER, RUN_KEYS, Records, with_cost
 
-PAIR_COLUMNS = [*RUN_KEYS, "against", "status", "x", "sign", "value", "other"]
-PAIR_COLUMNS += ["difference"]
+PAIR_COLUMNS = [*RUN_KEYS, "against", "status", "x", "value", "other", "difference"]
 # Of a pair; of all but the missing ones there is a difference.
 PAIRED, DIVERGED, MISSING, APART = "paired", "diverged", "missing", "no common range"
-MEASURES = ("value", "average", "target", "speed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +29,12 @@ class Endpoint:
     Attributes:
         metric: Of the evaluations.
         split: On which split.
-        target: What a run should reach, None where the field knows no such value.
         k: A backward's time in forwards, without which nothing can be compared at equal cost. It
             differs from task to task.
     """
 
     metric: str
     split: str = "validation"
-    target: float | None = None
     k: float | None = None
 
     @property
@@ -52,7 +48,6 @@ def pairs(
     endpoints: Mapping[str, Endpoint],
     *,
     axis: str = "update",
-    measure: str = "value",
     against: str = "standard",
     methods: Sequence[str] | None = None,
 ) -> pd.DataFrame:
@@ -69,27 +64,19 @@ def pairs(
         endpoints: Task -> what is compared on it. A task that the records do not hold gives a row
             without a seed for each method, so that it is seen to be missing.
         axis: At equal what: "update", "cost", "fresh_batches", "environment_steps" or "seconds".
-        measure: "value" at the end, "average" of the metric over the axis, x until the "target"
-            (at most the largest common x, which is what a miss gets; whether a run diverged after
-            it got there does not matter), or "speed": the target's where the endpoint has one, else
-            the average.
         against: The other arm.
         methods: Which; by default all but the other arm.
 
     Returns:
         Columns task, method, seed, against, status ("paired", "diverged", "missing", "no common
-        range"), x, sign (1 where more is better), value and other (of the method and the other
+        range"), x, value and other (of the method and the other
         arm, worst possible where diverged), difference (positive: the method is better).
 
     Raises:
-        ValueError: unknown axis or measure, or a target or k is needed where there is none.
+        ValueError: unknown axis, or a k is needed where there is none.
     """
-    for name, given, known in (("axis", axis, AXES), ("measure", measure, MEASURES)):
-        if given not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; not {given!r}")
-    without = [task for task, endpoint in endpoints.items() if endpoint.target is None]
-    if measure == "target" and without:
-        raise ValueError(f"there is no target for {', '.join(without)}; measure 'speed' needs none")
+    if axis not in AXES:
+        raise ValueError(f"axis must be one of {', '.join(AXES)}; not {axis!r}")
     without = [task for task, endpoint in endpoints.items() if endpoint.k is None]
     if axis == "cost" and without:
         raise ValueError(f"k must be given for {', '.join(without)} to compare at equal cost")
@@ -111,7 +98,7 @@ def pairs(
                     for arm in (method, against)
                 ]
                 keys = {"task": task, "method": method, "seed": seed, "against": against}
-                rows.append(keys | _compare(*arms, endpoint, measure))
+                rows.append(keys | _compare(*arms, endpoint))
     return pd.DataFrame(rows, columns=PAIR_COLUMNS).astype({"seed": "Int64"})
 
 
@@ -148,46 +135,32 @@ def _curves(records: Records, endpoints: Mapping[str, Endpoint], axis: str) -> d
     return found
 
 
-def _compare(ours: _Arm, theirs: _Arm, endpoint: Endpoint, measure: str) -> dict[str, Any]:
+def _compare(ours: _Arm, theirs: _Arm, endpoint: Endpoint) -> dict[str, Any]:
     if ours.missing or theirs.missing:
         return {"status": MISSING}
-    if measure == "speed":
-        measure = "average" if endpoint.target is None else "target"
     limit = min(ours.reach(), theirs.reach())
     # Two diverged runs have no range in common, and need none: they tie.
     x = limit if np.isfinite(limit) else np.nan
-    value, other = (_read(arm, limit, endpoint, measure) for arm in (ours, theirs))
+    value, other = (_read(arm, limit, endpoint) for arm in (ours, theirs))
     if value is None or other is None:
         return {"status": APART, "x": x}
-    sign = -1 if measure == "target" else endpoint.sign
     diverged = ours.diverged or theirs.diverged or not np.isfinite([value, other]).all()
     return {
         "status": DIVERGED if diverged else PAIRED,
         "x": x,
-        "sign": sign,
         "value": value,
         "other": other,
-        "difference": 0.0 if value == other else sign * (value - other),
+        "difference": 0.0 if value == other else endpoint.sign * (value - other),
     }
 
 
-def _read(arm: _Arm, limit: float, endpoint: Endpoint, measure: str) -> float | None:
-    """Return the measure of a run up to x = `limit`, None where its evaluations do not cover it."""
+def _read(arm: _Arm, limit: float, endpoint: Endpoint) -> float | None:
+    """Return a run's metric at x = `limit`, None where its evaluations do not cover it."""
     worst = -endpoint.sign * np.inf
-    if arm.diverged and measure != "target":
+    if arm.diverged:
         return worst
-    x, values, from_start = arm.curve or (np.empty(0), np.empty(0), True)
-    if limit <= 0 or (not arm.diverged and limit < x[0] and not from_start):
+    x, values, from_start = arm.curve
+    if limit <= 0 or (limit < x[0] and not from_start):
         return None
-    if measure == "target":
-        hits = x[endpoint.sign * values >= endpoint.sign * endpoint.target]
-        return min(float(hits[0]), limit) if len(hits) else limit
     result = float(np.interp(limit, x, values))
-    if measure == "average":
-        if not from_start:
-            return None
-        inside = x < limit
-        grid = np.concatenate([[0.0], x[inside], [limit]])
-        heights = np.concatenate([values[:1], values[inside], [result]])
-        result = float(np.trapezoid(heights, grid) / limit)
     return result if np.isfinite(result) else worst

@@ -2,14 +2,13 @@
 
 Decisions rest on the sign-flip test, which is exact for every n where two arms do not differ, and
 on the interval that inverts it: p is below 0.05 iff the 95 % interval excludes 0. Below six
-differences there is no such p, and the limits are infinite. The bootstrap, which spreads too little
-with few values, serves only where no test can be inverted.
+differences there is no such p, and the limits are infinite.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -42,10 +41,10 @@ class Effect:
     """A paired effect, positive in favour of the first arm.
 
     Attributes:
-        estimate: Mean over strata of the strata's mean difference.
+        estimate: Mean difference.
         interval: Its confidence limits.
         p: Two-sided sign-flip p.
-        n: Differences, over all strata.
+        n: Differences.
         unequal: How many of them are not 0.
     """
 
@@ -72,31 +71,24 @@ class Effect:
         return int(self.interval.low > 0) - int(self.interval.high < 0)
 
 
-def paired_effect(strata: Sequence[np.ndarray], *, seed: int = 0) -> Effect:
-    """Return the effect that paired differences show, one array (n_j,) per stratum (task).
+def paired_effect(differences: np.ndarray, *, seed: int = 0) -> Effect:
+    """Return the effect that paired differences (n,) show.
 
-    Strata weigh alike, whatever their n_j. A difference may be infinite, where one run of the pair
-    is worse than any number: then a stratum alone is judged by signed ranks (Hodges and Lehmann's
-    estimate and limits, in the unit of the differences), and one among several enters as its signed
-    ranks, scaled to the root mean square 1. Whether it is so does not depend on the signs, hence
-    the test stays exact.
+    A difference may be infinite, where one run of the pair is worse than any number: then they are
+    judged by signed ranks (Hodges and Lehmann's estimate and limits, in the unit of the
+    differences). Whether it is so does not depend on the signs, hence the test stays exact.
     """
-    strata = [np.asarray(s, dtype=float) for s in strata if len(s)]
-    n = sum(map(len, strata))
-    if not n:
+    values = np.asarray(differences, dtype=float)
+    if not len(values):
         return Effect(np.nan, NO_INTERVAL, np.nan, 0, 0)
-    if len(strata) == 1 and not np.isfinite(strata[0]).all():
-        values = signed_ranks(strata[0])
-        estimate, interval = hodges_lehmann(strata[0], seed=seed)
+    if np.isfinite(values).all():
+        estimate, interval = float(values.mean()), flip_interval(values, seed=seed)
+        p = sign_flip(values, seed=seed)
     else:
-        parts = [s if np.isfinite(s).all() else unit(signed_ranks(s)) for s in strata]
-        weights = np.concatenate([np.full(len(s), 1 / (len(s) * len(parts))) for s in parts])
-        values = weights * np.concatenate(parts)
-        estimate = float(values.sum())
-        interval = flip_interval(np.concatenate(parts), weights, seed=seed)
-    p = sign_flip(values, seed=seed)
+        estimate, interval = hodges_lehmann(values, seed=seed)
+        p = sign_flip(signed_ranks(values), seed=seed)
     unequal = int(np.count_nonzero(values))
-    return Effect(estimate, _agreeing(interval, p, estimate), p, n, unequal)
+    return Effect(estimate, _agreeing(interval, p, estimate), p, len(values), unequal)
 
 
 def _agreeing(interval: Interval, p: float, estimate: float) -> Interval:
@@ -111,11 +103,6 @@ def _agreeing(interval: Interval, p: float, estimate: float) -> Interval:
     if low <= 0 <= high:
         low, high = (beyond, high) if estimate > 0 else (low, -beyond)
     return Interval(low, high, kind)
-
-
-def unit(values: np.ndarray) -> np.ndarray:
-    """Return `values` scaled to the root mean square 1."""
-    return values / np.sqrt(np.mean(values**2))
 
 
 def sign_flip(
@@ -163,35 +150,32 @@ def smallest_p(n: int, *, exact_up_to: int = EXACT_UP_TO, resamples: int = RESAM
 
 def flip_interval(
     values: np.ndarray,
-    weights: np.ndarray | None = None,
     *,
     level: float = LEVEL,
     seed: int = 0,
     exact_up_to: int = EXACT_UP_TO,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """Return the shifts of `values` (n,) that the sign flip of their weighted sum does not reject.
+    """Return the shifts of `values` (n,) that the sign flip of their sum does not reject.
 
     With the signs of some values less a shift turned, the sum is as far from 0 as it was iff the
-    shift lies between the weighted mean of these values and that of the others. So the limits are
-    order statistics of such means: exact, or of random sets above `exact_up_to`.
+    shift lies between the mean of these values and that of the others. So the limits are order
+    statistics of such means: exact, or of random sets above `exact_up_to`.
     """
     values = np.asarray(values, dtype=float)
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     if not len(values):
         return NO_INTERVAL
-    weighted = weights * values
     if len(values) <= exact_up_to:  # the sets without the first value; the others are their rests
-        sums, masses = (_subset_sums(each[1:]) for each in (weighted, weights))
+        sums, counts = (_subset_sums(each[1:]) for each in (values, np.ones(len(values))))
     else:
-        signs = _random_signs(len(values), seed, resamples)
-        sums, masses = (np.append(0.0, (signs @ e + e.sum()) / 2) for e in (weighted, weights))
-    dust = 0.5e-12 * np.abs(weighted).sum()  # what counts as 0 in `sign_flip`
+        turned = (_random_signs(len(values), seed, resamples) + 1) / 2
+        sums, counts = (np.append(0.0, part) for part in (turned @ values, turned.sum(axis=1)))
+    dust = 0.5e-12 * np.abs(values).sum()  # what counts as 0 in `sign_flip`
     means = []
     with np.errstate(invalid="ignore", divide="ignore"):
-        for part, mass in ((sums, masses), (weighted.sum() - sums, weights.sum() - masses)):
-            means.append(np.where(np.abs(part) <= dust, 0.0, part) / mass)
-    none = (masses <= 0) | (masses >= weights.sum())  # nothing turned, or all: always as far
+        for part, count in ((sums, counts), (values.sum() - sums, len(values) - counts)):
+            means.append(np.where(np.abs(part) <= dust, 0.0, part) / count)
+    none = (counts <= 0) | (counts >= len(values))  # nothing turned, or all: always as far
     least = ceil(round((1 - level) * len(sums), 9)) - 1
     low = np.partition(np.where(none, -np.inf, np.minimum(*means)), least)[least]
     high = np.partition(np.where(none, -np.inf, -np.maximum(*means)), least)[least]
@@ -251,7 +235,7 @@ def hodges_lehmann(
     return centre, Interval(float(limits[low]), float(limits[middle + 1 + high]), "signed ranks")
 
 
-# --- several comparisons, several tasks -------------------------------------------------------
+# --- several comparisons ----------------------------------------------------------------------
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -267,53 +251,3 @@ def holm(p: Sequence[float]) -> np.ndarray:
     result = np.empty(len(p))
     result[order] = np.minimum(adjusted, 1.0)
     return np.where(np.isnan(p), np.nan, result)
-
-
-def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Return how often one of `ours` (n,) is above one of `theirs` (m,), ties half; NaN of none.
-
-    Source: Agarwal et al. 2021 (rliable), the Mann-Whitney statistic of a task.
-    """
-    a, b = np.asarray(ours, dtype=float)[:, None], np.asarray(theirs, dtype=float)[None]
-    return float(((a > b) + 0.5 * (a == b)).mean()) if a.size and b.size else np.nan
-
-
-def iqm(values: np.ndarray) -> np.ndarray:
-    """Return the interquartile mean along the last axis: without the lowest and highest quarter.
-
-    A quarter of n values is rounded down, as in rliable (Agarwal et al. 2021).
-
-    >>> float(iqm(np.arange(1, 11))), float(iqm([0, 1, 2, 3, 100]))
-    (5.5, 2.0)
-    """
-    values = np.sort(np.asarray(values, dtype=float), axis=-1)
-    cut = values.shape[-1] // 4
-    return values[..., cut : values.shape[-1] - cut].mean(axis=-1)
-
-
-def stratified_interval(
-    strata: Sequence[np.ndarray],
-    statistic: Callable[[np.ndarray], np.ndarray] = iqm,
-    *,
-    level: float = LEVEL,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Interval:
-    """Return percentile limits of a statistic of all strata's values together (rliable).
-
-    Each stratum, the runs of one task, is resampled within itself, so that every task keeps its
-    number of runs. The tasks are taken as given: nothing is said of others.
-
-    Args:
-        strata: One array (n_j,) per task.
-        statistic: A function of an array (resamples, sum of n_j) along its last axis.
-    """
-    strata = [np.asarray(s, dtype=float) for s in strata if len(s)]
-    if not strata or min(map(len, strata)) < 2:
-        return NO_INTERVAL
-    random = np.random.default_rng(seed)
-    drawn = [s[random.integers(len(s), size=(resamples, len(s)))] for s in strata]
-    values = statistic(np.concatenate(drawn, axis=-1))
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.quantile(values, tails, method="inverted_cdf")  # no mean of two infinities
-    return Interval(float(low), float(high), "percentile")

@@ -31,37 +31,6 @@ def kaplan_meier(times: np.ndarray, reached: np.ndarray, *, level: float = 0.95)
     return np.column_stack([*columns, limits.high.probabilities])
 
 
-def restricted_mean(times: np.ndarray, reached: np.ndarray, horizon: float) -> float:
-    """Return the mean of min(time, horizon): the area under the Kaplan-Meier curve up to it.
-
-    Where every run was followed up to the horizon it is the plain mean with each miss at the
-    horizon.
-    """
-    curve = kaplan_meier(times, reached)
-    inside = curve[curve[:, 0] < horizon]
-    edges = np.concatenate([[0.0], inside[:, 0], [horizon]])
-    return float(np.diff(edges) @ np.concatenate([[1.0], inside[:, 1]]))
-
-
-def log_rank(
-    times: np.ndarray, reached: np.ndarray, other_times: np.ndarray, other_reached: np.ndarray
-) -> float:
-    """Return the two-sided p of the log-rank test, NaN where no run of either arm got there.
-
-    1 where nothing could have gone otherwise: whenever a run got there, all that were still looked
-    at did, or they were of one arm. It takes the arms as independent, hence it wastes what pairing
-    by seed gains.
-    """
-    from scipy.stats import logrank
-
-    if not np.any(reached) and not np.any(other_reached):
-        return np.nan
-    ours, theirs = _censored(times, reached), _censored(other_times, other_reached)
-    with np.errstate(invalid="ignore"):
-        p = float(logrank(ours, theirs).pvalue)
-    return 1.0 if np.isnan(p) else p
-
-
 def _censored(times: np.ndarray, reached: np.ndarray):
     from scipy.stats import CensoredData
 

@@ -62,8 +62,7 @@ class Views:
     def endpoints(self, k: float | None = None) -> dict[str, Endpoint]:
         """Return what is compared on each task; `k` as for the method of this name."""
         return {
-            task: Endpoint(metric=self.tasks[task]["metric"], k=k)
-            for task, k in self.k(k).items()
+            task: Endpoint(metric=self.tasks[task]["metric"], k=k) for task, k in self.k(k).items()
         }
 
 

@@ -1,7 +1,7 @@
 """Where measurements of a task's speed lie, and k, which every axis of cost takes from them.
 
-    runs/measurements/<key>.json  what `repeatlab measure` found; the key follows from the task, the
-                                  device and its threads
+runs/measurements/<key>.json  what `repeatlab measure` found; the key follows from the task, the
+                              device and its threads
 """
 
 from __future__ import annotations

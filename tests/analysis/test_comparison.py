@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
-from repeatlab.analysis.comparison import comparison_table, over_tasks
-from repeatlab.analysis.effects import all_parts_p, finding, holm_adjusted
+from repeatlab.analysis.comparison import comparison_table
+from repeatlab.analysis.declaration import Goal
+from repeatlab.analysis.evidence import updates_until
 from repeatlab.analysis.frames import Records, final_table, load, to_target, together, with_cost
 from repeatlab.analysis.paired_differences import Endpoint, pairs
 from repeatlab.analysis.statistics import flip_interval, holm, sign_flip
@@ -160,39 +160,6 @@ def test_the_cost_is_the_ledgers(records):
     assert with_cost(old, 2.0)["cost"].tolist() == [7 + 2 * 5 + 3 * 3] * 2
 
 
-def test_time_to_target_counts_a_miss_at_the_end_of_what_both_cover(records):
-    runs = {
-        ("t", "standard", 0): [0.1, 0.5, 0.9],
-        ("t", "linear", 0): [0.1, 0.9, 0.9],
-        ("t", "standard", 1): [0.1, 0.5, 0.6],
-        ("t", "linear", 1): [0.1, 0.5, 0.9],
-        ("t", "standard", 2): [0.1, 0.5, 0.6],
-        ("t", "linear", 2): [0.1, 0.2, 0.3],
-    }
-    endpoint = {"t": Endpoint(metric="accuracy", target=0.9)}
-    frame = pairs(records(runs), endpoint, measure="target")
-    assert frame["value"].tolist() == [10, 20, 20]
-    assert frame["other"].tolist() == [20, 20, 20]
-    assert frame["difference"].tolist() == [10, 0, 0]
-
-
-def test_the_average_is_the_area_under_the_curve(records):
-    runs = {("t", "standard", 0): [0.0, 1.0, 1.0], ("t", "linear", 0): [0.0, 0.0, 1.0]}
-    frame = pairs(records(runs), {"t": ACCURACY}, measure="average")
-    assert frame[["value", "other"]].to_numpy().tolist() == [[0.25, 0.75]]
-    # Calibration for half of the range, when the run is what it was at first, pushes it back.
-    late = records(runs, calibration={"linear": 10 * BATCH}, name="late")
-    assert pairs(late, {"t": ACCURACY}, measure="average", axis="cost")["value"].item() == 0.0
-
-
-def test_speed_is_the_target_where_there_is_one(records):
-    runs = {(task, arm, 0): [0.0, 0.6, 0.8] for task in "ab" for arm in ("standard", "linear")}
-    endpoints = {"a": Endpoint(metric="accuracy", target=0.6), "b": ACCURACY}
-    frame = pairs(records(runs), endpoints, measure="speed").set_index("task")
-    assert frame.loc["a", "value"] == 10
-    assert frame.loc["b", "value"] == pytest.approx((0.3 + 0.7) / 2)
-
-
 def test_a_split_that_was_read_once_has_no_other_range(records):
     """Only the end was evaluated: at the same end it compares, before it nothing is known."""
     study = records({("t", "standard", 0): [0.0, 0.5, 0.8], ("t", "twice", 0): [0.0, 0.5, 0.9]})
@@ -216,8 +183,6 @@ def test_what_was_not_counted_cannot_be_compared_on(records):
     ("options", "message"),
     [
         ({"axis": "epoch"}, "axis must be one of update, .*; not 'epoch'"),
-        ({"measure": "best"}, "measure must be one of value, .*; not 'best'"),
-        ({"measure": "target"}, "there is no target for t;"),
         ({"axis": "cost"}, "k must be given for t to compare at equal cost"),
     ],
 )
@@ -248,14 +213,13 @@ def test_a_diverged_run_is_worst_and_two_tie(records):
     row = comparison_table(frame).iloc[0]
     assert (row["n"], row["n_diverged"], row["n_missing"]) == (4, 4, 0)
     assert row["interval"] == "signed ranks"
-    assert np.isnan(row["standardised"])
     assert "4 diverged, counted as worst by rank" in row["note"]
     as_loss = records(runs, metric="loss", name="other")
     assert pairs(as_loss, {"t": LOSS})["difference"].tolist() == [-np.inf, np.inf, 0, -np.inf]
 
 
 def test_what_a_run_did_after_it_reached_the_target_does_not_matter(records):
-    """Pairs, times to target and their survival curve say the same of one that diverged later."""
+    """Times to target and their survival curve say the same of one that diverged later."""
     runs = {
         ("t", "standard", 0): [0.1, 0.5, 0.9],
         ("t", "linear", 0): ([0.5, 0.9], "diverged"),
@@ -265,10 +229,9 @@ def test_what_a_run_did_after_it_reached_the_target_does_not_matter(records):
         ("t", "linear", 2): ([0.1, 0.1], "diverged"),
     }
     study = records(runs)
-    frame = pairs(study, {"t": Endpoint(metric="accuracy", target=0.4)}, measure="target")
-    assert frame["value"].tolist() == [0, np.inf, 20]
-    assert frame["other"].tolist() == [10, 10, 20]
-    assert frame["difference"].tolist() == [10, -np.inf, 0]
+    goal, rows = Goal("accuracy", 0.4, 20), study.measured("accuracy", "validation")
+    until = {m: updates_until(run, goal, 20) for m, run in rows.groupby(["method", "seed"])}
+    assert [until["linear", seed] for seed in range(3)] == [0, 20, 20]
     times = to_target(study.evals, "accuracy", 0.4).set_index(["method", "seed"])
     assert times["reached"].tolist() == [True, True, True, False, True, False]
     ours = times.loc["linear"]
@@ -339,7 +302,6 @@ def test_no_records_no_rows():
     frame = pairs(together({}), {"t": ACCURACY})
     assert frame.empty
     assert comparison_table(frame).empty
-    assert over_tasks(frame).empty
 
 
 def test_studies_together_keep_their_tasks_apart(records):
@@ -369,26 +331,15 @@ def study(records) -> Records:
     return records(runs)
 
 
-def _spread(ours, theirs) -> float:
-    """Return the sd within arms, pooled, with the better runs taken to be all of one arm."""
-    arms = [np.maximum(ours, theirs), np.minimum(ours, theirs)]
-    return np.sqrt(np.mean([np.var(arm, ddof=1) for arm in arms]))
-
-
 def test_a_row_is_the_paired_analysis_of_its_task(study):
     frame = pairs(study, {"a": ACCURACY, "b": ACCURACY})
     table = comparison_table(frame, seed=1)
     for row in table.itertuples():
         mine = frame[(frame["task"] == row.task) & (frame["method"] == row.method)]
-        d, other = mine["difference"].to_numpy(), mine["other"].to_numpy()
+        d = mine["difference"].to_numpy()
         assert row.difference == pytest.approx(d.mean())
         assert (row.low, row.high, row.interval) == flip_interval(d)
-        sd = _spread(mine["value"], mine["other"])
-        assert row.standardised == pytest.approx(d.mean() / sd)
-        assert row.standardised_low == pytest.approx(row.low / sd)
         assert row.p == sign_flip(d)
-        u = stats.mannwhitneyu(mine["value"], other).statistic
-        assert row.probability == pytest.approx(u / 64)
     assert table["p_adjusted"].tolist() == pytest.approx(holm(table["p"]).tolist())
     pd.testing.assert_frame_equal(table, comparison_table(frame, seed=1))
 
@@ -399,40 +350,6 @@ def test_p_could_have_been_so_small_at_best(study):
         best = table["p"].to_numpy().copy()
         best[place] = 2**-7
         assert table["least_p_adjusted"][place] == pytest.approx(holm(best)[place])
-
-
-def test_pooled_units_do_not_change_when_a_pair_is_swapped(study):
-    frame = pairs(study, {"a": ACCURACY, "b": ACCURACY}, methods=["up"])
-    one = finding(frame)
-    swapped = frame.copy()
-    turn = swapped["seed"] % 2 == 0
-    swapped.loc[turn, ["value", "other"]] = frame.loc[turn, ["other", "value"]].to_numpy()
-    swapped["difference"] = swapped["value"] - swapped["other"]
-    scale = {t: _spread(g["value"], g["other"]) for t, g in frame.groupby("task")}
-    for rows, found in ((frame, one), (swapped, finding(swapped))):
-        scaled = rows["difference"] / rows["task"].map(scale)
-        assert found.effect.estimate == pytest.approx(scaled.groupby(rows["task"]).mean().mean())
-
-
-def test_pooling_does_not_mind_the_unit_of_a_task(study):
-    frame = pairs(study, {"a": ACCURACY, "b": ACCURACY}, methods=["up"])
-    scaled = frame.copy()
-    other = scaled["task"] == "b"
-    scaled.loc[other, ["value", "other", "difference"]] *= 1000.0
-    assert finding(scaled).effect.estimate == pytest.approx(finding(frame).effect.estimate)
-    assert finding(scaled).p == pytest.approx(finding(frame).p)
-
-
-def test_over_tasks_is_the_trimmed_mean_of_standardised_differences(study):
-    frame = pairs(study, {"a": ACCURACY, "b": ACCURACY})
-    table = over_tasks(frame, seed=2, resamples=500).set_index("method")
-    for method, mine in frame.groupby("method"):
-        parts = [g["difference"] / _spread(g["value"], g["other"]) for _, g in mine.groupby("task")]
-        row = table.loc[method]
-        assert row["iqm"] == pytest.approx(stats.trim_mean(np.concatenate(parts), 0.25))
-        assert row["low"] < row["iqm"] < row["high"]
-        assert (row["tasks"], row["n"]) == (2, 16)
-    assert table.loc["up", "probability"] > table.loc["same", "probability"]
 
 
 def _pairs(values: dict[str, tuple[list[float], list[float]]]) -> pd.DataFrame:
@@ -448,67 +365,10 @@ def _pairs(values: dict[str, tuple[list[float], list[float]]]) -> pd.DataFrame:
     return frame.assign(difference=frame["value"] - frame["other"])
 
 
-def test_a_standardised_effect_does_not_saturate():
-    """The sd of both arms joined holds the effect: of three seeds nothing could exceed 1.83."""
-    noise = np.array([0.0, 1.0, 2.0])
-    apart = {shift: ((noise + shift).tolist(), noise.tolist()) for shift in (10.0, 1000.0)}
-    for shift, values in apart.items():
-        frame = _pairs({"a": values, "b": values})
-        assert finding(frame).effect.estimate == pytest.approx(shift)  # the sd within arms is 1
-        assert over_tasks(frame, resamples=9)["iqm"].item() == pytest.approx(shift)
-
-
-def test_a_negligible_difference_on_one_task_does_not_decide_the_pool():
-    random = np.random.default_rng(0)
-    noise = {task: (random.normal(size=8), random.normal(size=8)) for task in "abcde"}
-    start = random.normal(size=8)
-    one = finding(_pairs(noise | {"tiny": (start + 1e-9, start)})).effect
-    without = finding(_pairs(noise | {"tiny": (start, start)})).effect
-    assert one.estimate == pytest.approx(without.estimate, abs=1e-6)
-    assert one.p == pytest.approx(without.p, abs=0.02)  # of random signs
-
-
-@pytest.mark.parametrize("seeds", [3, 5, 8])
-def test_equal_fractions_have_no_spread(seeds):
-    """Of equal fractions numpy's sd is often not 0: what is divided by it is any number."""
-    for fraction in (0.95, 1 / 3, 0.1):
-        frame = _pairs(
-            {"a": ([0.9] * seeds, [fraction] * seeds), "b": (list(range(seeds)), [1.0] * seeds)}
-        )
-        table = comparison_table(frame).set_index("task")
-        assert np.isnan(table.loc["a", "standardised"])
-        both = over_tasks(frame, resamples=9).iloc[0]
-        assert both["note"] == finding(frame).note.split("; ")[-1]
-        assert both["note"] == "a: by signed ranks, as it has no sd"
-        assert both["mean"] == pytest.approx(finding(frame).effect.estimate)
-
-
-def test_a_task_on_which_the_standard_arm_is_perfect_counts():
-    """Dropping it, as its own sd is 0, would drop what speaks against the method."""
-    frame = _pairs({"perfect": ([0.5, 0.7, 0.6], [1.0] * 3), "t": ([3.0, 4, 5], [2.0, 3, 4])})
-    table = over_tasks(frame, resamples=9).iloc[0]
-    assert (table["tasks"], table["note"]) == (2, "")
-    assert table["mean"] < 0
-    assert table["mean"] == pytest.approx(finding(frame).effect.estimate)
-
-
 def test_pairs_without_any_difference_are_equal_not_few():
     values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
     row = comparison_table(_pairs({"t": (values, values)})).iloc[0]
     assert (row["decision"], row["note"]) == ("equal", "all 8 pairs are equal")
-    assert str(*holm_adjusted([finding(_pairs({"t": (values, values)}))])).endswith(
-        "n = 8 (equal in all pairs)"
-    )
-    flat = _pairs({"t": ([1.0] * 8, [1.0] * 8), "u": (values, values)})
-    assert finding(flat).effect.equal
-    assert over_tasks(flat, resamples=9)["tasks"].item() == 2
-
-
-def test_over_tasks_says_what_it_lacks(mixed):
-    table = over_tasks(pairs(mixed, {"t": ACCURACY, "nowhere": ACCURACY}), resamples=99)
-    row = table.set_index("method").loc["lost"]
-    assert (row["tasks"], row["n"]) == (1, 6)
-    assert row["note"] == "t: 2 of 8 pairs missing; nowhere: 1 of 1 pairs missing"
 
 
 def test_a_family_of_seven_cannot_be_decided_with_eight_seeds(records):
@@ -520,63 +380,3 @@ def test_a_family_of_seven_cannot_be_decided_with_eight_seeds(records):
     for methods, decision in ((list("abcdef"), "better"), (list("abcdefg"), "undecided")):
         frame = pairs(study, {"t": ACCURACY}, methods=methods)
         assert set(comparison_table(frame)["decision"]) == {decision}
-
-
-def test_a_task_without_spread_counts_by_its_ranks(records):
-    runs = {}
-    for seed in range(3):
-        runs |= {("flat", "standard", seed): [0, 1.0], ("flat", "a", seed): [0, 2.0]}
-        runs |= {("t", "standard", seed): [0, 1.0 * seed], ("t", "a", seed): [0, 2.0]}
-    frame = pairs(records(runs), {"flat": ACCURACY, "t": ACCURACY})
-    row = over_tasks(frame, resamples=99).iloc[0]
-    assert (row["tasks"], row["n"]) == (2, 6)
-    assert row["note"] == "flat: by signed ranks, as it has no sd"
-    # Three equal differences are one sd each, whatever they are; those of t are 2, 1, 0.
-    assert row["mean"] == pytest.approx((3 + 3 / np.sqrt(0.25 + 1 / 4)) / 6)
-    flat = comparison_table(frame).iloc[0]
-    assert flat["difference"] == 1.0
-    assert np.isnan(flat["standardised"])
-
-
-# --- among others -----------------------------------------------------------------------------
-
-
-def _finding(*differences: float):
-    d = np.array(differences)
-    columns = {"task": "t", "status": "paired", "value": d, "other": 0.0, "difference": d}
-    return finding(pd.DataFrame(columns))
-
-
-UP, DOWN = _finding(*range(1, 9)), _finding(*range(-8, 0))
-FLAT = _finding(1, -1, 1, -1, 1, -1, 1, -1.5)
-NOTHING = finding(pd.DataFrame(columns=["task", "status", "value", "other", "difference"]))
-
-
-def test_all_parts_must_hold_and_the_weakest_decides():
-    weak = _finding(1, 2, 3, 4, 5, 6, 7, -1)
-    assert all_parts_p([UP, weak]) == (weak.p, 1)
-    assert all_parts_p([UP, UP]) == (UP.p, 1)
-
-
-def test_a_part_reversed_is_counted_among_the_parts():
-    assert all_parts_p([UP, DOWN, UP]) == (3 * DOWN.p, -1)
-    # What is needed besides has to hold, and reverses nothing.
-    assert all_parts_p([UP], [UP]) == (UP.p, 1)
-    assert all_parts_p([UP, UP], [DOWN]) == (1.0, 0)
-    assert all_parts_p([UP, DOWN], [DOWN]) == (2 * DOWN.p, -1)
-    assert all_parts_p([UP, FLAT]) == (pytest.approx(min(1, 2 * FLAT.p)), 0)
-
-
-def test_no_claim_without_all_parts():
-    for parts in ([], [UP, NOTHING]):
-        p, direction = all_parts_p(parts)
-        assert np.isnan(p)
-        assert direction == 0
-
-
-def test_a_finding_is_adjusted_with_all_that_share_the_level():
-    seven = _finding(1, -1, 1, -1, 1, -1, 1.5)
-    one, other = holm_adjusted([UP, seven], [0.5])
-    assert one.p == one.least_p == 3 * 2**-7
-    assert other.least_p == 2 * 2**-6  # the first is smaller still, and goes first
-    assert one.family == 3

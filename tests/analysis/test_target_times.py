@@ -11,10 +11,8 @@ from scipy import stats
 from repeatlab.analysis.target_times import (
     algoperf_scores,
     kaplan_meier,
-    log_rank,
     performance_profile,
     ratios_to_best,
-    restricted_mean,
 )
 
 TIMES = np.array([10.0, 20.0, 20.0, 30.0, 40.0, 50.0])
@@ -35,47 +33,6 @@ def test_curve_and_limits_are_scipys():
     np.testing.assert_allclose(curve[:, 1], found.probabilities)
     np.testing.assert_allclose(curve[:, 2], limits.low.probabilities)
     np.testing.assert_allclose(curve[:, 3], limits.high.probabilities)
-
-
-@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=12))
-def test_followed_to_the_horizon_the_restricted_mean_is_plain(runs):
-    # Every run that missed was looked at until the horizon, as all runs of one budget are.
-    times = np.array([time if hit else 40 for time, hit in runs], dtype=float)
-    reached = np.array([hit for _, hit in runs])
-    assert restricted_mean(times, reached, 40) == pytest.approx(times.mean())
-
-
-def test_the_restricted_mean_is_the_area_under_the_curve():
-    s = kaplan_meier(TIMES, REACHED)[:, 1]
-    assert restricted_mean(TIMES, REACHED, 35) == pytest.approx(
-        10 + 10 * s[0] + 10 * s[1] + 5 * s[2]
-    )
-    assert restricted_mean(TIMES, REACHED, 5) == 5
-
-
-def test_the_log_rank_test_by_hand():
-    a, b = np.array([1.0, 3.0]), np.array([2.0, 4.0])
-    every = np.array([True, True])
-    # At 1: 2 and 2 at risk; at 2: 1 and 2; at 3: 1 and 1; at 4: 0 and 1.
-    expected = 2 / 4 + 1 / 3 + 1 / 2 + 0
-    variance = 1 / 4 + 2 / 9 + 1 / 4
-    z = (2 - expected) / np.sqrt(variance)
-    assert log_rank(a, every, b, every) == pytest.approx(2 * stats.norm.sf(abs(z)))
-
-
-def test_runs_that_got_there_together_do_not_differ():
-    once = np.array([True])
-    assert log_rank([5.0], once, [5.0], once) == 1
-    assert log_rank([5.0, 5.0], [True, True], [5.0], once) == 1
-    # Nobody of the other arm was looked at any more when this run got there.
-    assert log_rank([9.0], once, [5.0], ~once) == 1
-    # One after the other: of two at risk one was expected, by halves; of one, itself.
-    assert log_rank([5.0], once, [9.0], once) == pytest.approx(2 * stats.norm.sf(1))
-
-
-def test_no_log_rank_where_no_run_got_there():
-    never = np.array([False, False])
-    assert np.isnan(log_rank([5, 5], never, [5, 5], never))
 
 
 def test_scores_by_hand():

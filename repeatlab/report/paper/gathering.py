@@ -1,8 +1,8 @@
 """What the paper is made of, gathered from run store and figures into one directory.
 
 tables/<name>.csv, .tex   what `tables.every_table` returns
-verdicts.json             of each hypothesis criterion, verdict in every view, sentence, numbers, and
-                          the plan that it follows: digest, n, margin, changes
+verdicts.json             of each hypothesis criterion, verdict in every view, sentence, numbers,
+                          and the plan that it follows: digest, n, margin, changes
 banner.json               profile, data, scale, seeds, hardware, commits
 rules.json                what was decided beforehand: arms, controls, margin, windows, level
 figures.json, figures/    figures by section; `file` is null where there is none

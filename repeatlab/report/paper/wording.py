@@ -116,6 +116,8 @@ def effect(one: Comparison) -> str:
     """Return a comparison in words: "saved 4 % of the updates (95 %: -3 % to 10 %)"."""
     numbers = one.numbers()
     limits = f"(95 %: {percent(numbers['low'])} to {percent(numbers['high'])})"
+    if one.effect.smallest_p >= ALPHA:
+        limits = "(with so few seeds there are no limits)"
     share = numbers["saved"]
     if isinf(share):
         return f"was worse than the standard arm at every budget {limits}"
