@@ -1,7 +1,6 @@
 """Does a method hold from task to task? Never imports torch.
 
-Improvements are standardised: paired differences to the standard arm in the standard deviation
-within arms (`analysis.effects.spread`), positive where the method is better.
+Effects are per cent of updates saved, as `analysis.plan_tables` has them.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from repeatlab.figures.intervals import interval_rows, is_decided, least_words
+from repeatlab.figures.intervals import interval_rows
 from repeatlab.figures.look import (
     caption,
-    colour,
     in_order,
     label,
     line,
@@ -35,46 +33,49 @@ from repeatlab.figures.look import (
     zero_line,
 )
 
-FAR = 3.0  # standard deviations at which the colours end
+FAR = 50.0  # per cent of updates saved at which the colours end
 SHADES = "PuOr"  # violet is better, orange worse: colour-blind safe
+SHARES = ["saved", "low", "high", "mean", "new_low", "new_high"]
 
 
 @style()
-def heat_map(table: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
-    """Draw the standardised improvement and its interval, method by task; to the right over tasks.
+def heat_map(arms: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
+    """Draw the updates saved and their interval, arm by task; to the right over these tasks.
 
     A frame marks what is decided.
 
     Args:
-        table: What `comparison.comparison_table` returns, of several tasks.
-        pooled: What `comparison.over_tasks` returns.
+        arms: The table "arms" of `plan_tables`.
+        pooled: The table "over_tasks".
     """
-    methods, tasks = in_order(table["method"]), list(table["task"].unique())
+    methods, tasks = in_order(pooled["arm"]), list(arms["task"].unique())
     figure, ((axes,),) = panels(1, 1, height=0.85 + 0.27 * max(3, len(methods)))
     rows_of(axes, [label(method) for method in methods])
     columns = {task: x for x, task in enumerate(tasks)}
     last = len(tasks) + 0.15
-    for row, framed in zip(table.itertuples(), is_decided(table), strict=True):
-        limits = (row.standardised_low, row.standardised_high)
-        place = (columns[row.task], methods.index(row.method))
-        _cell(axes, place, row.standardised, limits, n=row.n, framed=framed)
-    for row in pooled.itertuples():
-        place = (last, methods.index(row.method))
-        _cell(axes, place, row.iqm, (row.low, row.high), n=row.n, nothing="none")
+    rows = pd.concat([arms, pooled.assign(task="")])
+    for row in _in_per_cent(rows).itertuples():
+        place = (columns.get(row.task, last), methods.index(row.arm))
+        framed = row.state in ("better", "worse")
+        _cell(axes, place, row.saved, (row.low, row.high), framed=framed)
     axes.set_xlim(-0.5, len(tasks) + 0.65)
     axes.set_ylim(max(1, len(methods)) - 0.5, -0.5)
-    heads = [f"{task}\n{said_n(n[n > 0])}" for task, n in table.groupby("task", sort=False)["n"]]
-    axes.set_xticks([*range(len(tasks)), last], [*heads, f"IQM over\n{_tasks(pooled)}"])
+    heads = [f"{task}\n{said_n(n)}" for task, n in arms.groupby("task", sort=False)["seeds"]]
+    axes.set_xticks([*range(len(tasks)), last], [*heads, "these tasks\ntogether"])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    decided = least_words([table], "framed: decided after Holm over tasks and methods")
     figure.supxlabel(
-        "improvement on standard in sd within arms, [95 % interval]; positive is better\n"
-        f"{decided}; blank: not planned",
+        "% of updates saved against standard, [95 % interval]; positive is better\n"
+        "framed: decided after Holm; blank: no runs to compare",
         fontsize=7,
     )
     return figure
+
+
+def _in_per_cent(table: pd.DataFrame) -> pd.DataFrame:
+    known = [name for name in SHARES if name in table]
+    return table.assign(**{name: 100 * table[name].astype(float) for name in known})
 
 
 def _cell(
@@ -83,73 +84,59 @@ def _cell(
     value: float,
     limits: tuple[float, float],
     *,
-    n: int,
-    framed: bool = False,
-    nothing: str = "no pair",
+    framed: bool,
 ) -> None:
     x, y = place
     box = (x - 0.48, y - 0.45)
-    if np.isnan(value):
-        axes.add_patch(Rectangle(box, 0.96, 0.9, facecolor="white", edgecolor="#DDDDDD", lw=0.5))
-        words = {0: nothing, 1: "n = 1"}.get(n, "no spread")
-        axes.text(x, y, words, ha="center", va="center", fontsize=5.5, color="#999999")
-        return
     shade = mpl.colormaps[SHADES](Normalize(-FAR, FAR, clip=True)(value))
     frame = {"edgecolor": "black", "lw": 1.3, "zorder": 3} if framed else {"edgecolor": "none"}
     axes.add_patch(Rectangle(box, 0.96, 0.9, facecolor=shade, **frame))
     ink = "white" if np.dot(shade[:3], (0.3, 0.59, 0.11)) < 0.5 else "black"
     drawn = {"ha": "center", "color": ink, "zorder": 4}
-    bounded = bool(np.isfinite(limits).any())
     heavy = {"fontsize": 7, "weight": "bold" if framed else "normal"}
-    axes.text(x, y, _short(value), va="bottom" if bounded else "center", **heavy, **drawn)
-    if bounded:
-        words = "[{}, {}]".format(*map(_short, limits))
-        axes.text(x, y + 0.03, words, va="top", fontsize=5.5, **drawn)
+    axes.text(x, y, _short(value), va="bottom", **heavy, **drawn)
+    words = "[{}, {}]".format(*map(_short, limits))
+    axes.text(x, y + 0.03, words, va="top", fontsize=5.5, **drawn)
 
 
 def _short(value: float) -> str:
-    """Return two digits with a sign, none behind the point from 10 on."""
+    """Return whole per cent with a sign."""
     if np.isinf(value):
         return "+\u221e" if value > 0 else "\u2212\u221e"
-    digits = 0 if abs(value) >= 9.95 else 1 if abs(value) >= 0.095 else 2
-    text = f"{value:+.{digits}f}" if abs(value) >= 0.005 else "0"
-    return text.replace("-", "\u2212")
+    return f"{value:+.0f}".replace("-", "\u2212") if abs(value) >= 0.5 else "0"
 
 
 @style()
-def over_all_tasks(pooled: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Draw each method's interquartile mean over tasks, and the probability that it is better.
+def over_all_tasks(pooled: pd.DataFrame) -> Figure:
+    """Draw each arm's effect on these tasks, and what a new task of the kind would show.
 
     Args:
-        pooled: What `comparison.over_tasks` returns.
-        table: What `comparison.comparison_table` returns of the same pairs: its probabilities are
-            the ticks, one per task.
+        pooled: The table "over_tasks" of `plan_tables`.
     """
-    methods = in_order(pooled["method"])
+    methods = in_order(pooled["arm"])
     height = 1.0 + 0.165 * max(4, len(methods))
-    figure, ((left, right),) = panels(1, 2, height=height, sharey=True)
-    found = pooled.rename(columns={"iqm": "estimate"})
-    interval_rows(left, found, methods, missing="no estimate")
-    zero_line(left)
-    left.set_xlabel("interquartile mean of the improvement,\nin sd within arms; 95 % bootstrap")
-    zero_line(right, 0.5)
-    for place, method in enumerate(methods):
-        shade = colour(method)
-        ticks = table.loc[table["method"] == method, "probability"].dropna()
-        right.plot(ticks, [place] * len(ticks), "|", ms=5, mew=0.8, color=shade)
-        mean = pooled.loc[pooled["method"] == method, "probability"]
-        right.plot(mean, [place] * len(mean), marker(method), ms=4.5, color=shade)
-    right.set_xlim(-0.02, 1.02)
-    right.set_xlabel("probability that a run is better than one of standard\n(ticks: tasks)")
-    right.tick_params(axis="y", length=0)
-    some = pooled[pooled["tasks"] > 0]
-    caption(figure, f"over {_tasks(pooled)}, {said_n(some['n'])} pairs")
+    figure, (row,) = panels(1, 2, height=height, sharey=True)
+    table = _in_per_cent(pooled).rename(columns={"arm": "method"})
+    decided = set(table.loc[table["state"].isin(["better", "worse"]), "method"])
+    shown = {
+        "on these tasks; filled: decided after Holm": ("saved", "low", "high", decided),
+        "on tasks like them: mean, and\nwhere a new one would lie (95 %)": (
+            "mean",
+            "new_low",
+            "new_high",
+            None,
+        ),
+    }
+    for axes, (said, (middle, low, high, solid)) in zip(row, shown.items(), strict=True):
+        found = table[["method", middle, low, high]].set_axis(
+            ["method", "estimate", "low", "high"], axis=1
+        )
+        interval_rows(axes, found, methods, solid=solid, missing="no estimate")
+        zero_line(axes)
+        axes.set_xlabel(f"% of updates saved\n{said}")
+    row[1].tick_params(axis="y", length=0)
+    caption(figure, f"against standard, {said_n(pooled['tasks'])} tasks")
     return figure
-
-
-def _tasks(pooled: pd.DataFrame) -> str:
-    counts = pooled.loc[pooled["tasks"] > 0, "tasks"]
-    return f"{said_n(counts).removeprefix('n = ')} tasks" if len(counts) else "no task"
 
 
 @style()

@@ -119,7 +119,9 @@ def profiles(
 
 
 @style()
-def pareto(points: pd.DataFrame, *, x: str, metrics: Mapping[str, str]) -> Figure:
+def pareto(
+    points: pd.DataFrame, *, x: str, metrics: Mapping[str, str], k: Mapping[str, float]
+) -> Figure:
     """Draw what each method reached against what it spent, a panel per task.
 
     The line joins what no other method beats in both; its members and the standard arm have names
@@ -129,13 +131,16 @@ def pareto(points: pd.DataFrame, *, x: str, metrics: Mapping[str, str]) -> Figur
         points: What `analysis.frames.final_points` returns, of several tasks.
         x: Its x column, a key of `analysis.AXES`.
         metrics: Task to its metric, in the order of the panels.
+        k: Task to its k, where x is the cost.
     """
     every = in_order(points["method"])
     head = 0.6 + 0.15 * -(-len(every) // 6)
     figure, grid = tiles(len(metrics), columns=3, height=1.9, head=head)
     for axes, (task, metric) in zip(grid, metrics.items(), strict=True):
         of_task = points[points["task"] == task]
-        axes.set_title(f"{task}, {said_n(of_task['n'])}" if len(of_task) else task, loc="left")
+        named = f"{task}, k = {k[task]:.2g}" if task in k else task
+        title = f"{named}, {said_n(of_task['n'])}" if len(of_task) else named
+        axes.set_title(title, loc="left")
         better = "less" if metric in LOWER_IS_BETTER else "more"
         axes.set_ylabel(f"{label(metric)} ({better} is better)", fontsize=7)
         if "standard" in set(of_task["method"]):

@@ -15,7 +15,7 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 
-from repeatlab.analysis.comparison import comparison_table, over_tasks
+from repeatlab.analysis.comparison import comparison_table
 from repeatlab.analysis.frames import Records, final_points, median_times, peak_memory
 from repeatlab.analysis.mechanism import by_run, visited_batches
 from repeatlab.analysis.paired_differences import PAIR_COLUMNS
@@ -531,7 +531,7 @@ def _pairs(differences: dict[tuple[str, str], list[float]]) -> pd.DataFrame:
         for seed, value in enumerate(values):
             status = "missing" if np.isnan(value) else "diverged" if np.isinf(value) else "paired"
             base = np.nan if np.isnan(value) else float(seed)
-            rows.append([task, method, seed, "standard", status, 1.0, 1, base + value, base, value])
+            rows.append([task, method, seed, "standard", status, 1.0, base + value, base, value])
     return pd.DataFrame(rows, columns=PAIR_COLUMNS)
 
 
@@ -547,8 +547,8 @@ PAIRS = _pairs(
 )
 
 
-def test_what_is_decided_is_filled_and_framed():
-    table, pooled = comparison_table(PAIRS), over_tasks(PAIRS, resamples=99)
+def test_what_is_decided_is_filled():
+    table = comparison_table(PAIRS)
     decided = table.loc[table["decision"] != "undecided", ["task", "method"]].to_numpy().tolist()
     assert decided == [["t", "linear"]]
     figure = efficiency.differences({"cost": table[table["task"] == "t"]}, metric="accuracy")
@@ -563,24 +563,40 @@ def test_what_is_decided_is_filled_and_framed():
         COLOURS["fixed2"]: "white",
     }
     plt.close(figure)
-    figure = adaptability.heat_map(table, pooled)
+
+
+def _arms(**shares: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return arms and over_tasks of `linear` on a task each, and of `random` on the first."""
+    rows = [("linear", task, share, "better") for task, share in shares.items()]
+    rows.append(("random", next(iter(shares)), -np.inf, "undecided"))
+    arms = pd.DataFrame(rows, columns=["arm", "task", "saved", "state"])
+    arms = arms.assign(low=arms["saved"] - 0.1, high=arms["saved"] + 0.1, seeds=8)
+    pooled = arms.drop_duplicates("arm").drop(columns=["task", "seeds"])
+    pooled = pooled.assign(tasks=len(shares), mean=0.25, new_low=-0.5, new_high=np.nan)
+    return arms, pooled
+
+
+def test_the_updates_saved_are_whole_per_cent_and_what_is_decided_is_framed():
+    figure = adaptability.heat_map(*_arms(t=0.304, u=0.002))
     figure.draw_without_rendering()
     (axes,) = figure.axes
-    assert (
-        len(
-            [
-                patch
-                for patch in axes.patches
-                if patch.get_edgecolor()[:3] == (0, 0, 0) and patch.get_edgecolor()[3] == 1
-            ]
-        )
-        == 1
-    )
+    framed = [p for p in axes.patches if p.get_edgecolor() == (0, 0, 0, 1)]
+    assert len(framed) == 3  # linear on two tasks, and together
     told = [text.get_text() for text in axes.texts]
-    assert {"no pair", "n = 1"} <= set(told)
+    assert told[:4] == ["+30", "[+20, +40]", "0", "[\u221210, +10]"]
+    assert told[4] == "\u2212\u221e"
+    assert [t.get_text() for t in axes.get_xticklabels()][:2] == ["t\nn = 8", "u\nn = 8"]
     plt.close(figure)
-    figure = adaptability.over_all_tasks(pooled, table)
+
+
+def test_these_tasks_stand_beside_what_a_new_one_would_show():
+    figure = adaptability.over_all_tasks(_arms(t=0.3, u=0.2)[1])
     figure.draw_without_rendering()
+    left, right = figure.axes
+    dots = [
+        [d.get_xdata()[0] for d in axes.lines if d.get_marker() == "o"] for axes in (left, right)
+    ]
+    assert dots == [[pytest.approx(30)], [25, 25]]
     plt.close(figure)
 
 
@@ -637,7 +653,7 @@ def test_a_pareto_picture_names_the_front_and_the_diverged():
             "n": 3,
         }
     )
-    figure = efficiency.pareto(points, x="cost", metrics={"t": "accuracy", "u": "loss"})
+    figure = efficiency.pareto(points, x="cost", metrics={"t": "accuracy", "u": "loss"}, k={})
     told = [text.get_text() for text in figure.axes[0].texts]
     assert told == ["standard", "linear", "diverged: fixed2"]
     assert [text.get_text() for text in figure.axes[1].texts] == ["no run"]
