@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from repeatlab.analysis.frames import LOWER_IS_BETTER, RUN_KEYS, Records, mean_interval
+from repeatlab.analysis.frames import RUN_KEYS, Records, mean_interval
 from repeatlab.store.records import Run
 
 SETTINGS = {
@@ -40,21 +40,17 @@ def outcomes(
         split: Of the metric.
 
     Returns:
-        Columns task, method, seed, status, one for each of `settings`, value (NaN unless complete),
-        diverged_at (update, NaN unless diverged), updates (made) and repeats (updates a batch).
+        Columns task, method, seed, status, one for each of `settings`, value (NaN unless complete)
+        and repeats (updates a batch).
     """
     rows = []
     for row in records.runs.to_dict("records"):
-        run = Run(Path(row["path"]))
-        config, status = run.config, row["status"]
-        made = row.get("updates", np.nan)
+        config, made = Run(Path(row["path"])).config, row.get("updates", np.nan)
         rows.append(
             {key: row[key] for key in [*RUN_KEYS, "status"]}
             | {name: _at(config, path) for name, path in settings.items()}
             | {
-                "value": row[f"{split}.{metric}"] if status == "complete" else np.nan,
-                "diverged_at": run.summary.get("update") if status == "diverged" else np.nan,
-                "updates": made,
+                "value": row[f"{split}.{metric}"] if row["status"] == "complete" else np.nan,
                 "repeats": made / row["fresh_batches"] if made and made == made else np.nan,
             }
         )
@@ -120,31 +116,6 @@ def over(frame: pd.DataFrame, x: str) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
-def best(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return each method's best value of the setting, and whether it is the edge of the range.
-
-    A value at which a run diverged is not the best, whatever the others did. At the edge, the true
-    best may lie beyond what was searched.
-
-    Args:
-        summary: What `over` returns.
-        metric: Whose mean it holds.
-
-    Returns:
-        Columns method, x, mean, edge ("", "lowest" or "highest").
-    """
-    rows = []
-    for method, group in summary.groupby("method", sort=False):
-        stable = group[(group["diverged"] == 0) & group["mean"].notna()]
-        if len(stable) and len(group) > 1:
-            means = stable["mean"]
-            row = stable.loc[means.idxmin() if metric in LOWER_IS_BETTER else means.idxmax()]
-            ends = {group["x"].min(): "lowest", group["x"].max(): "highest"}
-            edge = ends.get(row["x"], "")
-            rows.append({"method": method, "x": row["x"], "mean": row["mean"], "edge": edge})
-    return pd.DataFrame(rows, columns=["method", "x", "mean", "edge"])
-
-
 # Study -> the setting that it varies, and what its axis is called.
 VARIED = {
     "noise": ("label_noise", "share of wrong labels"),
@@ -153,14 +124,13 @@ VARIED = {
 }
 
 
-def panels(frames: Mapping[str, pd.DataFrame], metric: str) -> dict[str, dict[str, Any]]:
+def panels(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, Any]]:
     """Return what `figures.sensitivity.over_settings` draws of some studies.
 
     Args:
         frames: "mappings" or a key of `VARIED` -> what `outcomes` returns of that study. The
             first gives two panels: over t, with the `most` that occurs most often, and over `most`,
             with the t for which it varies most.
-        metric: Whose value they hold.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, frame in frames.items():
@@ -168,21 +138,20 @@ def panels(frames: Mapping[str, pd.DataFrame], metric: str) -> dict[str, dict[st
             varied = arms(frame).assign(method=lambda rows: rows["family"])
             usual = varied["most"].mode()
             over_t = varied[varied["most"].isna() | varied["most"].isin(usual[:1])]
-            found["t"] = _panel(over_t, "t", "t (unit of the loss)", metric)
+            found["t"] = _panel(over_t, "t", "t (unit of the loss)")
             spread = varied.groupby("t")["most"].nunique()
             if len(spread) and spread.max() > 1:
                 at = spread.idxmax()
                 rows = varied[varied["t"] == at]
-                found["most repeats"] = _panel(rows, "most", f"most repeats, t = {at:g}", metric)
+                found["most repeats"] = _panel(rows, "most", f"most repeats, t = {at:g}")
         else:
             x, xlabel = VARIED[name]
-            found[xlabel] = _panel(frame, x, xlabel, metric)
+            found[xlabel] = _panel(frame, x, xlabel)
     return found
 
 
-def _panel(frame: pd.DataFrame, x: str, xlabel: str, metric: str) -> dict[str, Any]:
-    summary = over(frame, x)
-    return {"summary": summary, "best": best(summary, metric), "xlabel": xlabel}
+def _panel(frame: pd.DataFrame, x: str, xlabel: str) -> dict[str, Any]:
+    return {"summary": over(frame, x), "xlabel": xlabel}
 
 
 def conditions(table: pd.DataFrame, frame: pd.DataFrame, study: str) -> pd.DataFrame:

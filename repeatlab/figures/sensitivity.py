@@ -24,7 +24,6 @@ from repeatlab.figures.look import (
     line,
     marker,
     panels,
-    rows_of,
     said_n,
     say,
     style,
@@ -37,12 +36,11 @@ def over_settings(
 ) -> Figure:
     """Draw the metric at T over settings, one panel for each, a line per method.
 
-    Dots with 95 % t-intervals over seeds; a cross at the upper edge where a run diverged; a circle
-    around each method's best value, with an arrow outwards where it is the edge of the range.
+    Dots with 95 % t-intervals over seeds; a cross at the upper edge where a run diverged.
 
     Args:
-        shown: Title -> {"summary": of `sensitivity.over`, "best": of `sensitivity.best`,
-            "xlabel"}. The values of x are drawn evenly, and each panel has its own y axis.
+        shown: What `sensitivity.panels` returns. The values of x are drawn evenly, and each panel
+            has its own y axis.
         ylabel: The metric, with its unit.
         chance: What a model that has learnt nothing has, if known.
     """
@@ -62,8 +60,6 @@ def over_settings(
             rows = rows.assign(place=np.searchsorted(values, rows["x"]) + shifts[method])
             handles.setdefault(method, _metric_line(axes, rows, method))
             counts += list(rows.loc[rows["n"] > 0, "n"])
-        for row in panel["best"].itertuples():
-            _mark_best(axes, row, np.searchsorted(values, row.x) + shifts[row.method])
         low, high = axes.get_ylim()
         if chance is not None and low <= chance <= high:
             axes.axhline(chance, color=GREY, lw=0.6, ls=":", zorder=0)
@@ -77,8 +73,7 @@ def over_settings(
     figure.legend(handles.values(), names, loc="outside lower center", ncols=max(1, len(names)))
     caption(
         figure,
-        f"Mean and 95 % t-interval, {said_n(counts)} seeds; ring: best of the range, arrow: at "
-        "its edge; cross: diverged runs",
+        f"Mean and 95 % t-interval, {said_n(counts)} seeds; cross: diverged runs",
     )
     return figure
 
@@ -110,18 +105,6 @@ def _metric_line(axes: Axes, rows: pd.DataFrame, method: str) -> Any:
         axes.plot(row.place, 0.97, "x", ms=5, mew=1.3, color=colour(method), clip_on=False,
                   transform=axes.get_xaxis_transform())  # fmt: skip
     return drawn
-
-
-def _mark_best(axes: Axes, row: Any, place: float) -> None:
-    ring = {"mfc": "none", "mec": colour(row.method), "mew": 0.8, "ms": 8}
-    axes.plot(place, row.mean, "o", **ring)
-    if row.edge:
-        way = -1 if row.edge == "lowest" else 1
-        axes.annotate(
-            "", (place, row.mean), (18 * way, 0), textcoords="offset points",
-            arrowprops={"arrowstyle": "<-", "lw": 0.8, "color": colour(row.method)},
-            annotation_clip=False,
-        )  # fmt: skip
 
 
 @style()
@@ -168,59 +151,6 @@ def over_mean_repeats(frame: pd.DataFrame, *, ylabel: str) -> Figure:
     missing = f"; no complete run: {', '.join(map(label, absent))}" if absent else ""
     caption(figure, f"Mean and 95 % t-interval, {said_n(counts)} seeds; dots: runs{missing}")
     return figure
-
-
-@style()
-def divergence(frame: pd.DataFrame, x: str, *, xlabel: str, learnt: float, lower: bool) -> Figure:
-    """Draw how each run ended over a setting: learnt, not learnt, diverged, missing.
-
-    One row per method, a mark per seed; beside a diverged run, at which update it was.
-
-    Args:
-        frame: What `sensitivity.outcomes` returns.
-        x: One of its settings; its values are drawn evenly.
-        xlabel: Its name.
-        learnt: A run whose metric is not beyond it has not learnt.
-        lower: Whether less of the metric is better.
-    """
-    methods = in_order(frame["method"].unique())
-    size = {"width": FULL_WIDTH * 0.75, "height": 0.9 + 0.45 * len(methods)}
-    figure, ((axes,),) = panels(1, 1, **size)
-    kinds = {
-        "learnt": {"marker": "o"},
-        f"not learnt (not beyond {learnt:g})": {"marker": "o", "mfc": "white"},
-        "diverged, at update": {"marker": "x"},
-        "missing": {"marker": "_"},
-    }
-    for name, look in kinds.items():
-        axes.plot([], [], ls="none", color="#333333", ms=4, label=name, **look)
-    values = _even(axes, frame[x])
-    for place, method in enumerate(methods):
-        rows = frame[(frame["method"] == method) & frame[x].notna()]
-        for value, group in rows.groupby(x):
-            at = int(np.searchsorted(values, value))
-            heights = place + np.linspace(-0.2, 0.2, len(group)) if len(group) > 1 else [place]
-            for height, run in zip(heights, group.itertuples(), strict=True):
-                kind = list(kinds)[_ended(run, learnt, lower)]
-                axes.plot(at, height, ls="none", ms=4, color=colour(method), **kinds[kind])
-                if run.status == "diverged":
-                    axes.annotate(
-                        f"{run.diverged_at:.0f}", (at, height), (5, 0), fontsize=6,
-                        textcoords="offset points", va="center",
-                    )  # fmt: skip
-    rows_of(axes, [label(method) for method in methods])
-    axes.set_xlabel(xlabel)
-    figure.legend(loc="outside right upper")
-    return figure
-
-
-def _ended(run: Any, learnt: float, lower: bool) -> int:
-    """Return the place of the run's kind in the legend."""
-    if run.status == "diverged":
-        return 2
-    if not np.isfinite(run.value):
-        return 3
-    return int(run.value >= learnt if lower else run.value <= learnt)
 
 
 @style()

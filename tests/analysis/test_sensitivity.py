@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import pytest
 
 from repeatlab.analysis import sensitivity
 from repeatlab.analysis.frames import Records
@@ -47,7 +46,6 @@ def test_settings_come_from_the_configuration_and_a_missing_run_has_its_siblings
     assert np.isnan(found["lr"][3])
     assert found["value"].tolist()[0] == 1.0
     assert found["value"].isna().tolist() == [False, True, True, True]
-    assert found["diverged_at"].tolist()[2] == 7
     assert found["repeats"].tolist()[0] == 1.5
 
 
@@ -68,25 +66,6 @@ def _summary(means: list[float], diverged: list[int] | None = None) -> pd.DataFr
     )
 
 
-@pytest.mark.parametrize(
-    ("metric", "means", "diverged", "x", "edge"),
-    [
-        ("loss", [3.0, 1.0, 2.0], None, 1, ""),
-        ("loss", [1.0, 2.0, 3.0], None, 0, "lowest"),
-        ("accuracy", [0.1, 0.2, 0.3], None, 2, "highest"),
-        ("loss", [3.0, 2.0, 1.0], [0, 0, 1], 1, ""),
-    ],
-)
-def test_the_best_value_and_whether_it_is_at_the_edge(metric, means, diverged, x, edge):
-    (row,) = sensitivity.best(_summary(means, diverged), metric).to_dict("records")
-    assert (row["x"], row["edge"]) == (x, edge)
-
-
-def test_nothing_is_best_where_there_is_no_choice():
-    assert sensitivity.best(_summary([1.0]), "loss").empty
-    assert sensitivity.best(_summary([1.0, 2.0], [1, 1]), "loss").empty
-
-
 def test_panels_hold_each_setting_apart_from_the_others(tmp_path):
     runs = [
         (f"linear_{t}_{most}", 0.1, 0, {"name": "linear", "t": t, "max_repeats": most}, t + most)
@@ -95,7 +74,7 @@ def test_panels_hold_each_setting_apart_from_the_others(tmp_path):
     runs.append(("threshold", 0.1, 0, {"name": "threshold", "t": 2.0}, 9.0))
     runs.append(("standard", 0.1, 0, None, 1.0))
     frame = sensitivity.outcomes(_records(tmp_path, runs), "loss")
-    panels = sensitivity.panels({"mappings": frame, "batches": frame}, "loss")
+    panels = sensitivity.panels({"mappings": frame, "batches": frame})
     points = {
         name: panel["summary"][["method", "x", "mean"]].to_numpy().tolist()
         for name, panel in panels.items()
@@ -117,27 +96,13 @@ def test_conditions_take_their_value_from_the_runs(tmp_path):
 # --- figures ----------------------------------------------------------------------------------
 
 
-def test_diverged_runs_and_the_edge_of_the_range_are_marked():
+def test_diverged_runs_are_marked():
     summary = _summary([1.0, 2.0, np.nan], [0, 0, 3])
-    panel = {"summary": summary, "best": sensitivity.best(summary, "loss"), "xlabel": "x"}
+    panel = {"summary": summary, "xlabel": "x"}
     figure = draw.over_settings({"x": panel}, ylabel="loss", chance=2.3)
     (axes,) = figure.axes
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
     assert [line.get_xdata()[0] for line in crosses] == [2]
-    arrows = [text for text in axes.texts if text.arrow_patch is not None]
-    assert [text.xy for text in arrows] == [(0, 1.0)]
-
-
-def test_every_run_is_learnt_chance_diverged_or_missing(tmp_path):
-    values = [1.0, 2.5, np.nan, None]
-    runs = [("standard", 0.1, seed, None, value) for seed, value in enumerate(values)]
-    frame = sensitivity.outcomes(_records(tmp_path, runs), "loss")
-    figure = draw.divergence(frame, "lr", xlabel="lr", learnt=2.3, lower=True)
-    (axes,) = figure.axes
-    marks = [line for line in axes.lines if len(line.get_xdata())]
-    assert [line.get_marker() for line in marks] == ["o", "o", "x", "_"]
-    assert [line.get_markerfacecolor() == "white" for line in marks] == [False, True, False, False]
-    assert [text.get_text() for text in axes.texts] == ["7"]
 
 
 def test_arms_of_one_mapping_are_one_line_over_the_mean_n_they_made(tmp_path):
