@@ -31,7 +31,7 @@ def comparison_table(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     Returns:
         Columns task, method, against; n, n_missing, n_diverged (pairs); difference with low, high
         and `interval` (what they invert: "sign flip", or "signed ranks" where a run diverged, of
-        the pairwise means' median; infinite below six pairs); median of the differences; p,
+        the median, with no more than a side; infinite below six pairs); median of differences; p,
         p_adjusted (Holm), least_p_adjusted (what it could have been at best, given the other
         comparisons); decision ("equal" where no pair differs; "better" or "worse" where p_adjusted
         < 0.05; "undecided"; where a pair is missing nothing is decided); note.

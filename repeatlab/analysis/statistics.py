@@ -7,7 +7,6 @@ differences there is no such p, and the limits are infinite.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,24 +74,30 @@ def paired_effect(differences: np.ndarray, *, seed: int = 0) -> Effect:
     """Return the effect that paired differences (n,) show.
 
     A difference may be infinite, where one run of the pair is worse than any number: then they are
-    judged by signed ranks (Hodges and Lehmann's estimate and limits, in the unit of the
-    differences). Whether it is so does not depend on the signs, hence the test stays exact.
+    judged by signed ranks, told by their median, and of limits only the side of 0 is known. Whether
+    it is so does not depend on the signs, hence the test stays exact.
     """
     values = np.asarray(differences, dtype=float)
     if not len(values):
         return Effect(np.nan, NO_INTERVAL, np.nan, 0, 0)
     if np.isfinite(values).all():
-        estimate, interval = float(values.mean()), flip_interval(values, seed=seed)
-        p = sign_flip(values, seed=seed)
+        scores, estimate = values, float(values.mean())
+        interval = flip_interval(values, seed=seed)
     else:
-        estimate, interval = hodges_lehmann(values, seed=seed)
-        p = sign_flip(signed_ranks(values), seed=seed)
+        scores, estimate = signed_ranks(values), _middle(values)
+        interval = Interval(-np.inf, np.inf, "signed ranks")
+    p, total = sign_flip(scores, seed=seed), float(scores.sum())
     unequal = int(np.count_nonzero(values))
-    return Effect(estimate, _agreeing(interval, p, estimate), p, len(values), unequal)
+    return Effect(estimate, _agreeing(interval, p, total), p, len(values), unequal)
 
 
-def _agreeing(interval: Interval, p: float, estimate: float) -> Interval:
-    """Return the interval with 0 in it iff `p` is not below ALPHA.
+def _middle(values: np.ndarray) -> float:
+    """Return the median, of an even number the lower one: a mean of two infinities is none."""
+    return float(np.sort(values)[(len(values) - 1) // 2])
+
+
+def _agreeing(interval: Interval, p: float, total: float) -> Interval:
+    """Return the interval with 0 in it iff `p` is not below ALPHA; else on the side of `total`.
 
     They may differ where ties let p be exact and the limits be of random signs, or where ranks tie.
     """
@@ -101,7 +106,7 @@ def _agreeing(interval: Interval, p: float, estimate: float) -> Interval:
         return Interval(min(low, 0.0), max(high, 0.0), kind)
     beyond = float(np.finfo(float).tiny)
     if low <= 0 <= high:
-        low, high = (beyond, high) if estimate > 0 else (low, -beyond)
+        low, high = (beyond, high) if total > 0 else (low, -beyond)
     return Interval(low, high, kind)
 
 
@@ -202,37 +207,6 @@ def signed_ranks(differences: np.ndarray) -> np.ndarray:
         _, place, counts = np.unique(sizes, return_inverse=True, return_counts=True)
         ranks[values != 0] = (np.cumsum(counts) - (counts - 1) / 2)[place]
     return np.sign(values) * ranks
-
-
-def hodges_lehmann(
-    differences: np.ndarray, *, level: float = LEVEL, seed: int = 0
-) -> tuple[float, Interval]:
-    """Return the median of the pairwise means of `differences`, and the signed-rank limits.
-
-    The limits invert the sign flip of signed ranks, which is Wilcoxon's test (Hodges and Lehmann
-    1963), and stand infinite differences: a limit may be infinite, and below six differences at
-    95 % both are.
-    """
-    values = np.asarray(differences, dtype=float)
-    first, second = np.triu_indices(len(values))
-    with np.errstate(invalid="ignore"):
-        means = (values[first] + values[second]) / 2
-    # Where worst meets best the mean is anything.
-    centre = float(np.median(np.where(np.isnan(means), 0.0, means)))
-    edges = np.unique(means[np.isfinite(means)])
-    if not len(edges):
-        return centre, Interval(-np.inf, np.inf, "signed ranks")
-    # The test changes its mind at the means only: it is asked once between two of them.
-    gaps = [edges[0] - 1, *(edges[1:] + edges[:-1]) / 2, edges[-1] + 1]
-
-    def holds(gap: int) -> bool:
-        return sign_flip(signed_ranks(values - gaps[gap]), seed=seed) >= 1 - level
-
-    middle = int(np.searchsorted(edges, centre))
-    low = bisect_left(range(middle), True, key=holds)
-    high = bisect_left(range(middle + 1, len(gaps)), True, key=lambda gap: not holds(gap))
-    limits = np.concatenate([[-np.inf], edges, [np.inf]])
-    return centre, Interval(float(limits[low]), float(limits[middle + 1 + high]), "signed ranks")
 
 
 # --- several comparisons ----------------------------------------------------------------------

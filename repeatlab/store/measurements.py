@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from repeatlab.core.files import StoreError
 from repeatlab.store.records import Run
 
 
@@ -29,6 +30,9 @@ def measured_k(runs: str | Path, run: Run) -> float | None:
     Args:
         runs: The run store.
         run: One of its runs.
+
+    Raises:
+        StoreError: the file of the measurement holds something else.
     """
     config, environment = run.config, run.environment
     if not config.get("task") or "device" not in environment:
@@ -37,8 +41,13 @@ def measured_k(runs: str | Path, run: Run) -> float | None:
     path = Path(runs, "measurements", f"{key}.json")
     if not path.exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["environment"].get("processor") != environment.get("processor"):
-        return None
-    parts, ways = found["parts"], (found["forward_samples"], found["backward_samples"])
-    return parts["backward"] / parts["forward"] * ways[0] / ways[1]
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["environment"]["processor"] != environment.get("processor"):
+            return None
+        parts, samples = found["parts"], found["forward_samples"] / found["backward_samples"]
+        return parts["backward"] / parts["forward"] * samples
+    except (KeyError, TypeError, ValueError):
+        raise StoreError(
+            f"{path} is no measurement of this version: make it anew with `repeatlab measure`"
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 
 from repeatlab.core.files import StoreError
 from repeatlab.cost import tau_threshold
-from repeatlab.store.records import Store
+from repeatlab.store.measurements import measured_k, measurement_key
+from repeatlab.store.records import Run, Store
 from repeatlab.studies.diagnostics.prediction import (
     Measurement,
-    measurement_key,
     measurement_table,
     predict,
     read_measurements,
@@ -269,6 +270,25 @@ def test_runs_get_the_prediction_of_their_own_measurement(tmp_path):
     # 1.1 = u + d and 0.95 = u + d / 4 milliseconds: u = 0.9, d = 0.2
     assert predicted[1] == pytest.approx(30 * 0.0009 + 10 * 0.0002)
     assert predicted[2:].isna().all()
+
+
+def test_a_run_s_k_is_that_of_its_task_on_its_machine(tmp_path):
+    """V18: a backward is charged as what it was measured to take, and a sample's at that."""
+    store, found = Store(tmp_path), measurement(forward_samples=30)
+    path = write_measurement(store, found)
+    others = {
+        "other-task": {"task": TASK | {"lr": 0.3}},
+        "threads": {"threads": 2},
+        "processor": {"processor": "another one"},
+    }
+    of = {name: Run(Path(made(store, name, **fields)["path"])) for name, fields in others.items()}
+    assert {name: measured_k(tmp_path, run) for name, run in of.items()} == dict.fromkeys(others)
+    same = Run(Path(made(store, "same")["path"]))
+    assert measured_k(tmp_path, same) == pytest.approx(found.sample_ratio)
+    assert measured_k(tmp_path, same) == pytest.approx(6)
+    path.write_text("[1]")
+    with pytest.raises(StoreError, match=f"{path.name} is no measurement"):
+        measured_k(tmp_path, same)
 
 
 def test_runs_of_which_none_is_done(tmp_path):
