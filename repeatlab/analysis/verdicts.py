@@ -28,7 +28,6 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from repeatlab.analysis.declaration import LARGER_STEP, LEAST_DOSE, Declaration
 from repeatlab.analysis.evidence import Dose, Evidence
@@ -376,9 +375,3 @@ def _details(rests: dict[str, Comparison]) -> str:
     counts = [f"{states.count(s)} {s}" for s in (BETTER, WORSE, EQUIVALENT, UNDECIDED)]
     weakest = max(rests, key=lambda name: rests[name].p)
     return f": {', '.join(counts)} of {len(rests)}; the weakest {weakest} {rests[weakest]}"
-
-
-def verdict_table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """Return one row per hypothesis: hypothesis, claim, criterion, verdict, sentence."""
-    columns = ["hypothesis", "claim", "criterion", "verdict", "sentence"]
-    return pd.DataFrame([{c: getattr(v, c) for c in columns} for v in verdicts], columns=columns)

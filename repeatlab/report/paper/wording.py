@@ -98,13 +98,13 @@ def for_people(verdict: Verdict, plan: PlanRecords, arms: Sequence[Mapping[str, 
     if verdict.hypothesis in ("H1", "H2") and found:
         told = [f"{_arm(name, doses)} {effect(one)}" for name, one in found.items()]
     elif verdict.hypothesis == "H3" and found:
-        real = _arm(plan.declared.real, doses)
-        told = [f"against {name}, {real} {effect(one)}" for name, one in found.items()]
+        told = [f"against {name} it {effect(one)}" for name, one in found.items()]
+        told[0] = f"{_arm(plan.declared.real, doses)}: {told[0]}"
     elif found:
         states = [one.state for one in found.values()]
         counts = {state: states.count(state) for state in dict.fromkeys(states)}
         said = ", ".join(f"{count} {state}" for state, count in counts.items())
-        return f"{opening} Of {len(states)} comparisons: {said}."
+        return f"{opening} The comparisons it rests on: {said}."
     else:
         return f"{opening} Mean visits of a batch: {dose_words(arms)}."
     if len(told) > MOST_TOLD:
@@ -115,14 +115,16 @@ def for_people(verdict: Verdict, plan: PlanRecords, arms: Sequence[Mapping[str, 
 def effect(one: Comparison) -> str:
     """Return a comparison in words: "saved 4 % of the updates (95 %: -3 % to 10 %)"."""
     numbers = one.numbers()
-    limits = f"(95 %: {percent(numbers['low'])} to {percent(numbers['high'])})"
-    if one.effect.smallest_p >= ALPHA:
-        limits = "(with so few seeds there are no limits)"
-    share = numbers["saved"]
-    if isinf(share):
-        return f"was worse than the standard arm at every budget {limits}"
+    share, low, high = (numbers[name] for name in ("saved", "low", "high"))
     if numbers["equal_pairs"] == 1:
         return "was equal in every pair of runs"
+    if share < 0:
+        low, high = -high, -low
+    limits = f"(95 %: {percent(low)} to {percent(high)})"
+    if one.effect.smallest_p >= ALPHA:
+        limits = "(with so few seeds there are no limits)"
+    if isinf(share):
+        return f"was worse than the standard arm at every budget {limits}"
     if share < 0:
         return f"cost {percent(-share)} more updates {limits}"
     return f"saved {percent(share)} of the updates {limits}"
