@@ -129,7 +129,7 @@ class _Case:
 Ruling = tuple[str, str, dict[str, Comparison]]  # verdict, what is said first, what it rests on
 
 
-def _state(effect: Saved, p: float, margin: float) -> str:
+def state_of(effect: Saved, p: float, margin: float) -> str:
     direction = effect.direction(p)
     if direction:
         return BETTER if direction > 0 else WORSE
@@ -154,7 +154,7 @@ def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
 
     def decided(effects: dict[str, Saved], p: Iterable[float]) -> dict[str, Comparison]:
         return {
-            name: Comparison(effect, float(q), _state(effect, q, margin), dose.get(name, np.nan))
+            name: Comparison(effect, float(q), state_of(effect, q, margin), dose.get(name, np.nan))
             for (name, effect), q in zip(effects.items(), p, strict=True)
         }
 
@@ -246,7 +246,7 @@ def _h4(case: _Case) -> Ruling:
         adjusted = holm([effect.p for effect in found.values()])
         for (task, effect), q in zip(found.items(), adjusted, strict=True):
             dose = case.evidence.dose[arm][task].mean
-            cell = Comparison(effect, float(q), _state(effect, q, case.declared.margin), dose)
+            cell = Comparison(effect, float(q), state_of(effect, q, case.declared.margin), dose)
             cells[f"{arm}, {task}"] = cell
             by_arm.setdefault(arm, []).append(cell)
     better = [arm for arm, one in case.end.items() if one.state == BETTER]
@@ -270,7 +270,7 @@ def _h5(case: _Case) -> Ruling:
     effects = {f"{a} - {b}": saved(t) for (a, b), t in case.evidence.variants.items() if t}
     adjusted = holm([effect.p for effect in effects.values()]) if effects else []
     found = {
-        name: Comparison(effect, float(q), _state(effect, q, case.declared.margin))
+        name: Comparison(effect, float(q), state_of(effect, q, case.declared.margin))
         for (name, effect), q in zip(effects.items(), adjusted, strict=True)
     }
     if not found:
