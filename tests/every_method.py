@@ -105,9 +105,7 @@ def tried(methods: Iterable[str] = METHODS) -> list[tuple[str, str]]:
         (name, method)
         for name in TASKS
         for method in methods
-        if name in (*SIX, "single_index")
-        or method in REPRESENTATIVE
-        or (name, method) in REFUSED
+        if name in (*SIX, "single_index") or method in REPRESENTATIVE or (name, method) in REFUSED
     ]
 
 

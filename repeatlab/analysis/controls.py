@@ -47,7 +47,9 @@ def controls_table(plan: PlanRecords) -> pd.DataFrame:
 def verdict(table: pd.DataFrame) -> str:
     """Return in one line whether every control came out as it must, or which did not."""
     failed = table[~table["passed"]]
-    told = (f"{row['control']} is {row['is']}, not {row['must be']}" for _, row in failed.iterrows())
+    told = (
+        f"{row['control']} is {row['is']}, not {row['must be']}" for _, row in failed.iterrows()
+    )
     return f"FAIL: {'; '.join(told)}" if len(failed) else FINDS
 
 
@@ -83,5 +85,7 @@ def _row(
 def _as_task(records: Records, arm: str, task: str, other: str) -> Records:
     """Return the runs, those of an arm on one task as if they had been made on the other."""
     runs = records.runs
-    moved = runs[(runs["task"] == task) & (runs["method"] == arm)].assign(task=other)
-    return Records(pd.concat([runs[runs["task"] == other], moved], ignore_index=True))
+    ours = runs["method"] == arm
+    moved = runs[ours & (runs["task"] == task)].assign(task=other)
+    others = runs[~ours & (runs["task"] == other)]
+    return Records(pd.concat([others, moved], ignore_index=True))

@@ -86,9 +86,7 @@ class SharedBatches(StandIn):
         other: What stands for the task of another of these arms; None for the first one.
     """
 
-    def __init__(
-        self, task: DatasetTask | SingleIndex, other: SharedBatches | None = None
-    ) -> None:
+    def __init__(self, task: DatasetTask | SingleIndex, other: SharedBatches | None = None) -> None:
         super().__init__(task)
         inputs, make = task.fresh_batch(0)[0], getattr(task, "stream", task).fresh_batches
         remembering = lru_cache(maxsize=1 + SHARED_BYTES // (TOGETHER * inputs.nbytes))
