@@ -86,7 +86,7 @@ class SingleIndex(LearningTask):
     saved: ClassVar[Mapping[str, str]] = {
         "model": "model",
         "optimizer": "learner.optimizer_step",
-        "ema": "learner.average",
+        "ema": "ema",
     }
 
     def __init__(self, config: SingleIndexConfig, *, seed: int, device: str) -> None:
@@ -95,10 +95,11 @@ class SingleIndex(LearningTask):
         direction = torch.randn(config.inputs, generator=generator(seed, "direction"))
         self.direction = direction / direction.norm()
         with drawn_from(seed):
-            self.model = nn.Sequential(
+            student = nn.Sequential(
                 nn.Linear(config.inputs, config.width), nn.ReLU(), nn.Linear(config.width, 1)
             )
-        self.train_with(Learner(self.model, config, device=device))
+        self.train_with(Learner(student, config, device=device))
+        self.model, self.ema = self.learner.network, self.learner.average
 
     def samples(self, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return new inputs, (count, d), and their targets, (count,), on the device."""

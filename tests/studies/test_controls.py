@@ -66,7 +66,7 @@ def test_at_equal_fresh_data_repetition_is_ahead_each_arm_at_its_best_rate(runs)
     plan = load_plan(runs, NAME)
     own = plan.stages["own"].runs
     seen = own.groupby(["task", "method"])["fresh_batches"].unique()
-    assert seen["updates", "fixed3"].tolist() == seen["third", "standard"].tolist() == [400]
+    assert seen["updates", "fixed3"].tolist() == seen["third", "standard"].tolist() == [300]
     # The same said of one table: fresh data that the standard arm needs for it, over those used.
     reuse = arms_table(plan).set_index(["task", "arm"]).loc[("updates", "fixed3")]
     assert reuse["reuse_low"] > 1
