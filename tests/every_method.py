@@ -58,7 +58,7 @@ METHODS = {
 }
 # Tasks beyond the six are tried with methods that each ask something else of a task: all tasks with
 # all methods are the longest part of the suite.
-BEYOND = ("transfer", "continual", "noisy_labels", "co_teaching")
+BEYOND = ("transfer", "continual", "noisy_labels", "co_teaching", "single_index")
 SIX = tuple(name for name in TASKS if name not in BEYOND)
 REPRESENTATIVE = (
     "standard",
@@ -90,6 +90,11 @@ REFUSED = {
     ("co_teaching", "importance_linear"): "unbiased",
     ("co_teaching", "prioritized"): "unbiased",
     ("co_teaching", "rho_loss"): "irreducible",
+    ("single_index", "hard_mining"): "one batch alone",
+    ("single_index", "prioritized"): "one batch alone",
+    ("single_index", "online"): "one batch alone",
+    ("single_index", "rho_loss"): "one batch alone",
+    ("single_index", "fresh_views"): "not augmented",
     **{(task, "fresh_samples"): "standard" for task in TASKS if task != "reinforcement"},
 }
 
@@ -100,7 +105,7 @@ def tried(methods: Iterable[str] = METHODS) -> list[tuple[str, str]]:
         (name, method)
         for name in TASKS
         for method in methods
-        if name in SIX or method in REPRESENTATIVE or (name, method) in REFUSED
+        if name in (*SIX, "single_index") or method in REPRESENTATIVE or (name, method) in REFUSED
     ]
 
 

@@ -73,11 +73,11 @@ class Job:
 
     @property
     def studies(self) -> dict[str, dict[str, Any]]:
-        """The parameters that are studies, rather than the name of one that is in the store."""
+        """The parameters that are studies: neither the name of one in the store nor a plan."""
         return {
             name: value
             for name, value in self.parameters.items()
-            if isinstance(value, dict) and "methods" in value
+            if isinstance(value, dict) and "methods" in value and "judged" not in value
         }
 
 

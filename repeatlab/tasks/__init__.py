@@ -40,6 +40,8 @@ TASKS: dict[str, str] = {
     "continual": "repeatlab.tasks.continual:Continual",
     "noisy_labels": "repeatlab.tasks.noisy_labels:NoisyLabels",
     "co_teaching": "repeatlab.tasks.co_teaching:CoTeaching",
+    # On which it is known beforehand what there is to find.
+    "single_index": "repeatlab.tasks.single_index:SingleIndex",
 }
 
 
@@ -55,6 +57,7 @@ VERSIONS = {
     "continual": 1,
     "noisy_labels": 1,
     "co_teaching": 1,
+    "single_index": 1,
 }
 
 

@@ -83,6 +83,7 @@ def test_what_does_not_apply_says_why(name):
             "continual": {"initial loss"},
             "noisy_labels": set(),
             "co_teaching": set(),
+            "single_index": {"labels"},
         }[name]
     )
     assert all(report(name)[check].found for check in absent)
@@ -279,6 +280,7 @@ OTHERS = {
     "continual": "model",
     "noisy_labels": "model",
     "co_teaching": "second",
+    "single_index": "model",
 }
 
 

@@ -117,6 +117,12 @@ def _no_values(task: Any, batch: Any) -> tuple[Expected, ...]:
     return (Expected(losses.mean().item(), max(losses.max().item(), 0.1)),)
 
 
+def _nothing_said(task: Any, batch: Any) -> tuple[Expected, ...]:
+    """The mean square of the targets: first outputs are small beside them."""
+    value = batch.targets.square().mean().item()
+    return (Expected(value, 0.1 * value),)
+
+
 def _one_companion(batch: Any) -> Any:
     """Leave each labelled image one unlabelled one: it is the labels that are learnt by heart."""
     mu = len(batch.weak) // len(batch.labelled)
@@ -213,5 +219,8 @@ EXPECTATIONS: dict[str, Expectations] = {
         # A selection that has begun.
         differentiable={"forget_rate": 0.25, "ramp": 1},
         **_LABELLED,
+    ),
+    "single_index": Expectations(
+        initial=_nothing_said, labelled="its targets are numbers, not classes", goal=_near_zero
     ),
 }

@@ -12,13 +12,13 @@ from repeatlab.core.environment import pick_device
 from repeatlab.core.files import write_json
 from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.core.stopwatch import Stopwatch
-from repeatlab.data import Batch
 from repeatlab.store.records import Store
 from repeatlab.studies.lockstep.arm import Arm
 from repeatlab.studies.lockstep.kinds import STACKS, Stack
 from repeatlab.tasks import Task
 from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.tasks.reinforcement import Reinforcement
+from repeatlab.tasks.single_index import SingleIndex
 from repeatlab.training import loop
 from repeatlab.training.config import RunConfig
 from repeatlab.training.one_run import CheckpointPlan
@@ -86,15 +86,14 @@ class SharedBatches(StandIn):
         other: What stands for the task of another of these arms; None for the first one.
     """
 
-    def __init__(self, task: DatasetTask, other: SharedBatches | None = None) -> None:
+    def __init__(self, task: DatasetTask | SingleIndex, other: SharedBatches | None = None) -> None:
         super().__init__(task)
-        stream = task.stream
-        size = 4 * stream.batch_size * stream.data.images[0].numel()
-        remembering = lru_cache(maxsize=1 + SHARED_BYTES // (TOGETHER * size))
-        made = remembering(lambda number: stream.fresh_batches(number * TOGETHER, TOGETHER))
-        self.together: Callable[[int], list[Batch]] = other.together if other else made
+        inputs, make = task.fresh_batch(0)[0], getattr(task, "stream", task).fresh_batches
+        remembering = lru_cache(maxsize=1 + SHARED_BYTES // (TOGETHER * inputs.nbytes))
+        made = remembering(lambda number: make(number * TOGETHER, TOGETHER))
+        self.together: Callable[[int], list[Any]] = other.together if other else made
 
-    def fresh_batch(self, index: int) -> Batch:
+    def fresh_batch(self, index: int) -> Any:
         """See `Task`."""
         number, place = divmod(index, TOGETHER)
         return self.together(number)[place]
@@ -176,7 +175,7 @@ class Group:
         if isinstance(task, Reinforcement):
             self._beginnings.setdefault(config.seed, task.lived())
             return task, task
-        self._data = task.data
+        self._data = getattr(task, "data", None)  # what is generated has none
         sharing = SharedBatches(task, self._batches.get(config.seed))
         self._batches[config.seed] = sharing
         return task, sharing

@@ -23,6 +23,7 @@ from repeatlab.tasks.reinforcement import (
     taken,
 )
 from repeatlab.tasks.replay_buffer import Transitions, in_columns
+from repeatlab.tasks.single_index import SingleIndex, SingleIndexBatch
 from repeatlab.tasks.supervised import Supervised
 
 # In the places of a batch's columns that are not read.
@@ -97,6 +98,41 @@ class SupervisedStack:
         """See `Stack`."""
         (gradient,) = torch.autograd.grad(self._log_shares, self._outputs, self._gradient)
         self._network.backward(gradient)
+        self._optimizer.step()
+
+
+class SingleIndexStack:
+    """Students of single-index targets: the mean squared error of each arm's batch.
+
+    Args:
+        tasks: The arms' tasks.
+    """
+
+    task = SingleIndex
+
+    def __init__(self, tasks: Sequence[SingleIndex]) -> None:
+        self._network = StackedMLP([task.model for task in tasks])
+        self._optimizer = StackedOptimizer(
+            [task.optimizer for task in tasks], self._network.weights, self._network.gradients
+        )
+        shape, device = (len(tasks), tasks[0].batch_size), tasks[0].device
+        self._inputs = torch.zeros(*shape, tasks[0].config.inputs, device=device)
+        self._targets = torch.zeros(*shape, device=device)
+        self._errors = self._targets
+
+    def stage(self, arm: int, batch: SingleIndexBatch) -> None:
+        """See `Stack`."""
+        self._inputs[arm].copy_(batch.inputs)
+        self._targets[arm].copy_(batch.targets)
+
+    def losses(self) -> list[float]:
+        """See `Stack`."""
+        self._errors = self._network(self._inputs).squeeze(2) - self._targets
+        return torch.stack([errors.square().mean() for errors in self._errors]).tolist()
+
+    def step(self) -> None:
+        """See `Stack`."""
+        self._network.backward((self._errors * (2 / self._errors.shape[1])).unsqueeze(2))
         self._optimizer.step()
 
 
@@ -212,4 +248,5 @@ class ReinforcementStack:
 STACKS: dict[str, type[Stack]] = {
     "supervised": SupervisedStack,
     "reinforcement": ReinforcementStack,
+    "single_index": SingleIndexStack,
 }

@@ -33,6 +33,7 @@ _TASKS = {
         "capacity target_every target_clock epsilon_start epsilon_end epsilon_steps epsilon_clock "
         "driver sutton_barto_reward observation_scale evaluation_episodes"
     ),
+    "single_index": "name inputs width lr optimizer batch_size blank",
 }
 _OPTIMIZERS = {"sgd", "momentum", "nesterov", "adam", "adamw"}
 
@@ -140,5 +141,7 @@ def _widths(task: Any) -> list[int]:
     """Return the widths of the layers of a task's MLP, inputs and outputs included."""
     if task.name == "reinforcement":
         return [4, *task.hidden, 2]
+    if task.name == "single_index":
+        return [task.inputs, task.width, 1]
     pixels, classes = _sizes(task.dataset)
     return [pixels, task.width, task.width, classes]
