@@ -1,7 +1,8 @@
 """Labelled image datasets as tensors in memory, split into three parts.
 
 All runs are tested on the same test images. They tune on the same validation images too, unless
-asked to draw those by seed, so that conclusions are not of one split. A new dataset is one loader function and one line in `DATASETS`.
+asked to draw those by seed, so that conclusions are not of one split. A new dataset is one loader
+function and one line in `DATASETS`.
 """
 
 from __future__ import annotations
