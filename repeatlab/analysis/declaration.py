@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ class Declaration:
         budgets: Of the standard arm, in units of T, 1 among them.
         window: Fresh batches within which H3 asks who gets the extra updates.
         seeds_of: Tasks that have another n.
+        left_out: Task -> arms that are not to run there.
     """
 
     goals: Mapping[str, Goal]
@@ -62,6 +63,7 @@ class Declaration:
     budgets: tuple[float, ...] = (0.5, 0.7, 1.0, 1.4, 2.0)
     window: int = 50
     seeds_of: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def seeds_on(self, task: str) -> int:
         """Return how many seeds are planned on `task`."""

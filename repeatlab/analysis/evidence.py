@@ -66,7 +66,8 @@ def gather(
     Args:
         declared: The plan.
         own: The arms at T.
-        budgets: Ratio -> the standard arm at that many T, each with its own schedule.
+        budgets: Ratio -> the standard arm at that many T, each with its own schedule. Where 1 is
+            among them, that is the curve's value at T, else the one in `own`.
         split: Which split's metric decides at the end; the way to the target is the validation
             split's, since the test split is read once.
     """
@@ -110,7 +111,7 @@ class TaskValues:
             ratio: final_values(records, task, goal, split, worst).get(declared.against, {})
             for ratio, records in budgets.items()
         }
-        self.standard[1.0] = self.arms.get(declared.against, {})
+        self.standard.setdefault(1.0, self.arms.get(declared.against, {}))
 
     def paired(self, arm: str, other: str) -> Paired | None:
         """Return one arm against another at T; None with fewer than two common seeds."""
@@ -132,7 +133,9 @@ class TaskValues:
         """Return the arms that a hypothesis is about."""
         declared = self.declared
         names = [*declared.arms, declared.real, *declared.controls, *declared.variants]
-        return [name for name in dict.fromkeys([declared.against, *names]) if name]
+        absent = declared.left_out.get(self.task, ())
+        known = dict.fromkeys([declared.against, *names])
+        return [name for name in known if name and name not in absent]
 
     def complete_seeds(self) -> int:
         """Return how many seeds every needed arm has, and the standard one at every budget."""
@@ -257,6 +260,6 @@ def _hardness(declared: Declaration, own: Records) -> dict[str, np.ndarray]:
     chosen = updates[updates["method"] == declared.real] if len(updates) else updates
     found: dict[str, list[float]] = {}
     if len(chosen):
-        for (task, _), run in chosen.groupby(["task", "seed"], sort=False):
+        for (task, _), run in chosen.groupby(["task", "seed"]):
             found.setdefault(task, []).append(hardness(run, window=declared.window))
     return {task: np.array(values) for task, values in found.items()}

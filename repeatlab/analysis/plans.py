@@ -40,7 +40,7 @@ class PlanRecords:
         declared: What the verdicts follow.
         rates: Task -> arm -> what tuning chose.
         stages: "own" and "shared" -> the arms' runs.
-        budgets: Ratio -> the standard arm's runs at that many T.
+        budgets: Ratio -> the runs with the standard arm, at its own rate, at that many T.
     """
 
     name: str
@@ -87,14 +87,16 @@ def load_plan(runs: str | Path, name: str) -> PlanRecords:
         known = [part.runs for part in parts if len(part.runs)]
         return Records(pd.concat(known, ignore_index=True)) if known else parts[0]
 
+    stages = {"own": stage("own"), "shared": stage("shared")}
+    others = {r: stage(f"budget-{r:g}") for r in declared.budgets if r != 1.0}
     return PlanRecords(
         name,
         content["digest"],
         content["changes"],
         declared,
         content.get("rates", {}),
-        {"own": stage("own"), "shared": stage("shared")},
-        {ratio: stage(f"budget-{ratio:g}") for ratio in declared.budgets if ratio != 1.0},
+        stages,
+        others | {1.0: stages["own"]},
     )
 
 
@@ -117,7 +119,7 @@ def pilots(plan: PlanRecords) -> dict[str, Pilot]:
         paired = values.paired(against, against)
         if paired is None:
             raise StoreError(f"plan {plan.name}: a pilot needs two seeds of {against} on {task}")
-        runs = [own.done, *(records.done for records in plan.budgets.values())]
+        runs = [records.done for records in plan.budgets.values()]
         spent = sum(r.loc[r["task"] == task, "seconds"].sum() for r in runs if len(r))
         found[task] = pilot_of(paired, float(spent) / 3600 / len(paired.seeds))
     return found

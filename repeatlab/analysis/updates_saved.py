@@ -13,7 +13,9 @@ linearly in log T. With the standard arm as the other one this is arm_s - standa
 interval holds every r that is not rejected (Fieller's construction with a sign flip in place of
 Student's t), and the p of "no difference" is that of r = 1: interval and p are one test. Where a
 difference is so large that no budget of the standard arm reaches it, a limit lies beyond the
-budgets and is infinite.
+budgets and is infinite. An arm that is better at T saves updates, whatever the standard arm does at
+smaller budgets: where its metric falls as the budget grows, ratios on the other side of 1 that give
+the same metric are none of the arm's.
 
 Several tasks. Each task's differences are divided by the spread of its standard arm within the
 budgets beside T, which no exchange of two runs of a pair changes, so that the flip stays exact, and
@@ -57,15 +59,19 @@ class Paired:
     ratios: np.ndarray
     seeds: np.ndarray
 
+    def __post_init__(self) -> None:
+        if not (np.diff(self.ratios) > 0).all() or not np.isclose(self.ratios, 1.0).any():
+            raise ValueError(f"ratios must increase, with 1 among them; not {self.ratios}")
+
     @property
     def scale(self) -> float:
         """The spread of the standard arm over seeds, within the budgets other than T.
 
-        Without another budget, or where those have none, that of arm and other within themselves.
-        0 where everything is equal up to rounding.
+        Without another budget, or where those have none, that of the sums of arm and other, which
+        no exchange of the two changes either. 0 where everything is equal up to rounding.
         """
         beside = self.standard[:, ~np.isclose(self.ratios, 1.0)]
-        spreads = (beside.T, np.stack([self.arm, self.other]))
+        spreads = (beside.T, (self.arm + self.other)[None] / np.sqrt(2))
         size = max(np.abs(self.standard).max(), np.abs(self.arm).max(), np.abs(self.other).max())
         for values in spreads:
             if values.size and values.shape[-1] > 1:
@@ -76,10 +82,10 @@ class Paired:
 
     def differences(self, log_ratios: np.ndarray) -> np.ndarray:
         """Return d_s(r), shape (n, ratios); what is below rounding is 0, as equal runs are."""
-        knots = np.log(self.ratios)
-        shifts = np.stack([np.interp(log_ratios, knots, row) for row in self.standard])
-        at_t = np.array([np.interp(0.0, knots, row) for row in self.standard])
-        apart = (self.arm - self.other)[:, None] - (shifts - at_t[:, None])
+        knots, each = np.log(self.ratios), np.eye(len(self.ratios))
+        weights = np.stack([np.interp([*log_ratios, 0.0], knots, budget) for budget in each])
+        shifts = self.standard @ (weights[:, :-1] - weights[:, -1:])
+        apart = (self.arm - self.other)[:, None] - shifts
         size = np.abs(self.standard).max() + np.abs(self.arm).max() + np.abs(self.other).max()
         return np.where(np.abs(apart) <= NOISE * size, 0.0, apart)
 
@@ -145,8 +151,9 @@ def saved(tasks: Mapping[str, Paired], *, seed: int = 0) -> Saved:
     lowest = max(np.log(part.ratios[0]) for part in parts)
     highest = min(np.log(part.ratios[-1]) for part in parts)
     at_one = [part.differences(np.zeros(1))[:, 0] for part in parts]
-    # Where nothing varies nothing is said.
-    vary = [(part.seeds, part.scale, part) for part in parts if part.scale]
+    # What does not vary has no weight beside other tasks, and needs none where it is the only one.
+    alone = 1.0 if len(parts) == 1 else 0.0
+    vary = [(p.seeds, p.scale or alone, p) for p in parts if p.scale or alone]
 
     def rows(grid: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         return [(seeds, part.differences(grid) / scale) for seeds, scale, part in vary]
@@ -155,7 +162,10 @@ def saved(tasks: Mapping[str, Paired], *, seed: int = 0) -> Saved:
 
 
 def saved_until(
-    times: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], *, seed: int = 0
+    times: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    *,
+    limits: Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> Saved:
     """Return the updates that an arm saves on its way to the target, over all tasks together.
 
@@ -165,16 +175,24 @@ def saved_until(
     Args:
         times: Task -> (seeds, times of the arm, times of the other), each (n,), in updates; a run
             that misses counts as the budget, so that two misses tie.
+        limits: Task -> the budget. The gain of a pair with a miss is known to be as much or more
+            only, of two misses nothing is known: no ratio is rejected for what they do not show.
         seed: Of the random flips.
     """
     grid = _grid(np.log(1 / MOST_TIMES), np.log(MOST_TIMES))
-    gains = [
-        (seeds, np.log(np.maximum(theirs, 1.0)) - np.log(np.maximum(ours, 1.0)))
-        for seeds, ours, theirs in times.values()
-    ]
+    gains, bounds = [], []
+    for task, (seeds, ours, theirs) in times.items():
+        limit = np.inf if limits is None else limits[task]
+        gains.append((seeds, np.log(np.maximum(theirs, 1.0)) - np.log(np.maximum(ours, 1.0))))
+        least = np.where(theirs >= limit, 0.0, -np.inf)[:, None]
+        most = np.where(ours >= limit, 0.0, np.inf)[:, None]
+        bounds.append((least, most))
 
     def rows(grid: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [(seeds, gain[:, None] - grid) for seeds, gain in gains]
+        return [
+            (seeds, np.clip(gain[:, None] - grid, *bound))
+            for (seeds, gain), bound in zip(gains, bounds, strict=True)
+        ]
 
     return _invert(grid, rows, [gain for _, gain in gains], seed)
 
@@ -260,10 +278,12 @@ def _floor(n: int) -> float:
 def _crossing(grid: np.ndarray, means: np.ndarray) -> float:
     """Return the ratio at which the mean difference is 0, nearest to 1; the edge if there is none.
 
-    Where nothing differs anywhere it is 1.
+    It is sought where the standard arm has more updates if the arm is better at T, else where it
+    has fewer. Where nothing differs at T it is 1.
     """
-    if not means.any():
-        return 1.0
+    at_one = means[np.searchsorted(grid, 0.0)]
+    side = (grid >= 0) if at_one > 0 else (grid <= 0)
+    grid, means = grid[side], means[side]
     exact = np.flatnonzero(means == 0)
     turns = np.flatnonzero(np.sign(means[:-1]) * np.sign(means[1:]) < 0)
     at = [grid[i] for i in exact]
@@ -271,7 +291,7 @@ def _crossing(grid: np.ndarray, means: np.ndarray) -> float:
     if at:
         return float(np.exp(min(at, key=abs)))
     # Better than the standard arm at every budget, or worse.
-    return np.inf if means[np.searchsorted(grid, 0.0)] > 0 else 0.0
+    return np.inf if at_one > 0 else 0.0
 
 
 def _accepted(
@@ -281,12 +301,21 @@ def _accepted(
     p_values: Callable[[np.ndarray], np.ndarray],
     alpha: float,
 ) -> Interval:
-    """Return the hull of the ratios that the test does not reject; 0 or infinity at an edge."""
-    inside = np.flatnonzero(p >= alpha)
+    """Return the hull of the ratios that the test does not reject; 0 or infinity at an edge.
+
+    Where 1 is rejected, on the side of 1 where the arm is, by the mean difference there.
+    """
+    kept, one = p >= alpha, int(np.searchsorted(grid, 0.0))
+    better = means[one] > 0
+    if not kept[one]:
+        kept &= grid > 0 if better else grid < 0
+    inside = np.flatnonzero(kept)
     edges = np.concatenate([[-np.inf], grid, [np.inf]])
     if not len(inside):  # between two ratios of the grid, or beyond all of them
-        above = int(np.count_nonzero(means > 0))
-        low, high = edges[above], edges[above + 1]
+        signs = np.sign(means[one:] if better else means[one::-1])
+        same = int(np.argmax(np.append(signs, 0) != signs[0]))  # so many from 1 on, 1 included
+        low, high = edges[one + same : one + same + 2] if better else edges[one - same + 1 :][:2]
+        low, high = (max(low, NOISE), high) if better else (low, min(high, -NOISE))
     else:
         low = _limit(edges[inside[0]], grid[inside[0]], p_values, alpha)
         high = _limit(edges[inside[-1] + 2], grid[inside[-1]], p_values, alpha)

@@ -7,8 +7,12 @@ interval lies within the margin of the plan: two one-sided tests of 5 %) or unde
 charges (calibration, holdout models) are in no comparison: they are told beside it, with the
 number of runs that pay them back.
 
+An arm is compared on the tasks on which it repeats: where its mean N is below 1.1 it is nearly the
+standard arm, and says nothing of repetition. Tasks that differ are not equivalent on average: where
+an arm is better or worse on one of them (Holm over tasks), it is no longer called equivalent.
+
 A verdict is *supported*, *refuted*, *equivalent*, *inconclusive*, *not tested* where no arm in
-question repeats (its mean N is below 1.1), or *interim* until every planned seed is there.
+question repeats on any task, or *interim* until every planned seed is there.
 
 H1 and H2 say that there is an arm which is better: one that is better supports them, and only that
 every arm is worse refutes them. H3 and H4 say something of every control and of every task: one
@@ -23,7 +27,7 @@ studies, whatever the number of tasks, arms and seeds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -32,7 +36,14 @@ import numpy as np
 from repeatlab.analysis.declaration import LARGER_STEP, LEAST_DOSE, Declaration
 from repeatlab.analysis.evidence import Dose, Evidence
 from repeatlab.analysis.statistics import ALPHA, holm
-from repeatlab.analysis.updates_saved import Saved, saved, saved_until, share_saved, sign_flips
+from repeatlab.analysis.updates_saved import (
+    Paired,
+    Saved,
+    saved,
+    saved_until,
+    share_saved,
+    sign_flips,
+)
 
 SUPPORTED, REFUTED, EQUIVALENT = "supported", "refuted", "equivalent"
 INCONCLUSIVE, NOT_TESTED, INTERIM = "inconclusive", "not tested", "interim"
@@ -48,12 +59,14 @@ class Comparison:
         p: The adjusted p that decides.
         state: "better", "worse", "equivalent" or "undecided".
         dose: Mean N of the arm over its tasks, NaN where it is none of repetition.
+        planned: Tasks that there are; its effect may rest on fewer.
     """
 
     effect: Saved
     p: float
     state: str
     dose: float = np.nan
+    planned: int = 0
 
     def numbers(self) -> dict[str, Any]:
         """Return what it rests on, as plain numbers."""
@@ -74,7 +87,9 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        return f"{percent_saved(self.effect)}, p = {self.p:.2g}: {self.state}"
+        found, planned = self.effect.tasks, self.planned
+        where = f" on {found} of {planned} tasks" if found < planned else ""
+        return f"{percent_saved(self.effect)}{where}, p = {self.p:.2g}: {self.state}"
 
 
 def percent_saved(effect: Saved) -> str:
@@ -128,12 +143,32 @@ class _Case:
 Ruling = tuple[str, str, dict[str, Comparison]]  # verdict, what is said first, what it rests on
 
 
-def state_of(effect: Saved, p: float, margin: float) -> str:
-    """Return what an effect decides by its adjusted `p` and the margin: see the module."""
+def state_of(effect: Saved, p: float, margin: float, tasks: Mapping[str, Any] | None = None) -> str:
+    """Return what `effect` is; `tasks` are what it pools."""
     direction = effect.direction(p)
     if direction:
         return BETTER if direction > 0 else WORSE
-    return EQUIVALENT if effect.equivalent(margin) else UNDECIDED
+    return EQUIVALENT if effect.equivalent(margin) and not _opposed(tasks or {}) else UNDECIDED
+
+
+def _opposed(tasks: Mapping[str, Any]) -> bool:
+    """Return whether one of several tasks shows a difference by itself (Holm over tasks)."""
+    if len(tasks) < 2:
+        return False
+    gains = [
+        part.differences(np.zeros(1))
+        if isinstance(part, Paired)
+        else (np.log(np.maximum(part[2], 1.0)) - np.log(np.maximum(part[1], 1.0)))[:, None]
+        for part in tasks.values()
+    ]
+    return bool((holm([float(sign_flips(gain)[0]) for gain in gains]) < ALPHA).any())
+
+
+def _repeating(found: Mapping[str, Any], doses: Mapping[str, Dose]) -> dict[str, Any]:
+    """Return the comparisons of the tasks on which the arm repeats."""
+    return {
+        task: one for task, one in found.items() if task in doses and doses[task].mean >= LEAST_DOSE
+    }
 
 
 def _mean_dose(doses: Mapping[str, Dose]) -> float:
@@ -142,30 +177,45 @@ def _mean_dose(doses: Mapping[str, Dose]) -> float:
 
 
 def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
-    margin = declared.margin
-    dose = {arm: _mean_dose(evidence.dose.get(arm, {})) for arm in evidence.at_end}
-    tested = [arm for arm in declared.arms if dose.get(arm, 0.0) >= LEAST_DOSE]
-    speed = {a: saved_until(evidence.until[a], seed=seed) for a in tested if evidence.until[a]}
-    end = {a: saved(evidence.at_end[a], seed=seed) for a in tested if evidence.at_end[a]}
+    limits = {task: float(goal.updates) for task, goal in declared.goals.items()}
+    until = {a: _repeating(evidence.until[a], evidence.dose.get(a, {})) for a in declared.arms}
+    at_end = {a: _repeating(evidence.at_end[a], evidence.dose.get(a, {})) for a in declared.arms}
+    speed = {a: saved_until(t, limits=limits, seed=seed) for a, t in until.items() if t}
+    end = {a: saved(tasks, seed=seed) for a, tasks in at_end.items() if tasks}
+    evidence = replace(evidence, **_of_real(evidence, declared))
     parts = {c: saved(found, seed=seed) for c, found in evidence.controls.items() if found}
     mechanism_p = _mechanism_p(evidence, parts, seed)
     family = [*(e.p for e in speed.values()), *(e.p for e in end.values()), mechanism_p]
     adjusted = holm(family)
 
-    def decided(effects: dict[str, Saved], p: Iterable[float]) -> dict[str, Comparison]:
-        return {
-            name: Comparison(effect, float(q), state_of(effect, q, margin), dose.get(name, np.nan))
-            for (name, effect), q in zip(effects.items(), p, strict=True)
-        }
+    def decided(
+        effects: dict[str, Saved], p: Iterable[float], tasks: Mapping[str, Any]
+    ) -> dict[str, Comparison]:
+        found = {}
+        for (name, effect), q in zip(effects.items(), p, strict=True):
+            state = state_of(effect, q, declared.margin, tasks[name])
+            doses = evidence.dose.get(name, {})
+            dose = _mean_dose({task: doses[task] for task in tasks[name] if task in doses})
+            found[name] = Comparison(effect, float(q), state, dose, len(declared.goals))
+        return found
 
     return _Case(
         evidence,
         declared,
-        decided(speed, adjusted[: len(speed)]),
-        decided(end, adjusted[len(speed) : -1]),
-        decided(parts, [e.p for e in parts.values()]),
+        decided(speed, adjusted[: len(speed)], until),
+        decided(end, adjusted[len(speed) : -1], at_end),
+        decided(parts, [e.p for e in parts.values()], evidence.controls),
         float(adjusted[-1]),
     )
+
+
+def _of_real(evidence: Evidence, declared: Declaration) -> dict[str, Any]:
+    """Return what H3 rests on, of the tasks on which the real arm repeats."""
+    doses = evidence.dose.get(declared.real, {})
+    return {
+        "controls": {c: _repeating(found, doses) for c, found in evidence.controls.items()},
+        "hardness": _repeating(evidence.hardness, doses),
+    }
 
 
 def _mechanism_p(evidence: Evidence, parts: Mapping[str, Saved], seed: int) -> float:
@@ -203,7 +253,7 @@ def _there_is_an_arm(found: dict[str, Comparison], better: str, worse: str) -> R
     """Judge a claim that an arm is better: one supports it, all of them worse refute it."""
     states = [comparison.state for comparison in found.values()]
     if not states:
-        return NOT_TESTED, f"No arm in question reaches a mean N of {LEAST_DOSE}", found
+        return NOT_TESTED, f"On no task an arm in question reaches a mean N of {LEAST_DOSE}", found
     if BETTER in states:
         return SUPPORTED, f"At least one arm {better}", found
     if set(states) == {WORSE}:
@@ -223,17 +273,18 @@ def _h2(case: _Case) -> Ruling:
 
 def _h3(case: _Case) -> Ruling:
     parts, real = case.mechanism, case.declared.real
-    if not parts or real not in case.evidence.dose:
-        return INCONCLUSIVE, "Runs are missing", parts
-    if _mean_dose(case.evidence.dose[real]) < LEAST_DOSE:
+    doses = case.evidence.dose.get(real, {})
+    if doses and max(dose.mean for dose in doses.values()) < LEAST_DOSE:
         return NOT_TESTED, f"{real} does not reach a mean N of {LEAST_DOSE}", parts
+    if len(parts) < len(case.declared.controls) or not parts or not case.evidence.hardness:
+        return INCONCLUSIVE, "Runs are missing", parts
     hard = _hardness_test(case.evidence, 0)[1]
     jointly = f"jointly p = {case.mechanism_p:.2g}, rank correlation of loss and N {hard:+.2f}"
     if case.mechanism_p < ALPHA:
         if hard > 0 and all(part.effect.ratio > 1 for part in parts.values()):
             return SUPPORTED, f"{real} beats every control ({jointly})", parts
         return REFUTED, f"A part of the claim is reversed for {real} ({jointly})", parts
-    if all(part.effect.equivalent(case.declared.margin) for part in parts.values()):
+    if all(part.state == EQUIVALENT for part in parts.values()):
         return EQUIVALENT, f"{real} does as well as each of its controls ({jointly})", parts
     return INCONCLUSIVE, f"Not every part is shown for {real} ({jointly})", parts
 
@@ -242,7 +293,8 @@ def _h4(case: _Case) -> Ruling:
     cells: dict[str, Comparison] = {}
     by_arm: dict[str, list[Comparison]] = {}
     for arm in case.end:
-        found = {t: saved({t: p}) for t, p in case.evidence.at_end[arm].items()}
+        tested = _repeating(case.evidence.at_end[arm], case.evidence.dose[arm])
+        found = {t: saved({t: p}) for t, p in tested.items()}
         adjusted = holm([effect.p for effect in found.values()])
         for (task, effect), q in zip(found.items(), adjusted, strict=True):
             dose = case.evidence.dose[arm][task].mean
@@ -251,7 +303,7 @@ def _h4(case: _Case) -> Ruling:
             by_arm.setdefault(arm, []).append(cell)
     better = [arm for arm, one in case.end.items() if one.state == BETTER]
     if not cells:
-        return NOT_TESTED, f"No arm in question reaches a mean N of {LEAST_DOSE}", cells
+        return NOT_TESTED, f"On no task an arm in question reaches a mean N of {LEAST_DOSE}", cells
     if len(case.declared.goals) < 2:
         return INCONCLUSIVE, "There is only one task", cells
     if not better:
@@ -261,23 +313,32 @@ def _h4(case: _Case) -> Ruling:
     # Every task must be significant by itself, which needs no adjustment over tasks.
     p = holm([max(cell.effect.p for cell in by_arm[arm]) for arm in better])
     for arm, q in zip(better, p, strict=True):
-        if q < ALPHA and all(cell.effect.direction() > 0 for cell in by_arm[arm]):
+        everywhere = len(by_arm[arm]) == len(case.declared.goals)
+        if everywhere and q < ALPHA and all(c.effect.direction() > 0 for c in by_arm[arm]):
             return SUPPORTED, f"{arm} is better on every task (jointly p = {q:.2g})", cells
     return INCONCLUSIVE, "That an arm is better on every task is neither shown nor excluded", cells
 
 
 def _h5(case: _Case) -> Ruling:
-    effects = {f"{a} - {b}": saved(t) for (a, b), t in case.evidence.variants.items() if t}
+    dose = case.evidence.dose
+    tasks = {  # on which one of the two repeats
+        f"{a} - {b}": _repeating(found, dose.get(b, {})) | _repeating(found, dose.get(a, {}))
+        for (a, b), found in case.evidence.variants.items()
+    }
+    effects = {name: saved(found) for name, found in tasks.items() if found}
     adjusted = holm([effect.p for effect in effects.values()]) if effects else []
     found = {
-        name: Comparison(effect, float(q), state_of(effect, q, case.declared.margin))
+        name: Comparison(effect, float(q), state_of(effect, q, case.declared.margin, tasks[name]))
         for (name, effect), q in zip(effects.items(), adjusted, strict=True)
     }
     if not found:
         return INCONCLUSIVE, "Runs are missing", found
     if _h2(case)[0] != SUPPORTED:
         return INCONCLUSIVE, "H2 is not supported: there is no benefit to be insensitive", found
-    if all(one.effect.equivalent(case.declared.margin) for one in found.values()):
+    if all(
+        one.effect.equivalent(case.declared.margin) and not _opposed(tasks[name])
+        for name, one in found.items()
+    ):
         return SUPPORTED, "No two settings differ by more than the margin", found
     if any(one.state in (BETTER, WORSE) for one in found.values()):
         return REFUTED, "Some settings differ", found

@@ -1,7 +1,8 @@
-"""Labelled image datasets as tensors in memory, with one fixed split into three parts.
+"""Labelled image datasets as tensors in memory, split into three parts.
 
-The split never depends on a run's seed: all runs tune on the same validation images and are
-tested on the same test images. A new dataset is one loader function and one line in `DATASETS`.
+All runs are tested on the same test images. They tune on the same validation images too, unless
+asked to draw those by seed, so that conclusions are not of one split. A new dataset is one loader
+function and one line in `DATASETS`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from repeatlab.core.seeding import generator
 from repeatlab.data import own_data, sources, stl10
 
-SPLIT_SEED = 0  # of the one split that all runs share
+SPLIT_SEED = 0  # of the split that all runs share
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def load_splits(
     device: str | torch.device = "cpu",
     validation: int | None = None,
     root: str | Path | None = None,
+    split_seed: int = SPLIT_SEED,
 ) -> Splits:
     """Load a dataset into the memory of `device`.
 
@@ -121,6 +123,7 @@ def load_splits(
         validation: Number of validation samples, taken class by class out of the training part;
             by default 5,000 (`mnist`, `cifar10`), 500 (`stl10`) or a fifth of all.
         root: The data directory; by default `$REPEATLAB_DATA`, else `~/.cache/repeatlab`.
+        split_seed: Which of the training part validate; the test split is always the same.
 
     Raises:
         ValueError: `name` is unknown, or `validation` leaves a class out of a split.
@@ -142,17 +145,19 @@ def load_splits(
             f"`validation` must leave every class of {name} in both splits: from {classes} to"
             f" {len(development) - classes} samples; not {count}."
         )
-    train, held_out = _stratified_split(development, count)
+    train, held_out = _stratified_split(development, count, split_seed)
     mean, std = _moments(train.images)
     return Splits(name, train.to(device), held_out.to(device), test.to(device), classes, mean, std)
 
 
-def _stratified_split(data: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
-    """Split off `held_out` samples, each class in proportion; always the same ones."""
+def _stratified_split(
+    data: ImageSet, held_out: int, seed: int = SPLIT_SEED
+) -> tuple[ImageSet, ImageSet]:
+    """Split off `held_out` samples, each class in proportion; the same ones for the same seed."""
     from sklearn.model_selection import train_test_split
 
     kept, taken = train_test_split(
-        np.arange(len(data)), test_size=held_out, stratify=data.labels, random_state=SPLIT_SEED
+        np.arange(len(data)), test_size=held_out, stratify=data.labels, random_state=seed % 2**32
     )
     return data.subset(np.sort(kept)), data.subset(np.sort(taken))
 

@@ -125,11 +125,15 @@ class Plan(Model):
             if name not in self.methods:
                 hint = did_you_mean(name, self.methods)
                 raise ValueError(f"judged: unknown method {name!r}; {hint}")
-        if 1.0 not in self.budgets:
-            raise ValueError("budgets must hold 1.0, the budget of all arms")
+        if 1.0 not in self.budgets or not min(self.budgets) < 1.0 < max(self.budgets):
+            raise ValueError(
+                "budgets must hold 1.0, the budget of all arms, and both less and more"
+            )
         for label, task in self.tasks.items():
             if max(self.tuning.first_seed, 0) < (task.seeds or self.seeds):
                 raise ValueError(f"tuning.first_seed must be above the seeds of tasks.{label}")
+            if judged.against not in self.arms(label):
+                raise ValueError(f"tasks.{label}.methods: {judged.against!r} cannot be left out")
             for arm in task.grids:
                 if arm not in self.arms(label):
                     raise ValueError(f"tasks.{label}.grids: {arm!r} is no arm of this task")
@@ -182,12 +186,17 @@ class Plan(Model):
             for label, task in self.tasks.items()
         }
         own = {label: task.seeds for label, task in self.tasks.items() if task.seeds}
+        left_out = {
+            label: tuple(name for name, method in task.methods.items() if method is None)
+            for label, task in self.tasks.items()
+        }
         return Declaration(
             goals=goals,
             seeds=self.seeds,
             margin=self.margin,
             budgets=self.budgets,
             seeds_of=own,
+            left_out=left_out,
             **self.judged.model_dump(),
         )
 

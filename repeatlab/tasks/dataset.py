@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import field_validator
 from torch import Tensor
 
 from repeatlab.core.schema import ConfigError, did_you_mean
+from repeatlab.core.seeding import derive
 from repeatlab.data import DATASETS, ImageSet, Splits, TrainStream, gather, load_splits
 from repeatlab.data.own_data import is_path
 from repeatlab.data.unlabelled import labelled_subset
@@ -30,6 +31,15 @@ class DatasetTaskConfig(TaskConfig):
 
     dataset: str = "digits"
     """A name, or the path of a folder of images by class or an .npz file; see `data.own_data`."""
+    split: Literal["fixed", "by_seed"] = "fixed"
+    """Which images validate: the same in all runs, or others for each seed, as all its arms have
+    them; the test split is always the same."""
+
+    def splits(self, seed: int, device: str | torch.device = "cpu") -> Splits:
+        """Return the data set as a run with this seed of its streams sees it."""
+        if self.split == "fixed":
+            return load_splits(self.dataset, device=device)
+        return load_splits(self.dataset, device=device, split_seed=derive(seed, "split"))
 
     def prepare(self) -> None:
         self.check_sizes(load_splits(self.dataset))
@@ -43,10 +53,16 @@ class DatasetTaskConfig(TaskConfig):
         check_batch_size("batch_size", self.batch_size, len(data.train), self.dataset)
 
     def refusals(self) -> dict[str, str]:
-        return {
+        refused = {
             "fresh_samples": "on a data set N fresh batches in place of N visits are standard "
             "training: use `{}`"
         }
+        if self.split == "by_seed":
+            refused["rho_loss"] = (
+                "with split: by_seed its holdout models, whose seeds are others, "
+                "would see the run's validation images"
+            )
+        return refused
 
     @field_validator("dataset")
     @classmethod
@@ -83,7 +99,7 @@ class DatasetTask(LearningTask):
     def __init__(self, config: Any, *, seed: int, device: str, data: Splits | None = None) -> None:
         """Make the task; `data` is its data set on the device, where others have loaded it."""
         self.config, self.seed, self.device = config, seed, torch.device(device)
-        self.data = data or load_splits(config.dataset, device=device)
+        self.data = data or config.splits(seed, device)
         self.forward_samples = self.backward_samples = config.batch_size
 
     @property

@@ -58,6 +58,8 @@ class GenerativeConfig(DatasetTaskConfig, OptimizationConfig):
     """Settings of the generative task; the defaults are the plan's, on the embedded data."""
 
     name: Literal["generative"] = "generative"
+    split: Literal["fixed"] = "fixed"
+    """FID's classifier has been trained on the images of this split."""
     width: Annotated[int, Field(ge=1)] = 32
     """Channels next to the image; 64 on CIFAR-10 is the plan's pair of about 2 M parameters."""
     latent: Annotated[int, Field(ge=1)] = 100

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from repeatlab.core.schema import Model
 from repeatlab.core.seeding import derive
-from repeatlab.data import load_splits
 from repeatlab.tasks.classification import ClassifierConfig, make_classifier, of_classes
 from repeatlab.tasks.dataset import make_stream
 from repeatlab.tasks.optimization import Momentum
@@ -64,12 +63,13 @@ def pretrained(
     own = ClassifierConfig(
         name="pretraining",
         dataset=config.dataset,
+        split=config.split,
         model=config.model,
         width=config.width,
         augment=config.augment,
     )
     found = _trained(own, settings, classes, outputs, seed=seed, device=device)
-    data = load_splits(config.dataset, device=device)
+    data = config.splits(seed, device)
     network = make_classifier(own, data, outputs, seed=seed).to(device)
     network.load_state_dict(found.weights)
     return network, dict(found.spent)
@@ -85,7 +85,7 @@ def _trained(
     seed: int,
     device: str,
 ) -> Pretrained:
-    data = load_splits(config.dataset, device=device)
+    data = config.splits(seed, device)
     network = make_classifier(config, data, outputs, seed=seed).to(device)
     stream = make_stream(
         of_classes(data.train, classes),

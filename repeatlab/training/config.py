@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from repeatlab.core.schema import Model, choice, choices, named, parse
+from repeatlab.core.seeding import derive
 from repeatlab.methods.sampling import SAMPLERS
 from repeatlab.methods.schedules import SCHEDULES
 from repeatlab.repetition.mappings import MAPPINGS, Trace
@@ -17,7 +18,7 @@ from repeatlab.tasks import TASKS, load_task, version
 from repeatlab.training.early_stopping import EarlyStopping
 
 # Part of every run's identity: raise it when the same configuration would give other records.
-RECORD_VERSION = 5
+RECORD_VERSION = 6
 
 PositiveInt = Annotated[int, Field(ge=1)]
 # More threads or processes than any machine has end the process rather than raise.
@@ -314,6 +315,9 @@ class RunConfig(Model):
             f"it is not for the task {self.task.name}, only for supervised": (
                 self.task.name != "supervised"
             ),
+            "with task.split: by_seed teachers of other seeds see the run's validation images": (
+                getattr(self.task, "split", "fixed") == "by_seed"
+            ),
             "teachers of other seeds see other label noise: they would tell the labels": getattr(
                 self.task, "label_noise", 0
             ),
@@ -328,6 +332,15 @@ class RunConfig(Model):
             if holds:
                 raise ValueError(f"method.distillation: {reason}")
         return self
+
+    @property
+    def stream_seed(self) -> int:
+        """The seed of the run's random streams: one for all arms of a task, another on each task.
+
+        Tasks on the same data would otherwise draw the same batches, and their differences between
+        arms would not be independent.
+        """
+        return derive(self.seed, f"task {self.task.name}")
 
     @cached_property
     def run_id(self) -> str:

@@ -31,6 +31,6 @@ def distilled_task(config: RunConfig, teachers: Sequence[Run], *, device: str) -
         spent.update(spent_on("holdout", run.summary["ledger"]))
     spent["holdout_forward_samples"] += len(teachers) * len(data)
     spent["holdout_seconds"] += perf_counter() - start
-    task = Distilled(config.task, seed=config.seed, device=device)
+    task = Distilled(config.task, seed=config.stream_seed, device=device)
     task.imitate(targets, temperature=settings.temperature, share=settings.share, spent=spent)
     return task

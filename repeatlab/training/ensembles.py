@@ -250,6 +250,11 @@ def _config(run: Run) -> RunConfig:
     if name not in CLASSIFIERS:
         reason = REFUSED.get(name, f"only the tasks {' and '.join(CLASSIFIERS)} do")
         raise ValueError(f"the task {name} makes no ensembles: {reason}")
+    if config.task.split == "by_seed":
+        raise ValueError(
+            "task.split: by_seed makes no ensembles: each member validates on images "
+            "that others were trained on"
+        )
     return config
 
 

@@ -36,13 +36,13 @@ def start_sampler(
         progress: Returns which share of the run is over, in [0, 1].
     """
     if config.method.sampler is None:
-        return AsTheyCome(task, config.seed)
+        return AsTheyCome(task, config.stream_seed)
 
     def rebuild(stream: str) -> Task:
-        return kind(config.task, seed=derive(config.seed, stream), device=str(task.device))
+        return kind(config.task, seed=derive(config.stream_seed, stream), device=str(task.device))
 
     return config.method.sampler.build().start(
-        task, seed=config.seed, progress=progress, rebuild=rebuild
+        task, seed=config.stream_seed, progress=progress, rebuild=rebuild
     )
 
 

@@ -115,7 +115,7 @@ def _train(
     parts = {"calibration": calibration, "source": source, "plan": plan or CheckpointPlan()}
     team = current_team()
     try:
-        with torch_settings(config.threads, config.seed):
+        with torch_settings(config.threads, config.stream_seed):
             task = (
                 distilled_task(config, teachers, device=device)
                 if teachers
@@ -220,7 +220,7 @@ def build_task(
         **parts: What others have made already.
     """
     kind = kind or load_task(TASKS[config.task.name])
-    return kind(config.task, seed=config.seed, device=device, **parts)
+    return kind(config.task, seed=config.stream_seed, device=device, **parts)
 
 
 @contextmanager
@@ -275,7 +275,7 @@ def _follow(team: Team) -> None:
         plan = CheckpointPlan(**job["plan"])
         parts = {"calibration": job["calibration"], "source": source, "plan": plan, "team": team}
         try:
-            with held_back() as stop, torch_settings(config.threads, config.seed):
+            with held_back() as stop, torch_settings(config.threads, config.stream_seed):
                 task = build_task(config, pick_device(config.device))
                 Training(config, task, SilentWriter(), **parts, stop=stop).run(job["state"])
         except Interrupted as error:  # by another of the processes

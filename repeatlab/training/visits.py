@@ -50,12 +50,12 @@ def build_mapping(
     if isinstance(choice, TraceConfig):
         if choice.counts is not None:
             return choice.build()
-        return Trace(tuple(_controlled(choice, source, config.seed).tolist()))
+        return Trace(tuple(_controlled(choice, source, config.stream_seed).tolist()))
     overrides: dict[str, Any] = {}
     if config.method.calibrated:
         overrides[type(choice).target.calibrated] = t
     if "seed" in type(choice).target.__dataclass_fields__:
-        overrides["seed"] = derive(config.seed, "mapping")
+        overrides["seed"] = derive(config.stream_seed, "mapping")
     return choice.build(**overrides)
 
 

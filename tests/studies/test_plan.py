@@ -69,7 +69,7 @@ def test_all_arms_are_tuned_with_the_same_rates_and_seeds_that_are_used_nowhere_
     for run in plan["runs"]:
         by_arm.setdefault(run["method"].split(" ")[0], set()).add(run["seed"])
         assert run["seed"] >= 1000
-    assert by_arm == dict.fromkeys(["standard", "fixed2", "quantile"], {1000})
+    assert by_arm == {arm: {1000} for arm in ("standard", "fixed2", "quantile")}
     rates = Store(done).read_plan("tiny")["rates"]["digits"]
     assert rates["quantile"]["trials"] in (6, 8)
     assert {rates[arm]["trials"] for arm in ("standard", "fixed2")} <= {3, 4}

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from repeatlab.analysis.frames import load
 from repeatlab.core.schema import ConfigError, parse
+from repeatlab.core.seeding import derive
 from repeatlab.data import load_splits
 from repeatlab.data.augment import normalize
 from repeatlab.store.records import Store
@@ -157,7 +158,8 @@ def test_a_run_is_the_bare_loop_on_the_teachers_targets(store):
     run = train(run_config({"mapping": {"name": "constant", "repeats": 2}}), store)
     targets = torch.from_numpy(targets_by_hand(store)).float()
     # The standard run's first weights and batches.
-    task = Supervised(SupervisedConfig(lr=0.05, batch_size=BATCH), seed=0, device="cpu")
+    seed = derive(0, "task supervised")
+    task = Supervised(SupervisedConfig(lr=0.05, batch_size=BATCH), seed=seed, device="cpu")
     model = task.model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     divergence = nn.KLDivLoss(reduction="batchmean")

@@ -195,12 +195,12 @@ class ByHand:
     """The pieces of a plain loop: they share with the package the batches and the network."""
 
     def __init__(self) -> None:
-        data = load_splits("digits")
+        data, seed = load_splits("digits"), derive(0, "task supervised")
         self.stream = TrainStream(
-            data.train, batch_size=BATCH, seed=0, mean=data.mean, std=data.std, crop_padding=1
+            data.train, batch_size=BATCH, seed=seed, mean=data.mean, std=data.std, crop_padding=1
         )
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(derive(0, "weights"))
+            torch.manual_seed(derive(seed, "weights"))
             self.model = small_cnn(1, 10, width=WIDTH)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=LR, momentum=0.9, weight_decay=0.0, fused=True
@@ -308,7 +308,8 @@ FRESH = {"mapping": {"name": "constant", "repeats": 3}, "apply": "fresh_samples"
 def test_fresh_samples_take_other_transitions_without_another_step(store):
     run = train(run_config(FRESH, "reinforcement", max_updates=60), store)
     config = run_config(FRESH, "reinforcement", max_updates=60).task
-    hand, losses = Reinforcement(config, seed=0, device="cpu"), []
+    seed = derive(0, "task reinforcement")
+    hand, losses = Reinforcement(config, seed=seed, device="cpu"), []
     for index in range(20):
         batches = [hand.fresh_batch(index), *(hand.replay(index, visit) for visit in (1, 2))]
         assert all(not torch.equal(batches[0].indices, other.indices) for other in batches[1:])
@@ -393,7 +394,7 @@ def test_under_a_budget_a_control_ends_with_its_source(tmp_path, name):
 
 def test_a_source_that_diverges_leaves_nothing_to_replay(tmp_path):
     config = run_config(control("permuted"), max_updates=30)
-    config = config.model_copy(update={"task": config.task.model_copy(update={"lr": 1e6})})
+    config = config.model_copy(update={"task": config.task.model_copy(update={"lr": 1e30})})
     with pytest.raises(RuntimeError, match="diverged: a control needs its source with finite"):
         train(config, tmp_path)
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repeatlab.core.schema import ConfigError, parse
+from repeatlab.core.seeding import derive
 from repeatlab.data import load_splits
 from repeatlab.store.records import Run
 from repeatlab.tasks.supervised import Supervised
@@ -118,7 +119,7 @@ def test_a_share_out_of_range_is_named(share):
 
 def by_hand(run: Run, noise: float) -> dict[str, float | int | None]:
     """Count visits to corrupted samples, one update and one sample after another."""
-    task = build(noise)
+    task = build(noise, derive(0, "task supervised"))
     seen = {"all": [0, 0], "extra": [0, 0]}
     for row in run.updates.itertuples():
         for number in task.stream.indices(row.fresh_batch).tolist():

@@ -178,7 +178,7 @@ class ByHand:
     """The pieces of a plain PyTorch loop, for the reader to see what is compared with."""
 
     def __init__(self, seed: int = 0) -> None:
-        data = load_splits("digits")
+        seed, data = derive(seed, "task supervised"), load_splits("digits")
         self.stream = TrainStream(
             data.train,
             batch_size=BATCH,

@@ -14,7 +14,7 @@ from repeatlab.store.records import Store
 from repeatlab.tasks import TASKS, Task, load_task
 from repeatlab.training import stand_ins
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.loop import build_task, train
 from repeatlab.training.one_run import Training
 from repeatlab.training.stand_ins import ObservedTask, SlowTask
 
@@ -96,7 +96,7 @@ def test_a_run_that_is_observed_is_the_same_and_all_its_time_has_a_name(tmp_path
     plain = train(config, tmp_path / "plain")
     store = Store(tmp_path / "observed")
     run = store.run("supervised", config.run_id)
-    task = load_task(TASKS["supervised"])(config.task, seed=0, device="cpu")
+    task = build_task(config, "cpu")
     laps = Laps(clock)
     through = ObservedTask(task, laps)
     writer = store.begin(run, config.to_json(), {})

@@ -70,7 +70,7 @@ def train_group(
             run = store.run(config.task.name, config.run_id)
             held.enter_context(store.locked(run, waiting=partial(loop.leave_if_stopped, stop)))
         held.enter_context(watch(configs))
-        with loop.torch_settings(configs[0].threads, configs[0].seed):
+        with loop.torch_settings(configs[0].threads, configs[0].stream_seed):
             group.open(configs)
             group.train()
     if "interrupted" in group.outcomes.values():
