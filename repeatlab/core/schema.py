@@ -10,9 +10,7 @@ import dataclasses
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from difflib import get_close_matches
-from math import isfinite, nan
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_origin, get_type_hints
 
@@ -26,6 +24,7 @@ from pydantic import (
     PlainValidator,
     SerializeAsAny,
     ValidationError,
+    WrapValidator,
     create_model,
     model_validator,
 )
@@ -191,7 +190,7 @@ def _choice_model(name: str, target: type, without: tuple[str, ...]) -> type[Cho
         if get_origin(kind) is tuple:  # YAML and JSON know lists only
             kind = Annotated[kind, Field(strict=False)]
         if field.name == getattr(target, "calibrated", None):
-            kind = Annotated[float | str, PlainValidator(_number_or_auto)]
+            kind = Annotated[SerializeAsAny[float], WrapValidator(_or_auto)]
         if field.name not in without:
             default = ... if field.default is dataclasses.MISSING else field.default
             fields[field.name] = (kind, default)
@@ -210,16 +209,8 @@ def _choice_model(name: str, target: type, without: tuple[str, ...]) -> type[Cho
     return model
 
 
-def _number_or_auto(value: Any) -> float | str:
-    if value == "auto":
-        return value
-    number = nan
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        with suppress(OverflowError):  # an int may exceed every float
-            number = float(value)
-    if not isfinite(number):
-        raise ValueError(f"must be a finite number or 'auto'; not {shown(value)}")
-    return number
+def _or_auto(value: Any, number: Callable[[Any], float]) -> float | str:
+    return value if value == "auto" else number(value)
 
 
 # --- reading ----------------------------------------------------------------------------------
