@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from repeatlab import cli
 from repeatlab.core.schema import ConfigError
 from repeatlab.repetition.loss_reader import LossReader
-from repeatlab.repetition.mappings import Linear, Mapping, Threshold, Until, to_dict
+from repeatlab.repetition.mappings import Linear, Mapping, Threshold, Until
 from repeatlab.repetition.repeater import BatchRepeater, NonFiniteLoss
 from repeatlab.store.records import Store
 from repeatlab.tasks import TASKS
@@ -200,7 +201,7 @@ def single(monkeypatch):
     ids=lambda value: type(value).__name__ if isinstance(value, Mapping) else value,
 )
 def test_several_processes_make_the_run_of_one(size, name, mapping, single, tmp_path):
-    run = small(name, {"mapping": to_dict(mapping)})
+    run = small(name, {"mapping": {"name": type(mapping).__name__.lower()} | asdict(mapping)})
     alone, weights = single(run, tmp_path / "one")
     shared = over(run, size)
     answers, codes = in_ranks(
