@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -100,38 +99,12 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
     help="Whether small networks train as groups where that is faster; by default they do.",
 )
 def run(parameters: tuple[Path, ...], runs: Path, **places: Any) -> None:
-    """Train the studies of parameter files, without their notebooks.
-
-    Started by torchrun, every run is trained by all of its processes, which share the batches.
-    """
+    """Train the studies of parameter files, without their notebooks."""
     from repeatlab.studies.cluster import Places
     from repeatlab.studies.study import run_studies
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        if any(places[name] is not None for name in ("workers", "scheduler", "time_limit")):
-            raise click.UsageError("torchrun decides where runs are made: leave that out here")
-        _run_shared(parameters, runs)
-        return
     studies = _read_studies(parameters)
     click.echo(str(run_studies(studies, runs, places=Places(**places))))
-
-
-def _run_shared(parameters: tuple[Path, ...], runs: Path) -> None:
-    """Make the runs of studies as one of the processes that torchrun has started."""
-    from repeatlab.studies.cluster import Places
-    from repeatlab.studies.study import run_studies
-    from repeatlab.training.data_parallel import TeamBroken, process_group
-    from repeatlab.training.loop import together
-
-    studies = _read_studies(parameters, processes=int(os.environ["WORLD_SIZE"]))
-    with process_group():
-        here = Places(workers=0, lockstep=False)
-        try:
-            report = together(lambda: run_studies(studies, runs, places=here))
-        except TeamBroken as error:
-            raise click.ClickException(str(error)) from error
-    if report is not None:  # on the process that leads
-        click.echo(str(report))
 
 
 @cli.command()
@@ -189,8 +162,8 @@ def verify(runs: Path, remove: bool) -> None:
     sys.exit(1 if found and not remove else 0)
 
 
-def _read_studies(paths: Iterable[Path], **fields: Any) -> list[Study]:
-    """Return the studies of parameter files, with `fields` where they say nothing of them."""
+def _read_studies(paths: Iterable[Path]) -> list[Study]:
+    """Return the studies of parameter files."""
     from repeatlab.report.notebooks import read_job
     from repeatlab.studies.study import Study
 
@@ -200,8 +173,6 @@ def _read_studies(paths: Iterable[Path], **fields: Any) -> list[Study]:
         if "study" not in job.parameters:
             raise ConfigError(f"{path}: parameters.study is missing: this file trains nothing")
         study = job.parameters["study"]
-        if isinstance(study, dict):
-            study = fields | study
         studies.append(parse(Study, study, source=f"{path}: parameters.study"))
     return studies
 

@@ -86,8 +86,6 @@ class Study(Model):
     loader: LoaderConfig = LoaderConfig()
     device: Device = "auto"
     threads: Threads = 1
-    processes: PositiveInt = 1
-    """Processes that share every batch of a run, under torchrun where it is more than one."""
     lockstep: bool = True
     """Whether runs of small networks may train as one group where that is faster. Their `seconds`
     are then a share of the group's, which says nothing of an arm: not where time is compared."""

@@ -49,7 +49,6 @@ def train_runs(
         stop: Makes the runs leave checkpoints and be "interrupted".
     """
     from repeatlab.studies.lockstep.group import train_group
-    from repeatlab.training.data_parallel import TeamBroken
     from repeatlab.training.loop import train
 
     found = [RunConfig.from_json(config) for config in configs]
@@ -76,8 +75,6 @@ def train_runs(
             failures = train_group(found, runs, watch=watch, stop=stop)
     except Interrupted:
         failures = dict.fromkeys(ids, "interrupted")
-    except TeamBroken:
-        raise  # no other run can be trained by these processes
     except Exception as error:
         if len(found) > 1:
             return {}

@@ -25,7 +25,6 @@ def calibration_run(config: RunConfig) -> RunConfig:
         evaluation=EvaluationConfig(splits=(), test=False),
         device=config.device,
         threads=config.threads,
-        processes=config.processes,
     )
 
 

@@ -20,7 +20,7 @@ from repeatlab.training.early_stopping import EarlyStopping
 RECORD_VERSION = 4
 
 PositiveInt = Annotated[int, Field(ge=1)]
-# More threads or processes than any machine has end the process rather than raise.
+# More threads than any machine has end the process rather than raise.
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Control = Literal[
@@ -222,35 +222,6 @@ class RunConfig(Model):
     device: Device = "auto"
     threads: Threads = 1
     """CPU threads of torch: sums, and so the records, depend on their number."""
-    processes: Threads = 1
-    """Processes that share every batch (`repeatlab.training.data_parallel`), under torchrun where
-    it is more than one: sums depend on their number, and BatchNorm sees a share of the batch."""
-
-    @model_validator(mode="after")
-    def _can_be_shared(self) -> Self:
-        if self.processes == 1:
-            return self
-        task, method = self.task, self.method
-        refused = {
-            f"it is not for the task {task.name}: {task.unshared}": task.unshared,
-            f"batch_size {task.batch_size} has fewer samples": self.processes > task.batch_size,
-            "a sampler chooses by the losses of samples, and each process sees its own": (
-                method.sampler
-            ),
-            "apply: step_size scales an update before the processes agree on its loss": (
-                method.apply == "step_size"
-            ),
-            "method.distillation: the teachers' answers are not sent to the other processes": (
-                method.distillation
-            ),
-            "budget.unit: seconds would end each process at an update of its own": (
-                self.budget and self.budget.unit == "seconds"
-            ),
-        }
-        for reason, holds in refused.items():
-            if holds:
-                raise ValueError(f"processes: {self.processes}: {reason}")
-        return self
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:

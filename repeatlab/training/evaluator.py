@@ -8,7 +8,6 @@ from typing import Any
 from repeatlab.tasks import Task
 from repeatlab.training import weights
 from repeatlab.training.config import EvaluationConfig
-from repeatlab.training.data_parallel import Alone, Team
 from repeatlab.training.early_stopping import Patience
 from repeatlab.training.recorder import Recorder
 from repeatlab.training.stand_ins import StandIn
@@ -23,7 +22,6 @@ class Evaluator:
         settings: What is evaluated, and what is kept.
         recorder: Of the run.
         through: The task, or what stands for it, for evaluations.
-        team: The processes that train it; process 0 evaluates.
 
     Attributes:
         last: The metrics of the last evaluation.
@@ -32,13 +30,9 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        settings: EvaluationConfig,
-        recorder: Recorder,
-        through: Task | StandIn,
-        team: Team | Alone,
+        self, settings: EvaluationConfig, recorder: Recorder, through: Task | StandIn
     ) -> None:
-        self._settings, self._recorder, self._team = settings, recorder, team
+        self._settings, self._recorder = settings, recorder
         self._task, self._evaluate = recorder.task, through.evaluate
         rule = settings.early_stopping
         self.patience = Patience(rule) if rule else None
@@ -54,17 +48,11 @@ class Evaluator:
     def evaluate(self) -> None:
         """Evaluate every split, and keep these weights where they may be asked for."""
         splits, updates = self._settings.splits, self._recorder.ledger.updates
-        if self._team.leads:
-            self.last = {split: self._evaluate(split) for split in splits}
-        self.last = self._team.broadcast(self.last)
+        self.last = {split: self._evaluate(split) for split in splits}
         if splits:
             self._recorder.evaluation(self.last)
         if self.patience is not None:
             self.patience.see(updates, self.last["validation"])
-        if self._team.leads:
-            self._keep(updates)
-
-    def _keep(self, updates: int) -> None:
         kept = updates > 0
         if self._restores:
             kept = self.patience.at_best

@@ -10,7 +10,6 @@ import numpy as np
 from repeatlab.cost import Ledger
 from repeatlab.store.records import RunWriter
 from repeatlab.tasks import Task
-from repeatlab.training.data_parallel import SilentWriter
 from repeatlab.training.label_noise import NoiseLog
 
 if TYPE_CHECKING:
@@ -27,15 +26,13 @@ class Recorder:
 
     Attributes:
         task: What is trained.
-        directory: Where the record is; None where nothing is written.
+        directory: Where the record is.
         ledger: What was spent so far.
         noise: Where updates went, on a task with wrong labels.
         recorded: Visits written so far.
     """
 
-    def __init__(
-        self, task: Task, writer: RunWriter | SilentWriter, calibration: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, task: Task, writer: RunWriter, calibration: Mapping[str, Any]) -> None:
         self.task, self.directory, self._writer = task, writer.path, writer
         costs = {k: v for k, v in calibration.items() if k.startswith("calibration_")}
         self.ledger = Ledger(environment_steps=task.environment_steps, **costs)
