@@ -234,16 +234,15 @@ def search(parameters: Path, runs: Path, workers: int | None) -> None:
 @click.option(
     "--of",
     "kind",
-    type=click.Choice(["seeds", "checkpoints", "ema"]),
+    type=click.Choice(["seeds", "checkpoints"]),
     default="seeds",
     show_default=True,
-    help="Of all seeds; or, seed by seed, of the evaluations that kept their weights, or of the "
-    "weights at the end and their average.",
+    help="Of all seeds; or, seed by seed, of the evaluations that kept their weights.",
 )
 @click.option(
     "--network",
     type=click.Choice(["model", "ema"]),
-    help="Of seeds and checkpoints: the weights or their average; by default what is evaluated.",
+    help="The weights or their average; by default what the task evaluates.",
 )
 @click.option(
     "--split",
@@ -252,26 +251,29 @@ def search(parameters: Path, runs: Path, workers: int | None) -> None:
     show_default=True,
     help="The test split is to be read once.",
 )
+@click.option(
+    "--k",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="A backward's time in forwards, for cost_units; `repeatlab measure` finds it.",
+)
 @RUNS
 def ensemble(
-    study: str, kind: str, network: str | None, split: str, runs: Path, **arm: Any
+    study: str, kind: str, network: str | None, split: str, k: float, runs: Path, **arm: Any
 ) -> None:
     """Evaluate ensembles of networks that a study's runs have kept, beside the single ones."""
     from repeatlab.core.environment import pick_device
     from repeatlab.training import ensembles
 
-    if kind == "ema" and network:
-        raise click.UsageError("--of ema has both networks: leave --network out")
     try:
         found = ensembles.runs_of(Store(runs), study, **arm)
         if kind == "seeds":
             groups = [ensembles.of_seeds(found, network=network)]
-        elif kind == "checkpoints":
-            groups = [ensembles.of_checkpoints(run, network=network) for run in found]
         else:
-            groups = [ensembles.of_average(run) for run in found]
+            groups = [ensembles.of_checkpoints(run, network=network) for run in found]
         for members in groups:
-            click.echo(str(ensembles.evaluate(members, split, device=pick_device("auto"))))
+            click.echo(str(ensembles.evaluate(members, split, k=k, device=pick_device("auto"))))
     except ValueError as error:  # what makes no ensemble says why
         raise ConfigError(str(error)) from error
 

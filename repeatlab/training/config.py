@@ -151,15 +151,16 @@ class BudgetConfig(Model):
 
     unit: Literal["cost", "seconds"]
     """`cost` counts forward equivalents; a run may spend as many as `max_updates` standard ones."""
-    k: Annotated[float, Field(gt=0)] = 2.0
+    k: Annotated[float, Field(gt=0)] | None = None
     """For `cost`: a backward's time in forwards, as `repeatlab measure` finds it."""
     seconds: Annotated[float, Field(gt=0)] | None = None
     """For `seconds`: of training."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if (self.unit == "seconds") != (self.seconds is not None):
-            raise ValueError("seconds must be given for unit: seconds, and only for it")
+        for field, unit in {"seconds": "seconds", "k": "cost"}.items():
+            if (self.unit == unit) != (getattr(self, field) is not None):
+                raise ValueError(f"{field} must be given for unit: {unit}, and only for it")
         return self
 
 

@@ -1,13 +1,12 @@
 """Ensembles of networks that runs have kept, evaluated beside the single ones.
 
-The members may be runs of several seeds, several moments of one run, and the averages (EMA) of
+The members may be runs of several seeds or several moments of one run, with the averages (EMA) of
 weights in place of the weights. An ensemble predicts the mean of its members' softmax
 probabilities, as in Lakshminarayanan et al. 2017 (arXiv 1612.01474), so that its negative
 log-likelihood is at most its members' mean (Jensen's inequality); its accuracy need not be higher.
 
     runs = runs_of(Store("runs"), "my-study", method="standard")  # with evaluation.keep >= 1
     print(evaluate(of_seeds(runs)))
-    print(evaluate(of_average(runs[0])))                          # with ema_decay
     print(evaluate(of_checkpoints(runs[0])))                      # with evaluation.keep >= 2
 
 `repeatlab ensemble` does the same.
@@ -16,6 +15,7 @@ log-likelihood is at most its members' mean (Jensen's inequality); its accuracy 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import log
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from repeatlab.core.schema import ConfigError, did_you_mean
-from repeatlab.cost import Ledger
+from repeatlab.cost.ledger import PARTS, Ledger
 from repeatlab.data import ImageSet, iter_batches
 from repeatlab.store.records import Run, Store
 from repeatlab.tasks import TASKS, load_task
@@ -36,13 +36,6 @@ from repeatlab.training.config import RunConfig
 
 EVALUATION_BATCH = 500
 CLASSIFIERS = ("supervised", "semisupervised")
-REFUSED = {
-    "selfsupervised": "its networks give representations, not probabilities of classes",
-    "unsupervised": "its networks give images, not probabilities of classes",
-    "generative": "its networks give images, not probabilities of classes",
-    "reinforcement": "its networks give values of actions, not probabilities of classes",
-}
-_SPENT_ON = ("", "calibration_", "holdout_", "pretraining_")
 
 
 @dataclass(frozen=True)
@@ -71,8 +64,8 @@ class EnsembleReport:
     Attributes:
         table: A row for each member, one for the mean of these and one for the ensemble. Columns:
             accuracy; nll, the mean negative log-likelihood in nats; what its training cost in
-            `updates`, `cost_units` (forward equivalents, a backward as two forwards) and
-            `seconds`, everything that was prepared for it included; `networks`, how many go forward
+            `updates`, `cost_units` (forward equivalents) and `seconds`, everything that was
+            prepared for it included; `networks`, how many go forward
             for a prediction. A run's cost stands in full beside each of its moments, and once in
             the ensemble's.
         log_probabilities: float64, (samples, classes): the ensemble's.
@@ -141,17 +134,6 @@ def of_checkpoints(run: Run, *, network: str | None = None) -> list[Member]:
     return [_member(run, update, network) for update in weights.kept(run) or [None]]
 
 
-def of_average(run: Run) -> list[Member]:
-    """Return the last kept network of a run, and the average (EMA) of its weights.
-
-    Raises:
-        ValueError: it makes no average.
-    """
-    if "ema" not in weights.load(run):
-        raise ValueError(f"{run.path} keeps no average of its weights: set ema_decay on the task")
-    return [_member(run, None, network) for network in ("model", "ema")]
-
-
 def _member(run: Run, update: int | None, network: str | None) -> Member:
     if network is None:
         network = "ema" if "ema" in weights.load(run, update) else "model"
@@ -160,13 +142,14 @@ def _member(run: Run, update: int | None, network: str | None) -> Member:
 
 
 def evaluate(
-    members: Sequence[Member], split: str = "validation", *, device: str = "cpu"
+    members: Sequence[Member], split: str = "validation", *, k: float = 2.0, device: str = "cpu"
 ) -> EnsembleReport:
     """Return what the members and their ensemble are on a split of their data.
 
     Args:
         members: At least one, all different and of one dataset.
         split: "validation", or "test", which is to be read once.
+        k: A backward's time in forwards, as `repeatlab measure` finds it, for `cost_units`.
         device: Where the networks run.
 
     Raises:
@@ -187,14 +170,13 @@ def evaluate(
     together = mean_log_probabilities(every)
     ledgers = {member.run.path: _ledger(member.run) for member in members}
     rows = {
-        str(member): _scores(found, labels) | _cost([ledgers[member.run.path]], networks=1)
+        str(member): _scores(found, labels) | _cost([ledgers[member.run.path]], k) | {"networks": 1}
         for member, found in zip(members, every, strict=True)
     }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.loc["mean of members"] = table.mean()
-    table.loc["ensemble"] = _scores(together, labels) | _cost(
-        ledgers.values(), networks=len(members)
-    )
+    row = _scores(together, labels) | _cost(ledgers.values(), k) | {"networks": len(members)}
+    table.loc["ensemble"] = row
     table = table.astype({"updates": float, "networks": int})
     return EnsembleReport(table, together.numpy())
 
@@ -241,15 +223,16 @@ def _log_probabilities(task: Any, member: Member, split: str) -> Tensor:
     data = getattr(task.data, split)
     batches = iter_batches(data, EVALUATION_BATCH, task.data.mean, task.data.std)
     logits = torch.cat([task.precision(network, batch.images) for batch in batches])
-    return logits.double().log_softmax(1).cpu()
+    return logits.cpu().double().log_softmax(1)
 
 
 def _config(run: Run) -> RunConfig:
     config = RunConfig.from_json(run.config)
-    name = config.task.name
-    if name not in CLASSIFIERS:
-        reason = REFUSED.get(name, f"only the tasks {' and '.join(CLASSIFIERS)} do")
-        raise ValueError(f"the task {name} makes no ensembles: {reason}")
+    if config.task.name not in CLASSIFIERS:
+        raise ValueError(
+            f"the task of an ensemble must be {' or '.join(CLASSIFIERS)}, whose networks give "
+            f"probabilities of classes; not {config.task.name}"
+        )
     return config
 
 
@@ -265,11 +248,13 @@ def _scores(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     return {"accuracy": right.double().mean().item(), "nll": nll.item()}
 
 
-def _cost(ledgers: Iterable[Ledger], *, networks: int) -> dict[str, float]:
-    """Return what these runs cost together, and what a prediction does."""
-    spent = dict.fromkeys(("updates", "cost_units", "seconds"), 0.0)
+def _cost(ledgers: Iterable[Ledger], k: float) -> dict[str, float]:
+    """Return what these runs cost together."""
+    spent = Counter()
     for ledger in ledgers:
-        spent["cost_units"] += ledger.cost_units(2.0)
-        for column in ("updates", "seconds"):
-            spent[column] += sum(getattr(ledger, part + column) for part in _SPENT_ON)
-    return spent | {"networks": networks}
+        updates, seconds = (
+            sum(getattr(ledger, part + column) for part in PARTS)
+            for column in ("updates", "seconds")
+        )
+        spent.update(updates=updates, cost_units=ledger.cost_units(k), seconds=seconds)
+    return dict(spent)

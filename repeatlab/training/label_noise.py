@@ -42,7 +42,7 @@ class NoiseLog:
         shares = torch.stack(self._shares).cpu().double().numpy()[: len(self._visits)]
         extra = np.maximum(self._visits - 1, 0)
         return {
-            "corrupted": float(self.corrupted.double().mean()),
+            "corrupted": float(self.corrupted.cpu().double().mean()),
             "corrupted_visits": float(np.average(shares, weights=self._visits)),
             "corrupted_extra_visits": float(np.average(shares, weights=extra))
             if extra.any()

@@ -290,7 +290,7 @@ def test_a_run_stopped_in_its_waiting_is_the_unbroken_run(
     [
         {"stopping": {"patience": 2}},
         {"stopping": {"patience": 2, "restore_best": True}},
-        {"budget": {"unit": "cost"}, "method": "selective"},
+        {"budget": {"unit": "cost", "k": 2.0}, "method": "selective"},
     ],
     ids=["patience", "best", "budget"],
 )

@@ -212,6 +212,8 @@ def test_the_cost_is_that_of_the_members_runs_each_once(runs):
     assert table["updates"].tolist() == [T, T, T, T, 3 * T]
     assert table["cost_units"].tolist() == [T * BATCH * 3] * 4 + [3 * T * BATCH * 3]
     assert table["networks"].tolist() == [1, 1, 1, 1, 3]
+    dear = evaluate(of_seeds(of_runs), k=3.5).table
+    assert dear["cost_units"].tolist() == [T * BATCH * 4.5] * 4 + [3 * T * BATCH * 4.5]
     seconds = sum(run.summary["ledger"]["seconds"] for run in of_runs)
     assert table.loc["ensemble", "seconds"] == pytest.approx(seconds)
     one = evaluate(of_checkpoints(of_runs[0])).table.loc["ensemble"]
@@ -242,7 +244,7 @@ def test_the_mean_of_probabilities_holds_where_they_underflow():
 def test_tasks_without_classes_are_refused_with_the_reason(task, tmp_path):
     evaluation = {"splits": [], "test": False, "keep": 1}
     run = train(run_config(task, max_updates=1, evaluation=evaluation), tmp_path)
-    with pytest.raises(ValueError, match=f"the task {task} makes no ensembles: "):
+    with pytest.raises(ValueError, match=f"probabilities of classes; not {task}"):
         evaluate([Member(run, 1, "model")])
 
 
