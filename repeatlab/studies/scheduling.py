@@ -161,10 +161,9 @@ def _hopeless(
     """Take out the runs that need one that has failed, note them as made, and return them."""
     failed = {}
     for run_id in list(waiting):
-        for needed in needs[run_id]:
-            if needed in made and made[needed].failure:
-                why = f"the run {needed} that it needs failed: {made[needed].failure}"
-                failed[run_id] = made[run_id] = Outcome(why)
-                del waiting[run_id]
-                break
+        bad = [needed for needed in needs[run_id] if needed in made and made[needed].failure]
+        if bad:
+            why = f"the run {bad[0]} that it needs failed: {made[bad[0]].failure}"
+            failed[run_id] = made[run_id] = Outcome(why)
+            del waiting[run_id]
     return failed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
@@ -15,23 +15,18 @@ from tqdm.auto import tqdm
 from repeatlab.core.environment import commit
 from repeatlab.core.files import StoreError, safe_name
 from repeatlab.core.html_view import rows_table
-from repeatlab.core.schema import Model, Name, did_you_mean, parse, shown
+from repeatlab.core.schema import Name, did_you_mean, parse, shown
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
 from repeatlab.studies.scheduling import open_trainer
 from repeatlab.tasks import TaskConfig
 from repeatlab.training.config import (
-    BudgetConfig,
     CalibrationConfig,
-    Device,
-    EvaluationConfig,
-    LoaderConfig,
+    Common,
     MethodConfig,
-    PositiveInt,
     RunConfig,
     TaskChoice,
-    Threads,
 )
 
 MOST_SEEDS = 10_000
@@ -57,20 +52,19 @@ class Planned(NamedTuple):
 
 
 def _seeds(value: Any) -> int | tuple[int, ...]:
-    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-    valid = numbers and all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers
-    )
-    count = len(numbers) if isinstance(value, (list, tuple)) else value
-    if not valid or not 0 < count <= MOST_SEEDS or len(set(numbers)) < len(numbers):
+    several = isinstance(value, (list, tuple))
+    numbers = tuple(value) if several else (value,)
+    valid = all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    count = len(set(numbers)) if several and valid else value
+    if not valid or not 0 < count <= MOST_SEEDS or (several and count < len(numbers)):
         raise ValueError(
             f"must be a count of at least 1 and at most {MOST_SEEDS}, or a list of as many "
             f"different seeds; not {shown(value)}"
         )
-    return tuple(numbers) if isinstance(value, (list, tuple)) else value
+    return numbers if several else value
 
 
-class Study(Model):
+class Study(Common):
     """Every method with every seed on every task, all under the same budget of updates."""
 
     name: str
@@ -79,13 +73,7 @@ class Study(Model):
     methods: Annotated[dict[Name, MethodConfig], Field(min_length=1)]
     seeds: Annotated[Any, PlainValidator(_seeds)] = 5
     """How many seeds, counted from 0, or which."""
-    max_updates: PositiveInt
-    evaluation: EvaluationConfig = EvaluationConfig()
-    budget: BudgetConfig | None = None
     calibration: CalibrationConfig = CalibrationConfig()
-    loader: LoaderConfig = LoaderConfig()
-    device: Device = "auto"
-    threads: Threads = 1
     lockstep: bool = True
     """Whether runs of small networks may train as one group where that is faster. Their `seconds`
     are then a share of the group's, which says nothing of an arm: not where time is compared."""
@@ -183,25 +171,22 @@ class Report:
     trained: int
     retried: Mapping[str, int] = field(default_factory=dict)
 
+    def _counts(self) -> tuple[int, dict[str, int], dict[str, int]]:
+        """Return how many runs there are, how they ended, and where they came from."""
+        runs = len(self.status)
+        now = {"trained now": self.trained, "in the store": runs - self.trained}
+        return runs, dict(sorted(Counter(self.status.values()).items())), now
+
     def __str__(self) -> str:
-        counts = Counter(self.status.values())
-        ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        stored = len(self.status) - self.trained
-        runs = "run" if len(self.status) == 1 else "runs"
-        now = f"({self.trained} trained now, {stored} in the store)"
+        runs, *counts = self._counts()
+        ended, now = (", ".join(f"{n} {what}" for what, n in part.items()) for part in counts)
         again = f"; {len(self.retried)} took more than one attempt" if self.retried else ""
-        return f"{len(self.status)} {runs}: {ended} {now}{again}"
+        return f"{runs} {'run' if runs == 1 else 'runs'}: {ended} ({now}){again}"
 
     def _repr_html_(self) -> str:
-        stored = len(self.status) - self.trained
-        now = {"trained now": self.trained, "in the store": stored}
+        runs, ended, now = self._counts()
         again = {"more than one attempt": len(self.retried)} if self.retried else {}
-        return rows_table(
-            {"runs": len(self.status)}
-            | dict(sorted(Counter(self.status.values()).items()))
-            | now
-            | again
-        )
+        return rows_table({"runs": runs} | ended | now | again)
 
 
 def run_study(
@@ -225,20 +210,14 @@ def run_all(studies: Mapping[str, dict[str, Any]], runs: str | Path = "runs") ->
     Raises:
         ConfigError: fields are not valid; nothing was trained then.
     """
-    reports = {where: _in_store(fields, Store(runs)) for where, fields in studies.items()}
-    found = [report for report in reports.values() if report is not None]
-    lacking = [
-        parse(Study, studies[where], source=where)
-        for where, report in reports.items()
-        if report is None
-    ]
-    if lacking:
-        found.append(run_studies(lacking, runs))
-    return Report(
-        {run_id: status for report in found for run_id, status in report.status.items()},
-        trained=sum(report.trained for report in found),
-        retried={run_id: n for report in found for run_id, n in report.retried.items()},
-    )
+    lacking, stored = [], {}
+    for where, fields in studies.items():
+        if (found := _in_store(fields, Store(runs))) is None:
+            lacking.append(parse(Study, fields, source=where))
+        else:
+            stored |= found.status
+    report = run_studies(lacking, runs) if lacking else Report({}, trained=0)
+    return replace(report, status=stored | report.status)
 
 
 def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
@@ -250,10 +229,9 @@ def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
         study = store.read_study(fields["name"])
     except (KeyError, TypeError, ValueError, StoreError):
         return None  # whatever is wrong with them, `Study.of` says it
-    if (study.get("commit"), study.get("study")) != (code, fields):
-        return None
     handles = [store.run(*run["run"]) for run in study["runs"]]
-    if not all(handle.done for handle in handles):
+    same = (study.get("commit"), study.get("study")) == (code, fields)
+    if not same or not all(handle.done for handle in handles):
         return None
     return Report({handle.path.name: handle.status["status"] for handle in handles}, trained=0)
 
@@ -296,9 +274,8 @@ def run_studies(
         # Once and here, so that what is not there is one message, and workers do not all fetch it.
         for task in {config.task for config in missing.values()}:
             task.prepare()
-        apart = {
-            p.config.run_id for study in studies if not study.lockstep for p in study.planned()
-        }
+        alone = (study.planned() for study in studies if not study.lockstep)
+        apart = {p.config.run_id for planned in alone for p in planned}
         with open_trainer(store, places or Places(workers=workers)) as train:
             outcomes = train(missing, apart=apart)
             try:
@@ -310,14 +287,11 @@ def run_studies(
             except Interrupted:
                 raise Interrupted(_stopped(handles.values())) from None
         failed = {i: ABSENT for i in missing if not handles[i].done} | failed
+    attempts = {i: handles[i].environment.get("attempts", 1) for i in missing}
     report = Report(
         {i: handle.status["status"] for i, handle in handles.items()},
         trained=len(missing) - len(found),
-        retried={
-            i: attempts
-            for i in missing
-            if (attempts := handles[i].environment.get("attempts", 1)) > 1
-        },
+        retried={i: number for i, number in attempts.items() if number > 1},
     )
     if failed:
         lines = [f"  {handles[i].path}: {why}" for i, why in failed.items()]

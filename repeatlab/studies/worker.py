@@ -94,12 +94,11 @@ def _ending_after(limit: float | None, runs: str, configs: Sequence[RunConfig]) 
                     run.note("failed", error=f"took longer than the time limit of {limit:g} s")
         os._exit(TIME_LIMIT_EXIT)
 
-    timer = Timer(limit, end) if limit else None
-    if timer is not None:
-        timer.daemon = True
+    timer = Timer(limit or 0, end)
+    timer.daemon = True
+    if limit:
         timer.start()
     try:
         yield
     finally:
-        if timer is not None:
-            timer.cancel()
+        timer.cancel()

@@ -207,15 +207,10 @@ class EvaluationConfig(Model):
         return self
 
 
-class RunConfig(Model):
-    """Everything that one run depends on."""
+class Common(Model):
+    """What all runs of a study have in common."""
 
-    most: ClassVar = {"seed": 2**63 - 1}
-
-    task: TaskChoice
-    method: MethodConfig = MethodConfig()
     max_updates: PositiveInt
-    seed: Annotated[int, Field(ge=0)] = 0
     budget: BudgetConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     calibration: CalibrationConfig | None = None
@@ -223,6 +218,16 @@ class RunConfig(Model):
     device: Device = "auto"
     threads: Threads = 1
     """CPU threads of torch: sums, and so the records, depend on their number."""
+
+
+class RunConfig(Common):
+    """Everything that one run depends on."""
+
+    most: ClassVar = {"seed": 2**63 - 1}
+
+    task: TaskChoice
+    method: MethodConfig = MethodConfig()
+    seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
