@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from repeatlab.core.signals import Stop
-from repeatlab.studies.processes import LEAVE_SECONDS, LocalWorkers, WorkerDied
+from repeatlab.studies.processes import LEAVE_SECONDS, WORKER_DIED, LocalWorkers
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class DaskWorkers:
                 "from its checkpoints when the same command is given again"
             )
         answers = {job: job.exception() or job.result() for job in jobs if job.done()}
-        killed = {job: WorkerDied() for job in answers if isinstance(answers[job], KilledWorker)}
+        killed = {job: WORKER_DIED for job in answers if isinstance(answers[job], KilledWorker)}
         return answers | killed
 
     def stop(self, jobs: Collection[Any]) -> None:

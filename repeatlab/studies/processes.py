@@ -30,13 +30,13 @@ from typing import Any, Self
 from repeatlab.core.signals import SIGNALS, Stop
 
 # Those that a first run would import late: torch's optimizers import its compiler.
-LIBRARIES = (
+LIBRARIES = [
     "torch",
     "torch._dynamo",
     "sklearn.datasets",
     "sklearn.model_selection",
     "pyarrow.parquet",
-)
+]
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # So many workers may die of a job before it is given up.
 DEATHS = 4
@@ -45,11 +45,7 @@ LEAVE_SECONDS = 60
 _STOP, _END = b"stop", b"end"  # in the place of a job
 
 
-class WorkerDied(RuntimeError):
-    """The worker died at every attempt at a job."""
-
-    def __str__(self) -> str:
-        return "its worker died at every attempt (memory, a signal or the time limit)"
+WORKER_DIED = RuntimeError("its worker died at every attempt (memory, a signal or the time limit)")
 
 
 def import_libraries() -> None:
@@ -121,7 +117,7 @@ class LocalWorkers:
                     if job.deaths < DEATHS:
                         self._waiting.append(job)
                     else:
-                        answers[job] = WorkerDied()
+                        answers[job] = WORKER_DIED
         self._hand_out()
         return answers
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from time import monotonic
 from typing import Any
@@ -53,13 +53,10 @@ def open_trainer(store: Store, places: Places) -> Iterator[Callable[..., Outcome
                 workers = open_workers(places, runs=len(every), on_cpu=on_cpu, stop=stop)
                 opened.append(stack.enter_context(workers))
             jobs, left = _Jobs(opened[0], store, places.time_limit, stop), dict(configs)
-            if places.lockstep:
-                free = [config for run_id, config in configs.items() if run_id not in apart]
-                for run_id, outcome in _in_step(free, jobs, apart=apart):
-                    if left.pop(run_id, None):
-                        yield run_id, outcome
-            for run_id, outcome in _one_by_one(left.values(), jobs):
-                if run_id in left:
+            free = [config for run_id, config in configs.items() if run_id not in apart]
+            in_step = _in_step(free, jobs, apart=apart) if places.lockstep else ()
+            for run_id, outcome in chain(in_step, _one_by_one(left.values(), jobs)):
+                if left.pop(run_id, None):
                     yield run_id, outcome
 
         yield train

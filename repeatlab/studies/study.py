@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -96,46 +97,44 @@ class Study(Common):
     def _planned(self) -> list[Planned]:
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         return [
-            Planned(label, name, seed, self._config(task, method, seed))
+            Planned(label, name, seed, self._config(task, name, seed))
             for label, task in self.tasks.items()
             for seed in seeds
-            for name, method in self.methods.items()
+            for name in self.methods
         ]
 
-    def _config(self, task: TaskConfig, method: MethodConfig, seed: int) -> RunConfig:
+    def _config(self, task: TaskConfig, name: str, seed: int) -> RunConfig:
         fields = {name: value for name, value in self if name in RunConfig.model_fields}
-        method = self._with_source(method)
+        method = self._with_source(name)
         # Only arms that are calibrated depend on how: the others keep their identity.
         calibration = self.calibration if method.depends_on_calibration else None
         varied = {"task": task, "method": method, "seed": seed, "calibration": calibration}
         return RunConfig(**fields | varied)
 
-    def _with_source(self, method: MethodConfig) -> MethodConfig:
-        """Return the method with the study's method in the place of its name in `of`."""
+    def _with_source(self, name: str) -> MethodConfig:
+        """Return the method of this name with the study's method in the place of that in `of`."""
+        method, path = self.methods[name], f"methods.{name}.mapping.of"
         if not isinstance(method.source, str):
             return method
-        mapping = method.mapping.model_copy(update={"of": self.methods[method.source]})
+        if method.source not in self.methods:
+            hint = did_you_mean(method.source, self.methods)
+            raise ValueError(f"{path}: unknown method {method.source!r}; {hint}")
+        source = self.methods[method.source]
+        try:
+            source.check_source()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        mapping = method.mapping.model_copy(update={"of": source})
         return method.model_copy(update={"mapping": mapping})
 
     @model_validator(mode="after")
     def _runs_mean_something(self) -> Self:
-        for name, method in self.methods.items():
-            if isinstance(method.source, str):
-                path = f"methods.{name}.mapping.of"
-                if method.source not in self.methods:
-                    hint = did_you_mean(method.source, self.methods)
-                    raise ValueError(f"{path}: unknown method {method.source!r}; {hint}")
-                try:
-                    self.methods[method.source].check_source()
-                except ValueError as error:
-                    raise ValueError(f"{path}: {error}") from None
-        for label, task in self.tasks.items():
-            for name, method in self.methods.items():
-                try:
-                    self._config(task, method, 0)
-                except ValidationError as error:
-                    message = error.errors()[0]["msg"].removeprefix("Value error, ")
-                    raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
+        for (label, task), name in product(self.tasks.items(), self.methods):
+            try:
+                self._config(task, name, 0)
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
         return self
 
     def _repr_html_(self) -> str:
@@ -315,19 +314,15 @@ def _stopped(handles: Collection[Run]) -> str:
 
 def _manifest(study: Study) -> dict[str, Any]:
     """Return what a reader needs to find the study's runs, without the code that makes them."""
+    runs = []
+    for task, method, seed, config in study.planned():
+        place = [config.task.name, config.run_id]
+        runs.append({"task": task, "method": method, "seed": seed, "run": place})
     return {
         "name": study.name,
         "max_updates": study.max_updates,
         "methods": list(study.methods),
-        "runs": [
-            {
-                "task": p.task,
-                "method": p.method,
-                "seed": p.seed,
-                "run": [p.config.task.name, p.config.run_id],
-            }
-            for p in study.planned()
-        ],
+        "runs": runs,
         "study": study.model_dump(mode="json", exclude_unset=True),
         "commit": commit(),
     }

@@ -1,4 +1,4 @@
-"""Ensembles of networks that runs have kept, evaluated beside the single ones.
+"""Ensembles of networks that runs have kept: evaluated beside the single ones, or distilled.
 
 The members may be runs of several seeds or several moments of one run, with the averages (EMA) of
 weights in place of the weights. An ensemble predicts the mean of its members' softmax
@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import log
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,11 @@ import torch
 from torch import Tensor
 
 from repeatlab.core.schema import ConfigError, did_you_mean
-from repeatlab.cost.ledger import PARTS, Ledger
+from repeatlab.cost.ledger import PARTS, Ledger, spent_on
 from repeatlab.data import ImageSet, iter_batches
 from repeatlab.store.records import Run, Store
-from repeatlab.tasks import TASKS, load_task
+from repeatlab.tasks import TASKS, Task, load_task
+from repeatlab.tasks.distillation import Distilled
 from repeatlab.training import weights
 from repeatlab.training.config import RunConfig
 
@@ -120,25 +122,22 @@ def runs_of(
 
 
 def of_seeds(runs: Sequence[Run], *, network: str | None = None) -> list[Member]:
-    """Return the last kept network of every run.
-
-    Args:
-        runs: The runs.
-        network: Which; by default what the task evaluates, the average where there is one.
-    """
-    return [_member(run, None, network) for run in runs]
+    """Return the last kept network of every run; see `of_checkpoints`."""
+    return [of_checkpoints(run, network=network)[-1] for run in runs]
 
 
 def of_checkpoints(run: Run, *, network: str | None = None) -> list[Member]:
-    """Return the network of one run at every update at which it was kept; see `of_seeds`."""
-    return [_member(run, update, network) for update in weights.kept(run) or [None]]
+    """Return the network of one run at every update at which it was kept.
 
+    Args:
+        run: The run.
+        network: Which; by default what the task evaluates, the average where there is one.
 
-def _member(run: Run, update: int | None, network: str | None) -> Member:
-    if network is None:
-        network = "ema" if "ema" in weights.load(run, update) else "model"
-    updates = weights.kept(run)
-    return Member(run, updates[-1] if update is None else update, network)
+    Raises:
+        StoreError: it keeps no weights, or they are damaged.
+    """
+    evaluated = "ema" if "ema" in weights.load(run) else "model"
+    return [Member(run, update, network or evaluated) for update in weights.kept(run)]
 
 
 def evaluate(
@@ -207,6 +206,26 @@ def mean_log_probabilities(members: Tensor) -> Tensor:
         members: (members, samples, classes) of log-probabilities.
     """
     return members.logsumexp(0) - log(len(members))
+
+
+def distilled_task(config: RunConfig, teachers: Sequence[Run], *, device: str) -> Task:
+    """Return the task of a distilled run, with what its teachers say of every training image.
+
+    The soft targets are the mean of the teachers' distributions at the temperature. All that the
+    teachers, ordinary runs (`prerequisites.teacher_runs`), cost is charged to the run.
+    """
+    start = perf_counter()
+    settings = config.method.distillation
+    log_probabilities, data = member_log_probabilities(of_seeds(teachers), "train", device=device)
+    targets = (log_probabilities / settings.temperature).softmax(2).mean(0)
+    spent = Counter()
+    for run in teachers:
+        spent.update(spent_on("holdout", run.summary["ledger"]))
+    spent["holdout_forward_samples"] += len(teachers) * len(data)
+    spent["holdout_seconds"] += perf_counter() - start
+    task = Distilled(config.task, seed=config.seed, device=device)
+    task.imitate(targets, temperature=settings.temperature, share=settings.share, spent=spent)
+    return task
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from repeatlab.tasks import TASKS, Task, load_task, precision
 from repeatlab.training import checkpoint
 from repeatlab.training.calibration import calibrate, calibration_run
 from repeatlab.training.config import RunConfig
-from repeatlab.training.distillation import distilled_task
+from repeatlab.training.ensembles import distilled_task
 from repeatlab.training.one_run import CheckpointPlan, Training
 from repeatlab.training.prerequisites import prerequisites, source_run, teacher_runs
 from repeatlab.training.visits import Source
@@ -91,18 +91,15 @@ def _train(
     stop: Stop,
 ) -> None:
     """Begin a run, or go on with it, and bring its record to its end."""
-    teachers = [
-        _needed(teacher, store, "distillation needs its teachers")
-        for teacher in teacher_runs(config)
-    ]
+    why = "distillation needs its teachers"
+    teachers = [_needed(teacher, store, why) for teacher in teacher_runs(config)]
     writer, state, calibration, source = open_run(config, store, run, device=device)
     try:
         with torch_settings(config.threads, config.seed):
-            task = (
-                distilled_task(config, teachers, device=device)
-                if teachers
-                else build_task(config, device)
-            )
+            if teachers:
+                task = distilled_task(config, teachers, device=device)
+            else:
+                task = build_task(config, device)
             parts = {"calibration": calibration, "source": source, "plan": plan, "stop": stop}
             Training(config, task, writer, **parts).run(state)
     except Interrupted:
@@ -130,13 +127,19 @@ class Opened(NamedTuple):
 
 
 def open_run(config: RunConfig, store: Store, run: Run, *, device: str) -> Opened:
-    """Begin a run's record, or go on with it; the store has what it needs, and its lock is held."""
-    calibration, source = _calibrate(config, store), _trace(config, store)
-    environment = describe(device)
-    writer, state = _resumed(store, run, environment)
-    if writer is None:
-        writer = store.begin(run, config.to_json(), environment)
-    return Opened(writer, state, calibration, source)
+    """Begin a run's record, or go on with it; the store has what it needs, and its lock is held.
+
+    It goes on if this very code has left a checkpoint on such a machine: others could go on
+    differently.
+    """
+    found = {"calibration": _calibrate(config, store), "source": _trace(config, store)}
+    environment, left_by = describe(device), run.environment
+    if all(left_by.get(name) == environment[name] for name in ("versions", "device", "commit")):
+        for state in checkpoint.load(run.path):
+            writer = store.resume(run, state["rows"])
+            if writer is not None:
+                return Opened(writer, state, **found)
+    return Opened(store.begin(run, config.to_json(), environment), None, **found)
 
 
 def _calibrate(config: RunConfig, store: Store) -> dict[str, Any]:
@@ -169,23 +172,6 @@ def _needed(config: RunConfig, store: Store, why: str) -> Run:
             "losses"
         )
     return run
-
-
-def _resumed(
-    store: Store, run: Run, environment: dict[str, Any]
-) -> tuple[RunWriter | None, dict[str, Any] | None]:
-    """Return a writer and a state to go on from, if this very code has left any on such a machine.
-
-    Other versions could go on differently: the run then begins anew.
-    """
-    left_by = run.environment
-    if any(left_by.get(name) != environment[name] for name in ("versions", "device", "commit")):
-        return None, None
-    for state in checkpoint.load(run.path):
-        writer = store.resume(run, state["rows"])
-        if writer is not None:
-            return writer, state
-    return None, None
 
 
 def build_task(

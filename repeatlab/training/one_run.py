@@ -169,19 +169,15 @@ class Training:
 
     def end(self, error: NonFiniteLoss | None = None) -> None:
         """Finish the record: complete, or diverged by `error`."""
-        details: dict[str, Any] = {}
+        status, details, final = "complete", {}, {}
         if error is not None:
             self.recorder.updates(self.updates)
-            details = {"update": error.update, "reason": str(error)}
-        self._finish("diverged" if error else "complete", details)
-
-    def _finish(self, status: str, details: dict[str, Any]) -> None:
-        complete, final = status == "complete", {}
-        if complete:
+            status, details = "diverged", {"update": error.update, "reason": str(error)}
+        else:
             final = self.evaluator.final()
             self.writer.pictures(self.task.pictures())
         ledger, updates = self.recorder.ledger, self.updates
-        stopping = self.evaluator.early_stopping(complete=complete)
+        stopping = self.evaluator.early_stopping(complete=error is None)
         if stopping is not None:
             stopping |= updates.budget.unused(ledger.updates, updates.spent())
         summary = {

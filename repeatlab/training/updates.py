@@ -16,7 +16,7 @@ from repeatlab.training.fresh_batches import AsTheyCome, FreshBatches, SpacedBat
 from repeatlab.training.rates_and_budget import Budget, Rates
 from repeatlab.training.recorder import Recorder
 from repeatlab.training.stand_ins import SlowTask, StandIn
-from repeatlab.training.visits import Source, build_mapping, is_spaced, kind_of_visits
+from repeatlab.training.visits import KINDS, FreshViews, Source, build_mapping, is_spaced
 
 # Those of its parts that have a state.
 PARTS = ("repeater", "batches", "rates", "sampler", "visits")
@@ -64,7 +64,8 @@ class Updates:
             else FreshBatches(slow, self.sampler, **options)
         )
         mapping = build_mapping(config, t=t, source=source)
-        self.visits = kind_of_visits(method)(mapping, self._task, self.batches)
+        visits = FreshViews if method.fresh_views else KINDS[method.apply]
+        self.visits = visits(mapping, through, self.batches)
         # Under a budget a source may have made fewer updates: its trace ends there.
         most = config.max_updates if source is None else int(source.counts.sum())
         self.repeater = BatchRepeater(

@@ -15,7 +15,7 @@ from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import Constant, Mapping, Trace
 from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.tasks import Task
-from repeatlab.training.config import MethodConfig, RunConfig, TraceConfig
+from repeatlab.training.config import RunConfig, TraceConfig
 from repeatlab.training.fresh_batches import FreshBatches
 from repeatlab.training.rates_and_budget import Rates
 
@@ -163,7 +163,5 @@ class LongSteps(Visits):
         self.stats.load_state_dict(state)
 
 
-def kind_of_visits(method: MethodConfig) -> type[Visits]:
-    """Return what N does in a method."""
-    repeats = FreshViews if method.fresh_views else Visits
-    return {"repeat": repeats, "step_size": LongSteps, "fresh_samples": FreshSamples}[method.apply]
+# By a method's `apply`.
+KINDS = {"repeat": Visits, "step_size": LongSteps, "fresh_samples": FreshSamples}

@@ -158,7 +158,7 @@ def test_a_copy_of_a_process_that_has_made_a_study_makes_another(tmp_path):
 def test_a_run_that_hangs_ends_at_the_time_limit_and_takes_no_other_down(tmp_path, monkeypatch):
     """With one worker, runs wait behind the one that hangs, and are not blamed for its deaths."""
     others = study(updates=3, seeds=2)
-    hanging = study(name="hanging", updates=3, loader={"delay_ms": 600_000})
+    hanging = study(name="hanging", updates=3, loader={"delay_ms": 60_000})
     monkeypatch.setattr(processes, "DEATHS", 2)
     with pytest.raises(StudyError, match="1 of 3 runs failed") as error:
         run_studies([hanging, others], tmp_path, places=Places(workers=1, time_limit=8))
