@@ -37,11 +37,6 @@ class Places:
     runs_per_gpu: int = 1
     lockstep: bool = True
 
-    @property
-    def is_here(self) -> bool:
-        """Whether this process trains."""
-        return self.workers == 0 and self.scheduler is None
-
 
 @contextmanager
 def open_workers(places: Places, *, runs: int, on_cpu: bool, stop: Stop) -> Iterator[Workers]:
@@ -56,11 +51,11 @@ def open_workers(places: Places, *, runs: int, on_cpu: bool, stop: Stop) -> Iter
     Raises:
         ConnectionError: there is no scheduler at the address, or its encryption is another.
     """
-    if places.is_here:
-        yield Here(stop)
-    elif places.scheduler is not None:
+    if places.scheduler is not None:
         with DaskWorkers(places.scheduler) as workers:
             yield workers
+    elif places.workers == 0:
+        yield Here(stop)
     else:
         gpus = [] if on_cpu else gpu_names()
         most = len(gpus) * places.runs_per_gpu or os.cpu_count() or 1

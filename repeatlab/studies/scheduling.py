@@ -94,20 +94,16 @@ class _Jobs:
         answers: dict[Any, Any] = {}
         while not answers and not self._stop.is_set():
             answers = self.workers.wait(self.running, LOOK_SECONDS)
-            self._look_for_workers()
+            self.count = self.workers.count()
+            if self.count:
+                self._last_seen = monotonic()
+            elif monotonic() > self._last_seen + ALONE_SECONDS:  # the user is told once
+                warnings.warn("no worker is left: the study waits for one", stacklevel=2)
+                self._last_seen = inf
         if self._stop.is_set():
             self.workers.stop(self.running)
             raise Interrupted("stopped: the runs that were under way have left checkpoints")
         return {self.running.pop(job): answer for job, answer in answers.items()}
-
-    def _look_for_workers(self) -> None:
-        """Count them, and tell the user once where there have been none for long."""
-        self.count = self.workers.count()
-        if self.count:
-            self._last_seen = monotonic()
-        elif monotonic() > self._last_seen + ALONE_SECONDS:
-            warnings.warn("no worker is left: the study waits for one", stacklevel=2)
-            self._last_seen = inf
 
 
 def _in_step(configs: Iterable[RunConfig], jobs: _Jobs, *, apart: Container[str]) -> Outcomes:

@@ -14,10 +14,10 @@ log-likelihood is at most its members' mean (Jensen's inequality); its accuracy 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import log
 from time import perf_counter
 from typing import Any
@@ -187,16 +187,14 @@ def member_log_probabilities(
 
     "train" means the whole train split here, not augmented. See `evaluate` for the errors.
     """
-    built: dict[str, Any] = {}
-    found = []
-    for member in members:
-        config = _config(member.run)
-        key = json.dumps(config.to_json()["task"], sort_keys=True)
-        if key not in built:  # the data are loaded once
-            built[key] = load_task(TASKS[config.task.name])(config.task, seed=0, device=device)
-        found.append(_log_probabilities(built[key], member, split))
-    data = getattr(next(iter(built.values())).data, split)
-    return torch.stack(found), data
+
+    @cache  # the data are loaded once
+    def built(config: Any) -> Any:
+        return load_task(TASKS[config.name])(config, seed=0, device=device)
+
+    tasks = [built(_config(member.run).task) for member in members]
+    found = [_log_probabilities(*pair, split) for pair in zip(tasks, members, strict=True)]
+    return torch.stack(found), getattr(tasks[0].data, split)
 
 
 def mean_log_probabilities(members: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class Evaluator:
 
     def evaluate(self) -> None:
         """Evaluate every split, and keep these weights where they may be asked for."""
-        splits, updates = self._settings.splits, self._recorder.ledger.updates
+        splits, keep = self._settings.splits, self._settings.keep
+        updates = self._recorder.ledger.updates
         self.last = {split: self._evaluate(split) for split in splits}
         if splits:
             self._recorder.evaluation(self.last)
@@ -58,10 +59,8 @@ class Evaluator:
             kept = self.patience.at_best
             if kept:
                 self.best = {"weights": weights.copied(self._task), "metrics": self.last}
-        if self._settings.keep and kept:
-            weights.keep(
-                self._recorder.directory, self._task, update=updates, last=self._settings.keep
-            )
+        if keep and kept:
+            weights.keep(self._recorder.directory, self._task, update=updates, last=keep)
 
     def final(self) -> Metrics:
         """Return the metrics at the end, test split included, with the weights that go with it."""
@@ -76,12 +75,12 @@ class Evaluator:
 
     def early_stopping(self, *, complete: bool) -> dict[str, Any] | None:
         """Return what the rule has seen, for the run's summary; None without one."""
-        if self.patience is None:
+        seen = self.patience
+        if seen is None:
             return None
-        summary = self.patience.summary()
+        summary = {"stopped": seen.exhausted, "best": seen.best, "best_update": seen.best_update}
         if self._restores:
-            restored = complete and self.best
-            summary["restored_update"] = self.patience.best_update if restored else None
+            summary["restored_update"] = seen.best_update if complete and self.best else None
         return summary
 
     def state_dict(self) -> dict[str, Any]:

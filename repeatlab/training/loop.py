@@ -63,12 +63,11 @@ def train(
     if run.done:
         return run
     store.check_writable()
-    device = pick_device(config.device)
-    precision.check_device(config.task, device)
+    precision.check_device(config.task, pick_device(config.device))
     make_needs(config, store, watch=watch, stop=stop)
     with store.locked(run, waiting=partial(leave_if_stopped, stop)), watch([config]):
         if not run.done:
-            _train(config, store, run, device=device, plan=plan, stop=stop)
+            _train(config, store, run, plan=plan, stop=stop)
     return run
 
 
@@ -82,16 +81,10 @@ def make_needs(config: RunConfig, store: Store, *, stop: Stop, watch: Watch = nu
 
 
 def _train(
-    config: RunConfig,
-    store: Store,
-    run: Run,
-    *,
-    device: str,
-    plan: CheckpointPlan | None,
-    stop: Stop,
+    config: RunConfig, store: Store, run: Run, *, plan: CheckpointPlan | None, stop: Stop
 ) -> None:
     """Begin a run, or go on with it, and bring its record to its end."""
-    why = "distillation needs its teachers"
+    why, device = "distillation needs its teachers", pick_device(config.device)
     teachers = [_needed(teacher, store, why) for teacher in teacher_runs(config)]
     writer, state, calibration, source = open_run(config, store, run, device=device)
     try:
@@ -166,11 +159,9 @@ def _trace(config: RunConfig, store: Store) -> Source | None:
 def _needed(config: RunConfig, store: Store, why: str) -> Run:
     """Return a run that another one needs; `make_needs` has made it."""
     run = store.run(config.task.name, config.run_id)
-    if run.status.get("status") != "complete":
-        raise RuntimeError(
-            f"the run {run.path.name} {run.status.get('status', 'is missing')}: {why} with finite "
-            "losses"
-        )
+    status = run.status.get("status", "is missing")
+    if status != "complete":
+        raise RuntimeError(f"the run {run.path.name} {status}: {why} with finite losses")
     return run
 
 

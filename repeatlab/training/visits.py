@@ -50,7 +50,7 @@ def build_mapping(
     if isinstance(choice, TraceConfig):
         if choice.counts is not None:
             return choice.build()
-        return Trace(tuple(_controlled(choice, source, config.seed).tolist()))
+        return Trace(tuple(_controlled(choice, source, derive(config.seed, "control")).tolist()))
     overrides: dict[str, Any] = {}
     if config.method.calibrated:
         overrides[type(choice).target.calibrated] = t
@@ -59,9 +59,8 @@ def build_mapping(
     return choice.build(**overrides)
 
 
-def _controlled(choice: TraceConfig, source: Source, seed: int) -> np.ndarray:
+def _controlled(choice: TraceConfig, source: Source, draws: int) -> np.ndarray:
     counts, window = source.counts, choice.window
-    draws = derive(seed, "control")
     return {
         "replay": lambda: counts,
         "permuted": lambda: controls.permuted(counts, seed=draws),
