@@ -1,24 +1,28 @@
 """Many runs, each after those that it needs, spread over the places where they are made.
 
-Every run is one idempotent job (`repeatlab.studies.worker`), so that a worker may die at any time,
-of memory, of a signal or of a time limit: its job is given to another, a few times. No job waits on
+Every run, or group of runs in lock-step, is one idempotent job (`train_runs`): made twice it is
+found in the store, killed it goes on from its checkpoint. So a worker may die at any time, of
+memory, of a signal or of a time limit: its job is given to another, a few times. No job waits on
 a worker behind another: it would be blamed for the death of that worker, too.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, islice
 from math import inf
+from threading import Timer
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
+from repeatlab.core.files import StoreError
 from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.store.records import Store
 from repeatlab.studies.cluster import Places, Workers, open_workers
-from repeatlab.studies.worker import Outcome, train_runs
+from repeatlab.studies.processes import import_libraries
 from repeatlab.training.config import RunConfig
 from repeatlab.training.prerequisites import prerequisites
 
@@ -26,9 +30,10 @@ from repeatlab.training.prerequisites import prerequisites
 # of this machine are back by then.
 LOOK_SECONDS = 0.2
 ALONE_SECONDS = 60
+TIME_LIMIT_EXIT = 124
 
 Configs = Mapping[str, RunConfig]
-Outcomes = Iterator[tuple[str, Outcome]]
+Outcomes = Iterator[tuple[str, "Outcome"]]
 
 
 @contextmanager
@@ -160,3 +165,89 @@ def _hopeless(
             failed[run_id] = made[run_id] = Outcome(why)
             del waiting[run_id]
     return failed
+
+
+# --- on a worker ---------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What a job has made of a run.
+
+    Attributes:
+        failure: Why it has failed, or None.
+        trained: Whether it was trained now and here; else it was found in the store.
+    """
+
+    failure: str | None = None
+    trained: bool = False
+
+
+def train_runs(
+    configs: Sequence[dict[str, Any]], runs: str, limit: float | None = None, *, stop: Stop
+) -> dict[str, Outcome]:
+    """Train a run, or several in lock-step; return the outcomes by run id.
+
+    Where a group fails as a whole, nothing is returned, and its runs are to be made one by one. An
+    attempt that takes longer than `limit` seconds for each run ends its process: nothing less stops
+    what hangs. Waiting for another process that is at the run is no part of that.
+
+    Args:
+        configs: The runs', as JSON.
+        runs: The store's directory.
+        limit: Seconds that a run may take.
+        stop: Makes the runs leave checkpoints and be "interrupted".
+    """
+    from repeatlab.studies.lockstep.group import train_group
+    from repeatlab.training.loop import train
+
+    found = [RunConfig.from_json(config) for config in configs]
+    ids = [run.run_id for run in found]
+    trained: set[str] = set()
+
+    @contextmanager
+    def watch(under_way: Sequence[RunConfig]) -> Iterator[None]:
+        """Note which of these are not done, now that they are this process's, and limit them."""
+        missing = [run for run in under_way if not Store(runs).run(run.task.name, run.run_id).done]
+        trained.update(run.run_id for run in missing)
+        with _ending_after(limit and limit * len(missing), runs, missing):
+            yield
+
+    if limit is not None:
+        import_libraries()  # no part of it
+    failures: dict[str, str | None] = dict.fromkeys(ids)
+    try:
+        if stop.is_set():
+            raise Interrupted
+        if len(found) == 1:
+            train(found[0], runs, watch=watch, stop=stop)
+        else:
+            failures = train_group(found, runs, watch=watch, stop=stop)
+    except Interrupted:
+        failures = dict.fromkeys(ids, "interrupted")
+    except Exception as error:
+        if len(found) > 1:
+            return {}
+        failures = {ids[0]: f"{type(error).__name__}: {error}"}
+    return {i: Outcome(why, i in trained) for i, why in failures.items()}
+
+
+@contextmanager
+def _ending_after(limit: float | None, runs: str, configs: Sequence[RunConfig]) -> Iterator[None]:
+    """End this process where what it does takes longer than `limit` seconds."""
+
+    def end() -> None:
+        for config in configs:
+            run = Store(runs).run(config.task.name, config.run_id)
+            with suppress(OSError, StoreError):
+                if not run.done:
+                    run.note("failed", error=f"took longer than the time limit of {limit:g} s")
+        os._exit(TIME_LIMIT_EXIT)
+
+    timer = Timer(limit or 0, end)
+    timer.daemon = True
+    if limit:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -25,13 +25,12 @@ import yaml
 from repeatlab.core.files import StoreError
 from repeatlab.core.signals import SIGNALS, Stop
 from repeatlab.store.records import Store
-from repeatlab.studies import cluster, processes, scheduling, worker
+from repeatlab.studies import cluster, processes, scheduling
 from repeatlab.studies.cluster import Places, gpu_names, gpu_of
 from repeatlab.studies.lockstep import train_group
 from repeatlab.studies.processes import LIBRARIES, LocalWorkers
-from repeatlab.studies.scheduling import open_trainer, with_needs
+from repeatlab.studies.scheduling import Outcome, open_trainer, train_runs, with_needs
 from repeatlab.studies.study import Study, StudyError, run_studies
-from repeatlab.studies.worker import Outcome, train_runs
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training import checkpoint, loop
 from repeatlab.training.config import RunConfig
@@ -710,9 +709,9 @@ def test_the_time_limit_begins_after_the_imports_of_a_process_s_first_run(tmp_pa
     """In a fresh process: what its first run loads while the watch runs is next to nothing."""
     code = """
 import json, sys
-from repeatlab.studies import worker
+from repeatlab.studies import scheduling
 
-class Watch(worker.Timer):
+class Watch(scheduling.Timer):
     def start(self):
         self.loaded = set(sys.modules)
         super().start()
@@ -721,8 +720,8 @@ class Watch(worker.Timer):
         print(json.dumps(sorted(sys.modules.keys() - self.loaded)))
         super().cancel()
 
-worker.Timer = Watch
-worker.train_runs([json.loads(sys.argv[1])], sys.argv[2], 600, stop=worker.Stop())
+scheduling.Timer = Watch
+scheduling.train_runs([json.loads(sys.argv[1])], sys.argv[2], 600, stop=scheduling.Stop())
 """
     config = json.dumps(study(updates=2).planned()[0].config.to_json())
     command = [sys.executable, "-c", code, config, str(tmp_path)]
@@ -858,9 +857,9 @@ def test_the_time_limit_ends_a_process_that_cannot_say_so(tmp_path, monkeypatch)
     """Where the disk is full, too."""
     ended = threading.Event()
     monkeypatch.setattr("repeatlab.store.records.write_json", _full)
-    monkeypatch.setattr(worker.os, "_exit", lambda code: ended.set())
+    monkeypatch.setattr(scheduling.os, "_exit", lambda code: ended.set())
     config = study().planned()[0].config
-    with worker._ending_after(0.001, str(tmp_path), [config]):
+    with scheduling._ending_after(0.001, str(tmp_path), [config]):
         assert ended.wait(60)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device_without_float64 import device
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, log_loss
 
@@ -84,13 +85,13 @@ def test_the_weights_at_the_end_are_those_of_the_run_s_own_state(task, tmp_path,
     from repeatlab.training.one_run import Training
 
     ended = []
-    finish = Training._finish
+    finish = Training.end
 
     def watched(self, *given, **named):
         ended.append(self.task)
         finish(self, *given, **named)
 
-    monkeypatch.setattr(Training, "_finish", watched)
+    monkeypatch.setattr(Training, "end", watched)
     evaluation = {"splits": [], "test": False, "keep": 1}
     run = train(run_config(task, max_updates=2, evaluation=evaluation), tmp_path)
     assert weights.kept(run) == [2]
@@ -190,6 +191,13 @@ def test_an_ensemble_of_one_run_s_checkpoints_and_its_average(runs):
     both = [Member(run, T, "model"), Member(run, T, "ema")]
     every = [probabilities(run, T, network) for network in ("model", "ema")]
     held_to(evaluate(both).table.loc["ensemble"], np.mean(every, axis=0))
+
+
+def test_an_ensemble_is_evaluated_where_the_device_has_no_float64(runs):
+    members = of_seeds(runs["supervised"][:2])
+    with device() as where:
+        found = evaluate(members, device=where)
+    np.testing.assert_allclose(found.table["nll"], evaluate(members).table["nll"], rtol=1e-5)
 
 
 def test_an_ensemble_of_one_is_its_member(runs):
