@@ -44,7 +44,7 @@ class BatchRepeater:
 
     In a torch.distributed process group the loss that decides is the mean over the ranks, so that
     all ranks make the same number of updates on their batch. Under `DistributedDataParallel`,
-    `data_parallel.losses_with_gradients` spares it a message of its own. A framework shards among
+    `distributed.losses_with_gradients` spares it a message of its own. A framework shards among
     ranks only what it knows as a DataLoader: let it prepare the loader, or give that a
     `DistributedSampler`, and repeat what comes out.
 

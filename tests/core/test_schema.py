@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tracemalloc
 from copy import deepcopy
 from datetime import date
