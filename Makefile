@@ -1,5 +1,5 @@
 # Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
-.PHONY: figures readme test test-versions notebooks test-browser bench bench-tasks lab api lines
+.PHONY: figures readme test test-frameworks test-versions notebooks test-browser bench bench-tasks lab api lines
 .DEFAULT_GOAL := figures
 SHELL := /bin/bash
 
@@ -36,6 +36,11 @@ notebooks: $(STAMP)
 test-browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	$(BIN)/pytest tests/browser -rs
+
+# The recipes of docs/frameworks.md in the libraries themselves; `make test` runs those it finds.
+test-frameworks: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[frameworks]'
+	$(BIN)/pytest tests/frameworks -rs
 
 # Python 3.11 to 3.13 and the lowest declared versions: an environment of 6 GB each, one at a time.
 # PYTHONS may name others, or their paths.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -101,19 +100,11 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
 )
 @click.option("--amend", metavar="REASON", help="Why a registered plan has changed.")
 def run(parameters: tuple[Path, ...], runs: Path, amend: str | None, **places: Any) -> None:
-    """Train the studies of parameter files, without their notebooks; a plan with all its stages.
-
-    Started by torchrun, every run is trained by all of its processes, which share the batches.
-    """
+    """Train the studies of parameter files, without their notebooks; a plan with all its stages."""
     from repeatlab.studies.cluster import Places
     from repeatlab.studies.plan import is_plan, read_plan, run_plan
     from repeatlab.studies.study import run_studies
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        if any(places[name] is not None for name in ("workers", "scheduler", "time_limit")):
-            raise click.UsageError("torchrun decides where runs are made: leave that out here")
-        _run_shared(parameters, runs)
-        return
     plans, others = [], []
     for path in parameters:
         (plans if is_plan(path) else others).append(path)
@@ -165,24 +156,6 @@ def import_(source: Path, runs: Path) -> None:
     from repeatlab.store.exchange import import_runs
 
     click.echo(f"{import_runs(Store(runs), source)} runs of {source} are new in {runs}")
-
-
-def _run_shared(parameters: tuple[Path, ...], runs: Path) -> None:
-    """Make the runs of studies as one of the processes that torchrun has started."""
-    from repeatlab.studies.cluster import Places
-    from repeatlab.studies.study import run_studies
-    from repeatlab.training.data_parallel import TeamBroken, process_group
-    from repeatlab.training.loop import together
-
-    studies = _read_studies(parameters, processes=int(os.environ["WORLD_SIZE"]))
-    with process_group():
-        here = Places(workers=0, lockstep=False)
-        try:
-            report = together(lambda: run_studies(studies, runs, places=here))
-        except TeamBroken as error:
-            raise click.ClickException(str(error)) from error
-    if report is not None:  # on the process that leads
-        click.echo(str(report))
 
 
 @cli.command()
@@ -240,8 +213,8 @@ def verify(runs: Path, remove: bool) -> None:
     sys.exit(1 if found and not remove else 0)
 
 
-def _read_studies(paths: Iterable[Path], **fields: Any) -> list[Study]:
-    """Return the studies of parameter files, with `fields` where they say nothing of them."""
+def _read_studies(paths: Iterable[Path]) -> list[Study]:
+    """Return the studies of parameter files."""
     from repeatlab.report.notebooks import read_job
     from repeatlab.studies.study import Study
 
@@ -251,8 +224,6 @@ def _read_studies(paths: Iterable[Path], **fields: Any) -> list[Study]:
         if "study" not in job.parameters:
             raise ConfigError(f"{path}: parameters.study is missing: this file trains nothing")
         study = job.parameters["study"]
-        if isinstance(study, dict):
-            study = fields | study
         studies.append(parse(Study, study, source=f"{path}: parameters.study"))
     return studies
 
@@ -314,16 +285,15 @@ def search(parameters: Path, runs: Path, workers: int | None) -> None:
 @click.option(
     "--of",
     "kind",
-    type=click.Choice(["seeds", "checkpoints", "ema"]),
+    type=click.Choice(["seeds", "checkpoints"]),
     default="seeds",
     show_default=True,
-    help="Of all seeds; or, seed by seed, of the evaluations that kept their weights, or of the "
-    "weights at the end and their average.",
+    help="Of all seeds; or, seed by seed, of the evaluations that kept their weights.",
 )
 @click.option(
     "--network",
     type=click.Choice(["model", "ema"]),
-    help="Of seeds and checkpoints: the weights or their average; by default what is evaluated.",
+    help="The weights or their average; by default what the task evaluates.",
 )
 @click.option(
     "--split",
@@ -332,26 +302,29 @@ def search(parameters: Path, runs: Path, workers: int | None) -> None:
     show_default=True,
     help="The test split is to be read once.",
 )
+@click.option(
+    "--k",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="A backward's time in forwards, for cost_units; `repeatlab measure` finds it.",
+)
 @RUNS
 def ensemble(
-    study: str, kind: str, network: str | None, split: str, runs: Path, **arm: Any
+    study: str, kind: str, network: str | None, split: str, k: float, runs: Path, **arm: Any
 ) -> None:
     """Evaluate ensembles of networks that a study's runs have kept, beside the single ones."""
     from repeatlab.core.environment import pick_device
     from repeatlab.training import ensembles
 
-    if kind == "ema" and network:
-        raise click.UsageError("--of ema has both networks: leave --network out")
     try:
         found = ensembles.runs_of(Store(runs), study, **arm)
         if kind == "seeds":
             groups = [ensembles.of_seeds(found, network=network)]
-        elif kind == "checkpoints":
-            groups = [ensembles.of_checkpoints(run, network=network) for run in found]
         else:
-            groups = [ensembles.of_average(run) for run in found]
+            groups = [ensembles.of_checkpoints(run, network=network) for run in found]
         for members in groups:
-            click.echo(str(ensembles.evaluate(members, split, device=pick_device("auto"))))
+            click.echo(str(ensembles.evaluate(members, split, k=k, device=pick_device("auto"))))
     except ValueError as error:  # what makes no ensemble says why
         raise ConfigError(str(error)) from error
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
-from contextlib import suppress
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,18 +20,13 @@ def describe(device: str) -> dict[str, Any]:
 
     return {
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": {package: version(package) for package in PACKAGES},
         "platform": platform.platform(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "commit": commit(),
     }
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES}
 
 
 def pick_device(name: str) -> str:
@@ -73,39 +66,25 @@ def commit() -> str | None:
     """Return the commit of the source tree, or "COMMIT+changes.DIGEST"; None outside git.
 
     There are changes where package, notebooks or parameters differ from the commit. The digest is
-    that of the package's Python files which do: it is equal where the code is.
+    that of the package's Python files: it is equal where the code is.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD").strip()
-        changed = _changed_files(root, "repeatlab", "notebooks", "params")
+        parts = ("repeatlab", "notebooks", "params")
+        if not _git(root, "status", "--porcelain", "--untracked-files=all", "--", *parts):
+            return head
     except (OSError, subprocess.CalledProcessError):
         return None
-    if not changed:
-        return head
-    code = [path for path in changed if path.startswith("repeatlab/") and path.endswith(".py")]
-    return f"{head}+changes.{_digest(root, code)}"
-
-
-def _changed_files(root: Path, *parts: str) -> list[str]:
-    """Return the files of these parts that differ from the commit, new and deleted ones, too."""
-    options = ("--porcelain", "-z", "--no-renames", "--untracked-files=all")
-    entries = _git(root, "status", *options, "--", *parts).split("\0")
-    # Two letters, a space and the path; nothing after the last.
-    return [entry[3:] for entry in entries if entry]
-
-
-def _digest(root: Path, paths: Iterable[str]) -> str:
-    sha = hashlib.sha256()
-    for path in sorted(paths):
-        sha.update(os.fsencode(path) + b"\0")
-        with suppress(OSError):  # it was deleted
-            sha.update(hashlib.sha256((root / path).read_bytes()).digest())
-    return sha.hexdigest()[:8]
+    digest = sha256()
+    for path in sorted((root / "repeatlab").rglob("*.py")):
+        digest.update(os.fsencode(path.relative_to(root)) + b"\0")
+        digest.update(sha256(path.read_bytes()).digest())
+    return f"{head}+changes.{digest.hexdigest()[:8]}"
 
 
 def _git(root: Path, *arguments: str) -> str:
     command = ("git", "-C", str(root), *arguments)
-    return os.fsdecode(subprocess.run(command, check=True, capture_output=True).stdout)
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -11,13 +11,13 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# What `temporary_beside` makes of a run's files; earlier versions ended the names in a process id.
-_TEMPORARY = re.compile(r"\.(checkpoint|[\w-]+\.(arrow|json|parquet|pt))\.([0-9a-f]{16}|\d+)")
+# How a sealed object ends.
+_END = b'"\n}\n'
 
 
 class StoreError(RuntimeError):
@@ -40,15 +40,14 @@ def safe_name(what: str, name: str) -> str:
 
 def temporary_beside(path: Path) -> Path:
     """Return a name beside `path` that nobody else has: process ids are equal in two containers."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
 
 
 def remove_temporaries(directory: Path) -> None:
     """Delete what killed processes were writing in a run's directory; its lock is to be held."""
-    for path in directory.glob(".*"):
-        if _TEMPORARY.fullmatch(path.name):
-            with suppress(OSError):
-                path.unlink()
+    for path in directory.glob(".*.part"):
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager
@@ -60,14 +59,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_beside(path)
     try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise not_written(path, error) from error
-        raise
+        with writing(path):
+            yield temporary
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):  # it is there no more where it took that place
+            temporary.unlink()
 
 
 @contextmanager
@@ -96,11 +93,17 @@ def write_json(path: Path, data: Any, *, sealed: bool = False) -> None:
     Raises:
         StoreError: it cannot be written.
     """
-    text = (json.dumps({**data, "sha256": ""} if sealed else data, indent=1) + "\n").encode()
-    if sealed:
-        text = text[: -len(_END)] + sha256(text[: -len(_END)]).hexdigest().encode() + _END
     with replacing(path) as temporary:
-        temporary.write_bytes(text)
+        temporary.write_bytes(_sealed(data) if sealed else _text(data))
+
+
+def _text(data: Any) -> bytes:
+    return (json.dumps(data, indent=1) + "\n").encode()
+
+
+def _sealed(data: dict[str, Any]) -> bytes:
+    before = _text({**data, "sha256": ""})[: -len(_END)]
+    return before + sha256(before).hexdigest().encode() + _END
 
 
 def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
@@ -117,17 +120,11 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise StoreError(f"{path} is damaged: it must hold an object; not {str(data)[:40]!r}")
     if sealed:
-        if "sha256" not in data:
+        if not data.pop("sha256", None):
             raise StoreError(f"{path} has no digest: it is damaged, or of an earlier version")
-        before, end = text[: -len(_END) - 64], text[-len(_END) - 64 :]
-        if sha256(before).hexdigest().encode() + _END != end:
+        if _sealed(data) != text:
             raise not_whole(path)
-        del data["sha256"]
     return data
-
-
-# How a sealed object ends.
-_END = b'"\n}\n'
 
 
 def write_sealed(path: Path, content: bytes | memoryview) -> None:
@@ -174,11 +171,7 @@ def digest_of(path: Path) -> str:
     Raises:
         StoreError: it cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from None
+    return sha256(read_bytes(path)).hexdigest()
 
 
 def not_whole(path: Path) -> StoreError:

@@ -10,9 +10,7 @@ import dataclasses
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from difflib import get_close_matches
-from math import isfinite, nan
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_origin, get_type_hints
 
@@ -26,6 +24,7 @@ from pydantic import (
     PlainValidator,
     SerializeAsAny,
     ValidationError,
+    WrapValidator,
     create_model,
     model_validator,
 )
@@ -120,17 +119,9 @@ class Model(BaseModel):
             message = f"{message}; not {shown(item['input'])}"
             if isinstance(item["input"], str) and item["type"] == "bool_type":
                 message = f"{message}; write true or false"
-            elif isinstance(item["input"], str) and _is_number(item["input"]):
-                message = f"{message}, which is text: write it without quotes"
         return InitErrorDetails(
             type=PydanticCustomError("repeatlab", message), loc=item["loc"], input=item["input"]
         )
-
-
-def _is_number(text: str) -> bool:
-    with suppress(ValueError):
-        return isfinite(float(text))
-    return False
 
 
 # --- one of several, by name ------------------------------------------------------------------
@@ -199,7 +190,7 @@ def _choice_model(name: str, target: type, without: tuple[str, ...]) -> type[Cho
         if get_origin(kind) is tuple:  # YAML and JSON know lists only
             kind = Annotated[kind, Field(strict=False)]
         if field.name == getattr(target, "calibrated", None):
-            kind = Annotated[float | str, PlainValidator(_number_or_auto)]
+            kind = Annotated[SerializeAsAny[float], WrapValidator(_or_auto)]
         if field.name not in without:
             default = ... if field.default is dataclasses.MISSING else field.default
             fields[field.name] = (kind, default)
@@ -218,123 +209,66 @@ def _choice_model(name: str, target: type, without: tuple[str, ...]) -> type[Cho
     return model
 
 
-def _number_or_auto(value: Any) -> float | str:
-    if value == "auto":
-        return value
-    number = nan
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        with suppress(OverflowError):  # an int may exceed every float
-            number = float(value)
-    if not isfinite(number):
-        raise ValueError(f"must be a finite number or 'auto'; not {shown(value)}")
-    return number
+def _or_auto(value: Any, number: Callable[[Any], float]) -> float | str:
+    return value if value == "auto" else number(value)
 
 
 # --- reading ----------------------------------------------------------------------------------
 
 
-MERGE = "tag:yaml.org,2002:merge"
-
-
 class _Loader(yaml.SafeLoader):
     """Reads plain words by the core schema of YAML 1.2, in which `no` and 1:30 are text.
 
-    Refuses a key given twice, and what aliases make endless or too large, before it is built.
+    A mapping must not give a key twice, nor take another one in by "<<".
     """
 
     yaml_implicit_resolvers: ClassVar = {}
 
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._path: list[str] = []
-        self._sizes: dict[int, int] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        """Return the next node, which may be one that an alias names."""
-        alias = self.check_event(yaml.AliasEvent)
-        name = getattr(index, "value", index)
-        self._path += [] if name is None else [str(name)]
-        node = super().compose_node(parent, index)
-        if not alias:
-            self._sizes[id(node)] = self._size(node)
-        elif id(node) not in self._sizes:  # it is not complete yet
-            raise self._refusal("must not hold itself", node)
-        if name is not None:
-            self._path.pop()
-        return node
-
-    def _size(self, node: yaml.Node) -> int:
-        if isinstance(node, yaml.ScalarNode):
-            return 1 + len(node.value) // 1000
-        children = node.value
-        if isinstance(node, yaml.MappingNode):
-            self._check_keys([key for key, _ in node.value])
-            children = [part for pair in node.value for part in pair]
-        size = 1 + sum(self._sizes[id(child)] for child in children)
-        if size > MOST_VALUES:
-            raise self._refusal(
-                f"must hold at most {MOST_VALUES} values, aliases written out", node
-            )
-        return size
-
-    def _check_keys(self, keys: list[yaml.Node]) -> None:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping."""
         seen = set()
-        for key in keys:
-            # "<<" takes another mapping in, whose keys may be given anew.
-            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
-                if (key.tag, key.value) in seen:
-                    raise self._refusal(f"the key {shown(key.value)} appears twice", key)
-                seen.add((key.tag, key.value))
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Take in what "<<" names: own keys go first, then those of the mappings named earlier.
-
-        PyYAML's own way of it has changed from one version to the next.
-        """
-        sources = []
-        for key, value in node.value:
-            if key.tag == MERGE:
-                sources += value.value if isinstance(value, yaml.SequenceNode) else [value]
-        pairs = {}
-        for source in reversed(sources):
-            if not isinstance(source, yaml.MappingNode):
-                raise self._refusal("<< must name mappings", source)
-            self.flatten_mapping(source)
-            pairs |= {(key.tag, str(key.value)): (key, value) for key, value in source.value}
-        own = [pair for pair in node.value if pair[0].tag != MERGE]
-        node.value = list((pairs | {(k.tag, str(k.value)): (k, v) for k, v in own}).values())
-
-    def _refusal(self, message: str, node: yaml.Node) -> yaml.MarkedYAMLError:
-        path = ".".join(self._path)
-        return yaml.MarkedYAMLError(problem=f"{path} {message}", problem_mark=node.start_mark)
+        for key, _ in node.value:
+            if key.value == "<<" or str(key.value) in seen:
+                what = "is not read" if key.value == "<<" else "appears twice"
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {shown(key.value)} {what}", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _DIGITS = "[0-9]+(_[0-9]+)*"
-# The core schema (YAML 1.2.2, section 10.3.2); beside it digits in groups, 10_000, and merge keys.
-for _tag, _plain, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+# The core schema (YAML 1.2.2, section 10.3.2); beside it digits in groups, 10_000.
+for _tag, _plain in (
+    ("null", "~|null|Null|NULL|"),
+    ("bool", "true|True|TRUE|false|False|FALSE"),
+    ("int", rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+"),
     (
         "float",
         rf"[-+]?(\.{_DIGITS}|{_DIGITS}(\.({_DIGITS})?)?)([eE][-+]?[0-9]+)?"
         r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
     ),
-    ("merge", "<<", ["<"]),
 ):
-    _plain = re.compile(f"^({_plain})$")
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _plain, _first)
-for _tag, _read in (
-    ("bool", lambda text: {"true": True, "false": False}[text.lower()]),
-    ("int", lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))),
-    # Only those that are no numbers have a point before a letter.
-    ("float", lambda text: float(re.sub(r"\.(?=[a-zA-Z])", "", text))),
-):
-    _Loader.add_constructor(
-        f"tag:yaml.org,2002:{_tag}",
-        lambda loader, node, read=_read: read(loader.construct_scalar(node)),
-    )
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_plain})\Z"), None)
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int",
+    # PyYAML's own takes 010 for 8.
+    lambda loader, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10)),
+)
+
+
+def _check_size(data: Any) -> None:
+    """Refuse what aliases make endless or too large: each names a part of any size."""
+    count, parts = 0, [data]
+    while parts:
+        part = parts.pop()
+        count += 1 + (len(part) // 1000 if isinstance(part, str) else 0)
+        if count > MOST_VALUES:
+            raise ValueError(
+                f"it must hold at most {MOST_VALUES} values, aliases written out, and not itself"
+            )
+        if isinstance(part, (dict, list)):
+            parts += [*part, *part.values()] if isinstance(part, dict) else part
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -348,6 +282,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: it must be a regular file")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        _check_size(data)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # a date such as 2024-99-99 is a ValueError, `!!bool x` a KeyError

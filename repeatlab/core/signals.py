@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 # SIGHUP comes when a terminal is closed; not every system has it.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class Interrupted(RuntimeError):

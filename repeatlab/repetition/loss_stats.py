@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import struct
-from contextlib import suppress
-from math import sqrt
 from typing import Any
 
 import numpy as np
 
-_FLOAT32 = struct.Struct("f")
+from repeatlab.repetition.mappings import float32
 
 
 class LossStats:
@@ -27,17 +24,12 @@ class LossStats:
         progress: Share of the run that was over before it, in [0, 1]: of its updates, or of what it
             may spend.
         count: How many losses have been observed in all.
-        mean: Mean of the recent losses; 0 before the first.
     """
 
     def __init__(self, window: int = 0) -> None:
-        if window < 0:
-            raise ValueError(f"window must be 0 or more, not {window}")
         self.index = 0
         self.progress = 0.0
         self.count = 0
-        self.mean = 0.0
-        self._squares = 0.0  # sum of squared deviations from the mean
         self._ring = np.zeros(window)
 
     @property
@@ -56,14 +48,18 @@ class LossStats:
         return self.count >= len(self._ring)
 
     @property
+    def mean(self) -> float:
+        """Mean of the recent losses; 0 before the first."""
+        return float(self.recent.mean()) if len(self.recent) else 0.0
+
+    @property
     def std(self) -> float:
         """Population standard deviation of the recent losses; 0 before the first."""
-        size = min(self.count, len(self._ring))
-        return sqrt(max(0.0, self._squares) / size) if size else 0.0
+        return float(self.recent.std()) if len(self.recent) else 0.0
 
     def quantile(self, q: float) -> float:
         """Return the `q`-quantile of the recent losses (linear interpolation)."""
-        if not self.count or not len(self._ring):
+        if not len(self.recent):
             return float("nan")
         # np.quantile's default method, a few times faster on a window's worth of numbers.
         losses = sorted(self.recent.tolist())
@@ -73,30 +69,9 @@ class LossStats:
 
     def observe(self, loss: float) -> None:
         """Add the loss of the fresh batch that has just been decided on."""
-        window = len(self._ring)
-        if window:
-            # What is beyond float32's range stays as it is, as in a mapping.
-            with suppress(OverflowError):
-                loss = _FLOAT32.unpack(_FLOAT32.pack(loss))[0]
-            self._update_moments(loss, window)
+        if len(self._ring):
+            self._ring[self.count % len(self._ring)] = float32(loss)
         self.count += 1
-
-    def _update_moments(self, loss: float, window: int) -> None:
-        """Welford's update of mean and squares, sliding once the window is full."""
-        slot, old_mean, old_squares = self.count % window, self.mean, self._squares
-        if self.count < window:
-            self.mean += (loss - old_mean) / (self.count + 1)
-            self._squares += (loss - old_mean) * (loss - self.mean)
-        else:
-            dropped = self._ring.item(slot)
-            self.mean += (loss - dropped) / window
-            self._squares += (loss - dropped) * (loss - self.mean + dropped - old_mean)
-        self._ring[slot] = loss
-        if slot == window - 1 or self._squares < old_squares / 2:
-            # Once a window, from scratch: rounding must not add up over a long run. And when a
-            # spike leaves the window: what remains may be smaller than the spike's rounding.
-            self.mean = float(self._ring.mean())
-            self._squares = float(((self._ring - self.mean) ** 2).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on, as plain numbers and lists."""
@@ -104,8 +79,6 @@ class LossStats:
             "index": self.index,
             "progress": self.progress,
             "count": self.count,
-            "mean": self.mean,
-            "squares": self._squares,
             "ring": self._ring.tolist(),
         }
 
@@ -122,5 +95,4 @@ class LossStats:
             )
         self.index, self.count = state["index"], state["count"]
         self.progress = state["progress"]
-        self.mean, self._squares = state["mean"], state["squares"]
         self._ring[:] = state["ring"]

@@ -13,11 +13,11 @@ from __future__ import annotations
 import struct
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from hashlib import blake2b
 from math import cos, floor, isfinite, pi
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from repeatlab.repetition.loss_stats import LossStats
@@ -27,18 +27,12 @@ _FLOAT32 = struct.Struct("f")
 _QUOTIENT_TOLERANCE = 1 + 2**-22
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
     """Round to the nearest float32; what is beyond its range stays as it is."""
     try:
         return _FLOAT32.unpack(_FLOAT32.pack(value))[0]
     except OverflowError:
         return value
-
-
-def _check_count(mapping: Mapping, *names: str) -> None:
-    """Check fields that count something; numpy's integers become Python's."""
-    for name in names:
-        object.__setattr__(mapping, name, as_count(name, getattr(mapping, name)))
 
 
 def as_count(name: str, value: int) -> int:
@@ -52,19 +46,18 @@ def as_count(name: str, value: int) -> int:
     return int(value)
 
 
-def _check_positive(mapping: Mapping, *names: str) -> None:
-    """Check fields that measure something; numpy's numbers become Python's."""
-    for name in names:
-        value = getattr(mapping, name)
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        # An integer beyond the range of floats is no usable number either.
-        if not number or not 0 < value <= sys.float_info.max:
-            raise ValueError(f"{name} must be a positive, finite number, not {value!r}")
-        object.__setattr__(mapping, name, value if isinstance(value, int) else float(value))
+def _as_measure(name: str, value: float) -> float:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    # An integer beyond the range of floats is no usable number either.
+    if not number or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be a positive, finite number, not {value!r}")
+    return value if isinstance(value, int) else float(value)
 
 
 class Mapping(ABC):
     """Base of all mappings: `N = mapping(loss, stats)`.
+
+    Fields that are integers, but for a seed, must be 1 or more, and floats positive and finite.
 
     Class attributes:
         needs_loss: False where N does not depend on the loss; the host then never waits for it.
@@ -73,13 +66,24 @@ class Mapping(ABC):
             returns 1 for it or `most` visits are made.
         window: How many recent losses the mapping reads from its `LossStats`.
         calibrated: Name of the field that `auto` may stand for in a configuration, if any.
+        limit: Name of the field that holds the largest N.
     """
 
     needs_loss: ClassVar[bool] = True
     monotone: ClassVar[bool] = True
     asks_again: ClassVar[bool] = False
     calibrated: ClassVar[str | None] = None
+    limit: ClassVar[str] = "repeats"
     window = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, "int") and field.name != "seed":
+                value = as_count(field.name, value)
+            elif field.type in (float, "float"):
+                value = _as_measure(field.name, value)
+            object.__setattr__(self, field.name, value)  # numpy's numbers are Python's now
 
     def __call__(self, loss: float, stats: LossStats) -> int:
         """Return N >= 1, the number of updates to make on the fresh batch `stats.index`.
@@ -94,12 +98,12 @@ class Mapping(ABC):
         """
         if not isfinite(loss):
             raise ValueError(f"a repeat mapping needs a finite loss, not {loss}")
-        return self.repeats_for(_float32(loss), stats)
+        return self.repeats_for(float32(loss), stats)
 
     @property
-    @abstractmethod
     def most(self) -> int:
         """The largest N that the mapping can return."""
+        return getattr(self, self.limit)
 
     @abstractmethod
     def repeats_for(self, loss: float, stats: LossStats) -> int:
@@ -117,15 +121,13 @@ class Constant(Mapping):
 
     needs_loss: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        _check_count(self, "repeats")
-
-    @property
-    def most(self) -> int:
-        return self.repeats
-
     def repeats_for(self, loss: float, stats: LossStats) -> int:
         return self.repeats
+
+
+def _check_order(mapping: Uniform | Falling) -> None:
+    if mapping.low > mapping.high:
+        raise ValueError(f"low must not exceed high, but {mapping.low} > {mapping.high}")
 
 
 @dataclass(frozen=True)
@@ -140,16 +142,12 @@ class Uniform(Mapping):
     seed: int = 0
 
     needs_loss: ClassVar[bool] = False
+    limit: ClassVar[str] = "high"
 
     def __post_init__(self) -> None:
-        _check_count(self, "low", "high")
-        if self.low > self.high:
-            raise ValueError(f"low must not exceed high, but {self.low} > {self.high}")
+        super().__post_init__()
+        _check_order(self)
         object.__setattr__(self, "seed", int(self.seed))
-
-    @property
-    def most(self) -> int:
-        return self.high
 
     def repeats_for(self, loss: float, stats: LossStats) -> int:
         digest = blake2b(f"{self.seed}/repeats/{stats.index}".encode(), digest_size=8).digest()
@@ -173,16 +171,8 @@ class Threshold(Mapping):
 
     calibrated: ClassVar[str | None] = "t"
 
-    def __post_init__(self) -> None:
-        _check_positive(self, "t")
-        _check_count(self, "repeats")
-
-    @property
-    def most(self) -> int:
-        return self.repeats
-
     def repeats_for(self, loss: float, stats: LossStats) -> int:
-        return self.repeats if loss > _float32(self.t) else 1
+        return self.repeats if loss > float32(self.t) else 1
 
 
 @dataclass(frozen=True)
@@ -201,14 +191,7 @@ class Linear(Mapping):
     max_repeats: int = 5
 
     calibrated: ClassVar[str | None] = "t"
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "t")
-        _check_count(self, "max_repeats")
-
-    @property
-    def most(self) -> int:
-        return self.max_repeats
+    limit: ClassVar[str] = "max_repeats"
 
     def repeats_for(self, loss: float, stats: LossStats) -> int:
         # Limited before it is floored: a huge quotient may be infinite.
@@ -233,17 +216,10 @@ class Until(Mapping):
 
     asks_again: ClassVar[bool] = True
     calibrated: ClassVar[str | None] = "t"
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "t")
-        _check_count(self, "max_repeats")
-
-    @property
-    def most(self) -> int:
-        return self.max_repeats
+    limit: ClassVar[str] = "max_repeats"
 
     def repeats_for(self, loss: float, stats: LossStats) -> int:
-        return 2 if loss > _float32(self.t) and self.max_repeats > 1 else 1
+        return 2 if loss > float32(self.t) and self.max_repeats > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -254,15 +230,11 @@ class Falling(Mapping):
     low: int = 1
 
     needs_loss: ClassVar[bool] = False
+    limit: ClassVar[str] = "high"
 
     def __post_init__(self) -> None:
-        _check_count(self, "high", "low")
-        if self.low > self.high:
-            raise ValueError(f"low must not exceed high, but {self.low} > {self.high}")
-
-    @property
-    def most(self) -> int:
-        return self.high
+        super().__post_init__()
+        _check_order(self)
 
     @abstractmethod
     def share(self, progress: float) -> float:
@@ -306,14 +278,6 @@ class ControlLimit(Mapping):
     repeats: int = 5
     window: int = 100
 
-    def __post_init__(self) -> None:
-        _check_positive(self, "k")
-        _check_count(self, "repeats", "window")
-
-    @property
-    def most(self) -> int:
-        return self.repeats
-
     def repeats_for(self, loss: float, stats: LossStats) -> int:
         if not stats.full:
             return 1
@@ -335,7 +299,7 @@ class Quantile(Mapping):
         object.__setattr__(self, "levels", tuple(map(float, self.levels)))  # hashable
         if not self.levels or not all(0 < level < 1 for level in self.levels):
             raise ValueError(f"levels must be numbers between 0 and 1, not {self.levels!r}")
-        _check_count(self, "window")
+        super().__post_init__()
 
     @property
     def most(self) -> int:
@@ -358,13 +322,7 @@ class ZScore(Mapping):
     max_repeats: int = 5
     window: int = 100
 
-    def __post_init__(self) -> None:
-        _check_positive(self, "step")
-        _check_count(self, "max_repeats", "window")
-
-    @property
-    def most(self) -> int:
-        return self.max_repeats
+    limit: ClassVar[str] = "max_repeats"
 
     def repeats_for(self, loss: float, stats: LossStats) -> int:
         std = stats.std
@@ -414,19 +372,3 @@ MAPPINGS: dict[str, type[Mapping]] = {
     "zscore": ZScore,
     "trace": Trace,
 }
-
-
-def to_dict(mapping: Mapping) -> dict[str, Any]:
-    """Return `mapping` as a JSON-safe dict of its registered name and its fields."""
-    name = next(name for name, kind in MAPPINGS.items() if kind is type(mapping))
-    fields = asdict(mapping)
-    return {"name": name} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-
-
-def from_dict(fields: dict[str, Any]) -> Mapping:
-    """Return the mapping that `to_dict` wrote."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    name = fields.pop("name", None)
-    if name not in MAPPINGS:
-        raise ValueError(f"the mapping must be one of {', '.join(MAPPINGS)}; not {name!r}")
-    return MAPPINGS[name](**fields)

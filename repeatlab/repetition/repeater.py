@@ -19,6 +19,8 @@ from repeatlab.repetition.mappings import Constant, as_count
 from repeatlab.repetition.random_states import packed, process_states, restore_process
 from repeatlab.repetition.visit_log import NonFiniteLoss, VisitLog
 
+_FLOAT32 = torch.float32
+
 
 class BatchRepeater:
     """Yields each batch of `loader` as often as `repeats` asks, `max_updates` times in all.
@@ -44,7 +46,7 @@ class BatchRepeater:
 
     In a torch.distributed process group the loss that decides is the mean over the ranks, so that
     all ranks make the same number of updates on their batch. Under `DistributedDataParallel`,
-    `data_parallel.losses_with_gradients` spares it a message of its own. A framework shards among
+    `distributed.losses_with_gradients` spares it a message of its own. A framework shards among
     ranks only what it knows as a DataLoader: let it prepare the loader, or give that a
     `DistributedSampler`, and repeat what comes out.
 
@@ -106,7 +108,9 @@ class BatchRepeater:
         self.mapping = Constant(repeats) if isinstance(repeats, Integral) else repeats
         if not callable(self.mapping):
             raise ValueError(f"repeats must be an integer or a mapping, not {repeats!r}")
-        self._needs_loss = getattr(self.mapping, "needs_loss", True)
+        needs_loss = getattr(self.mapping, "needs_loss", True)
+        # Where the loss does not matter there is none to check and round.
+        self._planned = None if needs_loss else getattr(self.mapping, "repeats_for", self.mapping)
         self._asks_again = getattr(self.mapping, "asks_again", False)
         self._revisits = getattr(self.mapping, "most", 2) > 1
         self.stats = LossStats(getattr(self.mapping, "window", 1000))
@@ -187,7 +191,8 @@ class BatchRepeater:
     def _visits_until(self, end: float) -> Iterator[Any]:
         """Yield the batches of the updates that are left before number `end`."""
         while self.updates < self.max_updates and self.updates < end:
-            self._read_pending()
+            if self._asking or not self.repeats:
+                self._read_pending()
             if self._batch is None or 0 < self.repeats <= self._done:
                 self._next_fresh_batch()
             self.repeat = self._done
@@ -251,8 +256,10 @@ class BatchRepeater:
         if not self._awaiting_report:
             self._expect_report("report")
         is_tensor = isinstance(loss, torch.Tensor)
+        on_device = is_tensor and not loss.is_cpu
         if is_tensor:
-            if loss.ndim or loss.is_meta or loss.is_complex():
+            unusual = on_device or loss.dtype is not _FLOAT32
+            if loss.ndim or (unusual and (loss.is_meta or loss.is_complex())):
                 raise self._no_scalar(f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}", loss)
         elif type(loss) is not float:
             try:
@@ -264,7 +271,7 @@ class BatchRepeater:
         # What can fail comes before anything is counted: a refused loss can be reported again.
         decides = not self.repeats
         waits = decides or (self._asks_again and self._may_go_on)
-        defers = not waits and (self._joins or (is_tensor and loss.is_cuda))
+        defers = not waits and (self._joins or (on_device and loss.is_cuda))
         if waits:
             value = self._reader.start(loss)
         elif defers:
@@ -366,8 +373,8 @@ class BatchRepeater:
         self.stats.progress = self.updates / self.max_updates if done is None else done()
         self._done = self.repeats = 0
         self._visits.trim()
-        if not self._needs_loss:
-            self.repeats = self._count(self.mapping(0.0, self.stats), 0)
+        if self._planned is not None:
+            self.repeats = self._count(self._planned(0.0, self.stats), 0)
             self._visits.counts.append(self.repeats)
 
     def _settle(self) -> None:

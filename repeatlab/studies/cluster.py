@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from repeatlab.core.signals import Stop
-from repeatlab.studies.processes import LEAVE_SECONDS, LocalWorkers, WorkerDied
+from repeatlab.studies.processes import LEAVE_SECONDS, WORKER_DIED, LocalWorkers
 
 
 @dataclass(frozen=True)
@@ -37,35 +37,10 @@ class Places:
     runs_per_gpu: int = 1
     lockstep: bool = True
 
-    @property
-    def is_here(self) -> bool:
-        """Whether this process trains."""
-        return self.workers == 0 and self.scheduler is None
-
-
-class Workers(Protocol):
-    """What makes runs."""
-
-    def count(self) -> int:
-        """Return how many there are now: so many jobs are done at a time."""
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Let one of them call `function(*args, stop=...)`, and return the job."""
-
-    def wait(self, jobs: Collection[Any], seconds: float) -> dict[Any, Any]:
-        """Wait until a job ends, `seconds` at most; return what it gave, or the exception.
-
-        Raises:
-            ConnectionError: there are no workers any more, nor will be.
-        """
-
-    def stop(self, jobs: Collection[Any]) -> None:
-        """Make these jobs leave, and wait until they have."""
-
 
 @contextmanager
 def open_workers(places: Places, *, runs: int, on_cpu: bool, stop: Stop) -> Iterator[Workers]:
-    """Yield what makes runs.
+    """Yield what makes runs: `Here` says what can be asked of it.
 
     Args:
         places: Where.
@@ -76,20 +51,19 @@ def open_workers(places: Places, *, runs: int, on_cpu: bool, stop: Stop) -> Iter
     Raises:
         ConnectionError: there is no scheduler at the address, or its encryption is another.
     """
-    if places.is_here:
-        yield Here(stop)
-    elif places.scheduler is not None:
-        with _connected(places.scheduler) as client, DaskWorkers(client) as workers:
+    if places.scheduler is not None:
+        with DaskWorkers(places.scheduler) as workers:
             yield workers
+    elif places.workers == 0:
+        yield Here(stop)
     else:
         gpus = [] if on_cpu else gpu_names()
-        most = len(gpus) * places.runs_per_gpu if gpus else os.cpu_count() or 1
-        numbers = range(min(places.workers or most, runs))
-        share = [
-            {"CUDA_VISIBLE_DEVICES": gpu_of(n, gpus, places.runs_per_gpu)} if gpus else {}
-            for n in numbers
+        most = len(gpus) * places.runs_per_gpu or os.cpu_count() or 1
+        environments = [
+            {"CUDA_VISIBLE_DEVICES": gpu_of(worker, gpus, places.runs_per_gpu)} if gpus else {}
+            for worker in range(min(places.workers or most, runs))
         ]
-        with LocalWorkers(len(numbers), share) as workers:
+        with LocalWorkers(environments) as workers:
             yield workers
 
 
@@ -112,39 +86,32 @@ def gpu_of(worker: int, gpus: Sequence[str], runs_per_gpu: int) -> str:
 
 
 class Here:
-    """This process: a job is done when it is waited for."""
+    """This process: a job is done when it is waited for. Other workers have the same methods."""
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
 
     def count(self) -> int:
-        """One."""
+        """Return how many there are now, one: so many jobs are done at a time."""
         return 1
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-        """Return a job that `wait` does."""
+        """Let a worker call `function(*args, stop=...)`: return the job, which `wait` does."""
         return partial(function, *args, stop=self._stop)
 
     def wait(self, jobs: Collection[Any], seconds: float) -> dict[Any, Any]:
-        """Do a job; its errors are this process's own."""
+        """Wait until a job ends, `seconds` at most; return what it gave, or the exception.
+
+        Here it is done, and its errors are this process's own.
+
+        Raises:
+            ConnectionError: there are no workers any more, nor will be.
+        """
         job = next(iter(jobs))
         return {job: job()}
 
     def stop(self, jobs: Collection[Any]) -> None:
-        """Nothing is under way."""
-
-
-def _connected(address: str) -> Any:
-    from distributed import Client
-
-    try:
-        return Client(address)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ConnectionError(
-            f"scheduler: no connection to {address}: {error}. It must be the address that `dask "
-            "scheduler` prints, such as tcp://HOST:8786; one with tls:// needs the certificates of "
-            "Dask's configuration (distributed.comm.tls), which README shows how to set"
-        ) from error
+        """Make these jobs leave, and wait until they have; here none is under way."""
 
 
 class DaskWorkers:
@@ -153,11 +120,20 @@ class DaskWorkers:
     To be entered: jobs that are under way at the block's end are told to leave.
     """
 
-    def __init__(self, client: Any) -> None:
-        from distributed import Event
+    def __init__(self, address: str) -> None:
+        from distributed import Client, Event
 
-        self._client, self._token = client, f"stop-{uuid4().hex}"
-        self._event = Event(self._token, client=client)
+        try:
+            self._client = Client(address)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise ConnectionError(
+                f"scheduler: no connection to {address}: {error}. It must be the address that "
+                "`dask scheduler` prints, such as tcp://HOST:8786; one with tls:// needs the "
+                "certificates of Dask's configuration (distributed.comm.tls), which README shows "
+                "how to set"
+            ) from error
+        self._token = f"stop-{uuid4().hex}"
+        self._event = Event(self._token, client=self._client)
 
     def __enter__(self) -> DaskWorkers:
         return self
@@ -165,6 +141,7 @@ class DaskWorkers:
     def __exit__(self, *error: object) -> None:
         with suppress(Exception):  # a scheduler that is gone
             self._event.set()
+        self._client.close()
 
     def count(self) -> int:
         """Return how many have joined and not left; `wait` says it if the scheduler is gone."""
@@ -174,11 +151,11 @@ class DaskWorkers:
             return 0
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return the future of a job; see `Workers`."""
+        """See `Here`."""
         return self._client.submit(_in_turn, self._token, function, *args, pure=False)
 
     def wait(self, jobs: Collection[Any], seconds: float) -> dict[Any, Any]:
-        """Return what the futures that are done gave; see `Workers`."""
+        """See `Here`."""
         from distributed import KilledWorker, wait
         from distributed.client import FuturesCancelledError
 
@@ -190,19 +167,19 @@ class DaskWorkers:
                 "from its checkpoints when the same command is given again"
             )
         answers = {job: job.exception() or job.result() for job in jobs if job.done()}
-        return {
-            job: WorkerDied() if isinstance(answer, KilledWorker) else answer
-            for job, answer in answers.items()
-        }
+        killed = {job: WORKER_DIED for job in answers if isinstance(answers[job], KilledWorker)}
+        return answers | killed
 
     def stop(self, jobs: Collection[Any]) -> None:
-        """Make the jobs leave; see `Workers`."""
+        """See `Here`."""
         from distributed import wait
 
         with suppress(Exception):  # a scheduler that is gone: leave at once
             self._event.set()
             wait(list(jobs), timeout=LEAVE_SECONDS)
 
+
+Workers = Here | LocalWorkers | DaskWorkers
 
 # Runs share torch's random state: one at a time in a process, however many threads a worker has.
 _turn = threading.Lock()

@@ -8,7 +8,6 @@ that a notebook's next study trains with the package as it is then.
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import pickle
@@ -31,42 +30,28 @@ from typing import Any, Self
 from repeatlab.core.signals import SIGNALS, Stop
 
 # Those that a first run would import late: torch's optimizers import its compiler.
-LIBRARIES = (
+LIBRARIES = [
     "torch",
     "torch._dynamo",
     "sklearn.datasets",
     "sklearn.model_selection",
     "pyarrow.parquet",
-)
-ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+]
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # So many workers may die of a job before it is given up.
 DEATHS = 4
 # How long runs may take to leave their checkpoints.
 LEAVE_SECONDS = 60
-_END, _STOP, _JOB = b"end", b"stop", b"job "
+_STOP, _END = b"stop", b"end"  # in the place of a job
 
 
-class WorkerDied(RuntimeError):
-    """The worker died at every attempt at a job."""
-
-    def __str__(self) -> str:
-        return "its worker died at every attempt (memory, a signal or the time limit)"
+WORKER_DIED = RuntimeError("its worker died at every attempt (memory, a signal or the time limit)")
 
 
 def import_libraries() -> None:
-    """Import them: no part of the run that needs them first, nor of its time limit.
-
-    The garbage collector rests meanwhile: it would go through all that they hold again and again,
-    and find no garbage.
-    """
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        for module in LIBRARIES:
-            import_module(module)
-    finally:
-        if collected:
-            gc.enable()
+    """Import them: no part of the run that needs them first, nor of its time limit."""
+    for module in LIBRARIES:
+        import_module(module)
 
 
 # --- in the process that has the work -----------------------------------------------------------
@@ -80,16 +65,6 @@ class Job:
     deaths: int = 0
 
 
-@dataclass
-class _Worker:
-    """One end of a worker's sockets, what it is at, and whether it has said anything."""
-
-    number: int
-    connection: Connection
-    job: Job | None = None
-    is_up: bool = False
-
-
 class LocalWorkers:
     """So many processes, each with one thread and one job at a time.
 
@@ -97,39 +72,23 @@ class LocalWorkers:
     end with the block, whatever they are at.
 
     Args:
-        count: How many.
-        environments: Variables that a worker has beside this process's own, by its number.
+        environments: Of each worker, the variables that it has beside this process's own.
     """
 
-    def __init__(self, count: int, environments: Sequence[Mapping[str, str]] = ()) -> None:
-        self._environments = environments or [{}] * count
-        self._workers: list[_Worker] = []
+    def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
+        self._environments = environments
+        self._workers: list[Connection] = []
+        self._at: dict[Connection, Job] = {}
         self._waiting: deque[Job] = deque()
 
     def __enter__(self) -> Self:
-        self._workers = [self._start(number) for number in range(len(self._environments))]
+        self._workers = [_born(environment) for environment in self._environments]
         return self
 
     def __exit__(self, *error: object) -> None:
         for worker in self._workers:
-            _say(worker, _END)
-        for worker in self._workers:
-            if worker.is_up:  # until it is gone: nothing else comes but its last answer
-                while worker.connection.poll(LEAVE_SECONDS) and _answer(worker) is not None:
-                    pass
-            worker.connection.close()
-
-    def _start(self, number: int) -> _Worker:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            if sys.platform == "linux":
-                _nursery(os.getpid()).bear(theirs)
-            else:  # libraries of other systems do not bear copies
-                _spawn("work_alone", theirs)
-        worker = _Worker(number, Connection(ours.detach()))
-        environment = {**os.environ, **self._environments[number]}
-        _say(worker, pickle.dumps((environment, sys.path, os.getcwd())))
-        return worker
+            _say(worker, _END)  # copies of this process may hold the connection open
+            worker.close()
 
     def count(self) -> int:
         """Return how many workers there are."""
@@ -137,167 +96,133 @@ class LocalWorkers:
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Job:
         """Let a worker call `function(*args, stop=...)`; both are pickled."""
-        job = Job(_JOB + pickle.dumps((function, args)))
+        job = Job(pickle.dumps((function, args)))
         self._waiting.append(job)
         self._hand_out()
         return job
 
     def wait(self, jobs: Collection[Job], seconds: float) -> dict[Job, Any]:
         """Wait until a job ends, `seconds` at most; return what it gave, or the exception."""
-        workers = {worker.connection: worker for worker in self._workers}
-        answers = {}
-        for connection in wait(list(workers), seconds):
-            worker = workers[connection]
-            answer = _answer(worker)
-            if answer == ():
-                worker.is_up = True
-                continue
-            job, worker.job = worker.job, None
-            if answer is not None:
-                answers[job] = answer[0]
-                continue
-            connection.close()
-            self._workers[worker.number] = self._start(worker.number)
-            if job is not None:
-                job.deaths += 1
-                if job.deaths < DEATHS:
-                    self._waiting.append(job)
-                else:
-                    answers[job] = WorkerDied()
+        answers: dict[Job, Any] = {}
+        for worker in wait(self._workers, seconds):
+            job = self._at.pop(worker, None)
+            try:
+                answers[job] = worker.recv()
+            except (EOFError, OSError):  # it has died
+                worker.close()
+                number = self._workers.index(worker)
+                self._workers[number] = _born(self._environments[number])
+                if job is not None:
+                    job.deaths += 1
+                    if job.deaths < DEATHS:
+                        self._waiting.append(job)
+                    else:
+                        answers[job] = WORKER_DIED
         self._hand_out()
         return answers
 
     def _hand_out(self) -> None:
         for worker in self._workers:
-            if worker.job is None and self._waiting:
-                worker.job = self._waiting.popleft()
-                _say(worker, worker.job.message)
+            if worker not in self._at and self._waiting:
+                self._at[worker] = self._waiting.popleft()
+                _say(worker, self._at[worker].message)
 
     def stop(self, jobs: Collection[Job]) -> None:
         """Make what is under way leave, and wait until it has; nothing else is begun."""
         self._waiting.clear()
-        for worker in self._workers:
-            if worker.job is not None:
-                worker.job.deaths = DEATHS  # it is not given to another, either
-                _say(worker, _STOP)
+        for worker, job in self._at.items():
+            job.deaths = DEATHS  # it is not given to another, either
+            _say(worker, _STOP)
         end = monotonic() + LEAVE_SECONDS
-        while any(w.job and w.is_up for w in self._workers) and monotonic() < end:
+        while self._at and monotonic() < end:
             self.wait(jobs, 1)
 
 
-def _say(worker: _Worker, message: bytes) -> None:
+def _say(worker: Connection, message: bytes) -> None:
     """Tell a worker something; one that has died is noticed when it is listened to."""
     with suppress(OSError):
-        worker.connection.send_bytes(message)
+        worker.send_bytes(message)
 
 
-def _answer(worker: _Worker) -> Any:
-    """Return a tuple of what its job gave, or of the error; None where it has died.
-
-    The first is empty: it says that the worker is up.
-    """
-    try:
-        return worker.connection.recv()
-    except (EOFError, OSError):
-        return None
-
-
-class _Nursery:
-    """The process whose copies become workers, as this process sees it."""
-
-    def __init__(self) -> None:
-        self._open()
-        atexit.register(self.close)
-
-    def _open(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            self._process = _spawn("bear", theirs)
-
-    def bear(self, connection: socket.socket) -> None:
-        """Make a worker at the other end of `connection`."""
-        try:
-            socket.send_fds(self._socket, [b"."], [connection.fileno()])
-        except OSError:  # it was killed
-            self.close()
-            self._open()
-            socket.send_fds(self._socket, [b"."], [connection.fileno()])
-
-    def close(self) -> None:
-        """End it."""
-        self._socket.close()
-        self._process.kill()  # it may be importing still
-        self._process.wait()
+def _born(environment: Mapping[str, str]) -> Connection:
+    """Return the connection with a new worker."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        if sys.platform == "linux":
+            try:
+                socket.send_fds(_nursery(os.getpid())[0], [b"."], [theirs.fileno()])
+            except OSError:  # it was killed
+                _nursery.cache_clear()
+                socket.send_fds(_nursery(os.getpid())[0], [b"."], [theirs.fileno()])
+        else:  # libraries of other systems do not bear copies
+            _spawn(theirs)
+    worker = Connection(ours.detach())
+    _say(worker, pickle.dumps(({**ONE_THREAD, **os.environ, **environment}, sys.path, os.getcwd())))
+    return worker
 
 
 @cache
-def _nursery(process: int) -> _Nursery:
+def _nursery(process: int) -> tuple[socket.socket, subprocess.Popen]:
     """Return the nursery of this process, given its id: a copy of a process has another."""
-    return _Nursery()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        return ours, _spawn(theirs)
 
 
-def _spawn(entry: str, connection: socket.socket) -> subprocess.Popen:
-    """Start a process in a function of this module, at the other end of `connection`.
+def _spawn(connection: socket.socket) -> subprocess.Popen:
+    """Start a nursery, or a worker where there is none, at the other end of `connection`.
 
     It knows nothing of the program that is running, which need not be fit to be imported. What the
     terminal sends to all processes of a command does not reach it.
     """
     number = connection.fileno()
     code = (
-        "import sys; sys.path[:] = sys.argv[3:]; from repeatlab.studies import processes; "
-        "getattr(processes, sys.argv[1])(int(sys.argv[2]))"
+        "import sys; sys.path[:] = sys.argv[2:]; from repeatlab.studies import processes; "
+        "processes.begin(int(sys.argv[1]))"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code, entry, str(number), *sys.path],
+        [sys.executable, "-c", code, str(number), *sys.path],
         pass_fds=[number],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        env={**dict.fromkeys(ONE_THREAD, "1"), **os.environ},
+        env=ONE_THREAD | os.environ,
     )
 
 
 # --- in the nursery and its copies --------------------------------------------------------------
 
 
-def bear(descriptor: int) -> None:
-    """Be the nursery: make a worker for each descriptor that comes, until none can come."""
-    _ignore_signals()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a worker's end
-    control = socket.socket(fileno=descriptor)
+def begin(descriptor: int) -> None:
+    """Be the nursery, which makes a worker for each descriptor that comes, until none can come.
+
+    What a signal means is left to the process that has the work.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    gc.disable()  # it would go through all that they hold again and again, and find no garbage
     import_libraries()
+    gc.enable()
+    if sys.platform != "linux":
+        _work(Connection(descriptor))
     # Copies share the pages of what no collection of theirs looks at.
     gc.freeze()
-    while True:
-        _, received, _, _ = socket.recv_fds(control, 1, 1)
-        if not received:
-            os._exit(0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a worker's end
+    control = socket.socket(fileno=descriptor)
+    while received := socket.recv_fds(control, 1, 1)[1]:
         if os.fork() == 0:
             control.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _work(Connection(received[0]))
         os.close(received[0])
-
-
-def work_alone(descriptor: int) -> None:
-    """Be a worker that is no copy."""
-    _ignore_signals()
-    import_libraries()
-    _work(Connection(descriptor))
-
-
-def _ignore_signals() -> None:
-    """Leave it to the process that has the work what a signal means for it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    os._exit(0)
 
 
 def _work(connection: Connection) -> None:
     """Do one job after another until the other end is closed."""
     environment, sys.path[:], folder = pickle.loads(connection.recv_bytes())
     os.environ.clear()
-    os.environ.update(dict.fromkeys(ONE_THREAD, "1") | environment)
+    os.environ.update(environment)
     os.chdir(folder)
-    connection.send(())
     jobs: SimpleQueue[tuple[bytes, Stop]] = SimpleQueue()
     threading.Thread(target=_listen, args=(connection, jobs), daemon=True).start()
     while True:
@@ -307,21 +232,17 @@ def _work(connection: Connection) -> None:
             answer = function(*args, stop=stop)
         except Exception as error:
             answer = RuntimeError(f"{type(error).__name__}: {error}")
-        connection.send((answer,))
+        connection.send(answer)
 
 
 def _listen(connection: Connection, jobs: SimpleQueue[tuple[bytes, Stop]]) -> None:
     """Take in jobs, ask the last one to stop, and end this process when it is no longer needed."""
     stop = Stop()
-    while True:
-        try:
-            message = connection.recv_bytes()
-        except (EOFError, OSError):
-            message = _END
-        if message == _END:
-            os._exit(0)
-        elif message == _STOP:
-            stop.set()
-        else:
-            stop = Stop()
-            jobs.put((message.removeprefix(_JOB), stop))
+    with suppress(EOFError, OSError):
+        while (message := connection.recv_bytes()) != _END:
+            if message == _STOP:
+                stop.set()
+            else:
+                stop = Stop()
+                jobs.put((message, stop))
+    os._exit(0)

@@ -1,24 +1,28 @@
 """Many runs, each after those that it needs, spread over the places where they are made.
 
-Every run is one idempotent job (`repeatlab.studies.worker`), so that a worker may die at any time,
-of memory, of a signal or of a time limit: its job is given to another, a few times. No job waits on
+Every run, or group of runs in lock-step, is one idempotent job (`train_runs`): made twice it is
+found in the store, killed it goes on from its checkpoint. So a worker may die at any time, of
+memory, of a signal or of a time limit: its job is given to another, a few times. No job waits on
 a worker behind another: it would be blamed for the death of that worker, too.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from itertools import islice
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain, islice
 from math import inf
+from threading import Timer
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
+from repeatlab.core.files import StoreError
 from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.store.records import Store
 from repeatlab.studies.cluster import Places, Workers, open_workers
-from repeatlab.studies.worker import Outcome, train_runs
+from repeatlab.studies.processes import import_libraries
 from repeatlab.training.config import RunConfig
 from repeatlab.training.prerequisites import prerequisites
 
@@ -26,9 +30,10 @@ from repeatlab.training.prerequisites import prerequisites
 # of this machine are back by then.
 LOOK_SECONDS = 0.2
 ALONE_SECONDS = 60
+TIME_LIMIT_EXIT = 124
 
 Configs = Mapping[str, RunConfig]
-Outcomes = Iterator[tuple[str, Outcome]]
+Outcomes = Iterator[tuple[str, "Outcome"]]
 
 
 @contextmanager
@@ -53,13 +58,10 @@ def open_trainer(store: Store, places: Places) -> Iterator[Callable[..., Outcome
                 workers = open_workers(places, runs=len(every), on_cpu=on_cpu, stop=stop)
                 opened.append(stack.enter_context(workers))
             jobs, left = _Jobs(opened[0], store, places.time_limit, stop), dict(configs)
-            if places.lockstep:
-                free = [config for run_id, config in configs.items() if run_id not in apart]
-                for run_id, outcome in _in_step(free, jobs, apart=apart):
-                    if left.pop(run_id, None):
-                        yield run_id, outcome
-            for run_id, outcome in _one_by_one(left.values(), jobs):
-                if run_id in left:
+            free = [config for run_id, config in configs.items() if run_id not in apart]
+            in_step = _in_step(free, jobs, apart=apart) if places.lockstep else ()
+            for run_id, outcome in chain(in_step, _one_by_one(left.values(), jobs)):
+                if left.pop(run_id, None):
                     yield run_id, outcome
 
         yield train
@@ -97,20 +99,16 @@ class _Jobs:
         answers: dict[Any, Any] = {}
         while not answers and not self._stop.is_set():
             answers = self.workers.wait(self.running, LOOK_SECONDS)
-            self._look_for_workers()
+            self.count = self.workers.count()
+            if self.count:
+                self._last_seen = monotonic()
+            elif monotonic() > self._last_seen + ALONE_SECONDS:  # the user is told once
+                warnings.warn("no worker is left: the study waits for one", stacklevel=2)
+                self._last_seen = inf
         if self._stop.is_set():
             self.workers.stop(self.running)
             raise Interrupted("stopped: the runs that were under way have left checkpoints")
         return {self.running.pop(job): answer for job, answer in answers.items()}
-
-    def _look_for_workers(self) -> None:
-        """Count them, and tell the user once where there have been none for long."""
-        self.count = self.workers.count()
-        if self.count:
-            self._last_seen = monotonic()
-        elif monotonic() > self._last_seen + ALONE_SECONDS:
-            warnings.warn("no worker is left: the study waits for one", stacklevel=2)
-            self._last_seen = inf
 
 
 def _in_step(configs: Iterable[RunConfig], jobs: _Jobs, *, apart: Container[str]) -> Outcomes:
@@ -161,10 +159,95 @@ def _hopeless(
     """Take out the runs that need one that has failed, note them as made, and return them."""
     failed = {}
     for run_id in list(waiting):
-        for needed in needs[run_id]:
-            if needed in made and made[needed].failure:
-                why = f"the run {needed} that it needs failed: {made[needed].failure}"
-                failed[run_id] = made[run_id] = Outcome(why)
-                del waiting[run_id]
-                break
+        bad = [needed for needed in needs[run_id] if needed in made and made[needed].failure]
+        if bad:
+            why = f"the run {bad[0]} that it needs failed: {made[bad[0]].failure}"
+            failed[run_id] = made[run_id] = Outcome(why)
+            del waiting[run_id]
     return failed
+
+
+# --- on a worker ---------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What a job has made of a run.
+
+    Attributes:
+        failure: Why it has failed, or None.
+        trained: Whether it was trained now and here; else it was found in the store.
+    """
+
+    failure: str | None = None
+    trained: bool = False
+
+
+def train_runs(
+    configs: Sequence[dict[str, Any]], runs: str, limit: float | None = None, *, stop: Stop
+) -> dict[str, Outcome]:
+    """Train a run, or several in lock-step; return the outcomes by run id.
+
+    Where a group fails as a whole, nothing is returned, and its runs are to be made one by one. An
+    attempt that takes longer than `limit` seconds for each run ends its process: nothing less stops
+    what hangs. Waiting for another process that is at the run is no part of that.
+
+    Args:
+        configs: The runs', as JSON.
+        runs: The store's directory.
+        limit: Seconds that a run may take.
+        stop: Makes the runs leave checkpoints and be "interrupted".
+    """
+    from repeatlab.studies.lockstep.group import train_group
+    from repeatlab.training.loop import train
+
+    found = [RunConfig.from_json(config) for config in configs]
+    ids = [run.run_id for run in found]
+    trained: set[str] = set()
+
+    @contextmanager
+    def watch(under_way: Sequence[RunConfig]) -> Iterator[None]:
+        """Note which of these are not done, now that they are this process's, and limit them."""
+        missing = [run for run in under_way if not Store(runs).run(run.task.name, run.run_id).done]
+        trained.update(run.run_id for run in missing)
+        with _ending_after(limit and limit * len(missing), runs, missing):
+            yield
+
+    if limit is not None:
+        import_libraries()  # no part of it
+    failures: dict[str, str | None] = dict.fromkeys(ids)
+    try:
+        if stop.is_set():
+            raise Interrupted
+        if len(found) == 1:
+            train(found[0], runs, watch=watch, stop=stop)
+        else:
+            failures = train_group(found, runs, watch=watch, stop=stop)
+    except Interrupted:
+        failures = dict.fromkeys(ids, "interrupted")
+    except Exception as error:
+        if len(found) > 1:
+            return {}
+        failures = {ids[0]: f"{type(error).__name__}: {error}"}
+    return {i: Outcome(why, i in trained) for i, why in failures.items()}
+
+
+@contextmanager
+def _ending_after(limit: float | None, runs: str, configs: Sequence[RunConfig]) -> Iterator[None]:
+    """End this process where what it does takes longer than `limit` seconds."""
+
+    def end() -> None:
+        for config in configs:
+            run = Store(runs).run(config.task.name, config.run_id)
+            with suppress(OSError, StoreError):
+                if not run.done:
+                    run.note("failed", error=f"took longer than the time limit of {limit:g} s")
+        os._exit(TIME_LIMIT_EXIT)
+
+    timer = Timer(limit or 0, end)
+    timer.daemon = True
+    if limit:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

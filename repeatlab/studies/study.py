@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -15,23 +16,18 @@ from tqdm.auto import tqdm
 from repeatlab.core.environment import commit
 from repeatlab.core.files import StoreError, safe_name
 from repeatlab.core.html_view import rows_table
-from repeatlab.core.schema import Model, Name, did_you_mean, parse, shown
+from repeatlab.core.schema import Name, did_you_mean, parse, shown
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
 from repeatlab.studies.scheduling import open_trainer
 from repeatlab.tasks import TaskConfig
 from repeatlab.training.config import (
-    BudgetConfig,
     CalibrationConfig,
-    Device,
-    EvaluationConfig,
-    LoaderConfig,
+    Common,
     MethodConfig,
-    PositiveInt,
     RunConfig,
     TaskChoice,
-    Threads,
 )
 
 MOST_SEEDS = 10_000
@@ -57,20 +53,19 @@ class Planned(NamedTuple):
 
 
 def _seeds(value: Any) -> int | tuple[int, ...]:
-    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-    valid = numbers and all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers
-    )
-    count = len(numbers) if isinstance(value, (list, tuple)) else value
-    if not valid or not 0 < count <= MOST_SEEDS or len(set(numbers)) < len(numbers):
+    several = isinstance(value, (list, tuple))
+    numbers = tuple(value) if several else (value,)
+    valid = all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    count = len(set(numbers)) if several and valid else value
+    if not valid or not 0 < count <= MOST_SEEDS or (several and count < len(numbers)):
         raise ValueError(
             f"must be a count of at least 1 and at most {MOST_SEEDS}, or a list of as many "
             f"different seeds; not {shown(value)}"
         )
-    return tuple(numbers) if isinstance(value, (list, tuple)) else value
+    return numbers if several else value
 
 
-class Study(Model):
+class Study(Common):
     """Every method with every seed on every task, all under the same budget of updates."""
 
     name: str
@@ -79,15 +74,7 @@ class Study(Model):
     methods: Annotated[dict[Name, MethodConfig], Field(min_length=1)]
     seeds: Annotated[Any, PlainValidator(_seeds)] = 5
     """How many seeds, counted from 0, or which."""
-    max_updates: PositiveInt
-    evaluation: EvaluationConfig = EvaluationConfig()
-    budget: BudgetConfig | None = None
     calibration: CalibrationConfig = CalibrationConfig()
-    loader: LoaderConfig = LoaderConfig()
-    device: Device = "auto"
-    threads: Threads = 1
-    processes: PositiveInt = 1
-    """Processes that share every batch of a run, under torchrun where it is more than one."""
     plan: str | None = None
     """The digest of the plan that it is a stage of."""
     lockstep: bool = True
@@ -112,46 +99,44 @@ class Study(Model):
     def _planned(self) -> list[Planned]:
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         return [
-            Planned(label, name, seed, self._config(task, method, seed))
+            Planned(label, name, seed, self._config(task, name, seed))
             for label, task in self.tasks.items()
             for seed in seeds
-            for name, method in self.methods.items()
+            for name in self.methods
         ]
 
-    def _config(self, task: TaskConfig, method: MethodConfig, seed: int) -> RunConfig:
+    def _config(self, task: TaskConfig, name: str, seed: int) -> RunConfig:
         fields = {name: value for name, value in self if name in RunConfig.model_fields}
-        method = self._with_source(method)
+        method = self._with_source(name)
         # Only arms that are calibrated depend on how: the others keep their identity.
         calibration = self.calibration if method.depends_on_calibration else None
         varied = {"task": task, "method": method, "seed": seed, "calibration": calibration}
         return RunConfig(**fields | varied)
 
-    def _with_source(self, method: MethodConfig) -> MethodConfig:
-        """Return the method with the study's method in the place of its name in `of`."""
+    def _with_source(self, name: str) -> MethodConfig:
+        """Return the method of this name with the study's method in the place of that in `of`."""
+        method, path = self.methods[name], f"methods.{name}.mapping.of"
         if not isinstance(method.source, str):
             return method
-        mapping = method.mapping.model_copy(update={"of": self.methods[method.source]})
+        if method.source not in self.methods:
+            hint = did_you_mean(method.source, self.methods)
+            raise ValueError(f"{path}: unknown method {method.source!r}; {hint}")
+        source = self.methods[method.source]
+        try:
+            source.check_source()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        mapping = method.mapping.model_copy(update={"of": source})
         return method.model_copy(update={"mapping": mapping})
 
     @model_validator(mode="after")
     def _runs_mean_something(self) -> Self:
-        for name, method in self.methods.items():
-            if isinstance(method.source, str):
-                path = f"methods.{name}.mapping.of"
-                if method.source not in self.methods:
-                    hint = did_you_mean(method.source, self.methods)
-                    raise ValueError(f"{path}: unknown method {method.source!r}; {hint}")
-                try:
-                    self.methods[method.source].check_source()
-                except ValueError as error:
-                    raise ValueError(f"{path}: {error}") from None
-        for label, task in self.tasks.items():
-            for name, method in self.methods.items():
-                try:
-                    self._config(task, method, 0)
-                except ValidationError as error:
-                    message = error.errors()[0]["msg"].removeprefix("Value error, ")
-                    raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
+        for (label, task), name in product(self.tasks.items(), self.methods):
+            try:
+                self._config(task, name, 0)
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
         return self
 
     def _repr_html_(self) -> str:
@@ -187,25 +172,22 @@ class Report:
     trained: int
     retried: Mapping[str, int] = field(default_factory=dict)
 
+    def _counts(self) -> tuple[int, dict[str, int], dict[str, int]]:
+        """Return how many runs there are, how they ended, and where they came from."""
+        runs = len(self.status)
+        now = {"trained now": self.trained, "in the store": runs - self.trained}
+        return runs, dict(sorted(Counter(self.status.values()).items())), now
+
     def __str__(self) -> str:
-        counts = Counter(self.status.values())
-        ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        stored = len(self.status) - self.trained
-        runs = "run" if len(self.status) == 1 else "runs"
-        now = f"({self.trained} trained now, {stored} in the store)"
+        runs, *counts = self._counts()
+        ended, now = (", ".join(f"{n} {what}" for what, n in part.items()) for part in counts)
         again = f"; {len(self.retried)} took more than one attempt" if self.retried else ""
-        return f"{len(self.status)} {runs}: {ended} {now}{again}"
+        return f"{runs} {'run' if runs == 1 else 'runs'}: {ended} ({now}){again}"
 
     def _repr_html_(self) -> str:
-        stored = len(self.status) - self.trained
-        now = {"trained now": self.trained, "in the store": stored}
+        runs, ended, now = self._counts()
         again = {"more than one attempt": len(self.retried)} if self.retried else {}
-        return rows_table(
-            {"runs": len(self.status)}
-            | dict(sorted(Counter(self.status.values()).items()))
-            | now
-            | again
-        )
+        return rows_table({"runs": runs} | ended | now | again)
 
 
 def run_study(
@@ -229,20 +211,14 @@ def run_all(studies: Mapping[str, dict[str, Any]], runs: str | Path = "runs") ->
     Raises:
         ConfigError: fields are not valid; nothing was trained then.
     """
-    reports = {where: _in_store(fields, Store(runs)) for where, fields in studies.items()}
-    found = [report for report in reports.values() if report is not None]
-    lacking = [
-        parse(Study, studies[where], source=where)
-        for where, report in reports.items()
-        if report is None
-    ]
-    if lacking:
-        found.append(run_studies(lacking, runs))
-    return Report(
-        {run_id: status for report in found for run_id, status in report.status.items()},
-        trained=sum(report.trained for report in found),
-        retried={run_id: n for report in found for run_id, n in report.retried.items()},
-    )
+    lacking, stored = [], {}
+    for where, fields in studies.items():
+        if (found := _in_store(fields, Store(runs))) is None:
+            lacking.append(parse(Study, fields, source=where))
+        else:
+            stored |= found.status
+    report = run_studies(lacking, runs) if lacking else Report({}, trained=0)
+    return replace(report, status=stored | report.status)
 
 
 def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
@@ -254,10 +230,9 @@ def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
         study = store.read_study(fields["name"])
     except (KeyError, TypeError, ValueError, StoreError):
         return None  # whatever is wrong with them, `Study.of` says it
-    if (study.get("commit"), study.get("study")) != (code, fields):
-        return None
     handles = [store.run(*run["run"]) for run in study["runs"]]
-    if not all(handle.done for handle in handles):
+    same = (study.get("commit"), study.get("study")) == (code, fields)
+    if not same or not all(handle.done for handle in handles):
         return None
     return Report({handle.path.name: handle.status["status"] for handle in handles}, trained=0)
 
@@ -300,9 +275,8 @@ def run_studies(
         # Once and here, so that what is not there is one message, and workers do not all fetch it.
         for task in {config.task for config in missing.values()}:
             task.prepare()
-        apart = {
-            p.config.run_id for study in studies if not study.lockstep for p in study.planned()
-        }
+        alone = (study.planned() for study in studies if not study.lockstep)
+        apart = {p.config.run_id for planned in alone for p in planned}
         with open_trainer(store, places or Places(workers=workers)) as train:
             outcomes = train(missing, apart=apart)
             try:
@@ -314,14 +288,11 @@ def run_studies(
             except Interrupted:
                 raise Interrupted(_stopped(handles.values())) from None
         failed = {i: ABSENT for i in missing if not handles[i].done} | failed
+    attempts = {i: handles[i].environment.get("attempts", 1) for i in missing}
     report = Report(
         {i: handle.status["status"] for i, handle in handles.items()},
         trained=len(missing) - len(found),
-        retried={
-            i: attempts
-            for i in missing
-            if (attempts := handles[i].environment.get("attempts", 1)) > 1
-        },
+        retried={i: number for i, number in attempts.items() if number > 1},
     )
     if failed:
         lines = [f"  {handles[i].path}: {why}" for i, why in failed.items()]
@@ -345,19 +316,15 @@ def _stopped(handles: Collection[Run]) -> str:
 
 def _manifest(study: Study) -> dict[str, Any]:
     """Return what a reader needs to find the study's runs, without the code that makes them."""
+    runs = []
+    for task, method, seed, config in study.planned():
+        place = [config.task.name, config.run_id]
+        runs.append({"task": task, "method": method, "seed": seed, "run": place})
     return {
         "name": study.name,
         "max_updates": study.max_updates,
         "methods": list(study.methods),
-        "runs": [
-            {
-                "task": p.task,
-                "method": p.method,
-                "seed": p.seed,
-                "run": [p.config.task.name, p.config.run_id],
-            }
-            for p in study.planned()
-        ],
+        "runs": runs,
         "study": study.model_dump(mode="json", exclude_unset=True),
         "plan": study.plan,
         "commit": commit(),

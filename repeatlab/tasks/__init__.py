@@ -100,8 +100,6 @@ def load_task(target: str) -> type[Task]:
 class TaskConfig(Model):
     """Base of every task's configuration; a task gives its own defaults and adds its fields."""
 
-    unshared: ClassVar[str | None] = "data-parallel training is not built for it"
-    """Why several processes cannot share its batches; None where they can."""
     most: ClassVar = dict.fromkeys(("width", "latent", "hidden", "projection"), 10_000) | {
         "batch_size": 10**6,
         "capacity": 10**7,

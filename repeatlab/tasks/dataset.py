@@ -90,11 +90,9 @@ class DatasetTask(LearningTask):
     Attributes:
         data: The data set, on the device.
         stream: The fresh batches.
-        share: This process's samples of every batch, in data-parallel training.
     """
 
     stream: TrainStream
-    share: slice | None = None
 
     def __init__(self, config: Any, *, seed: int, device: str, data: Splits | None = None) -> None:
         """Make the task; `data` is its data set on the device, where others have loaded it."""

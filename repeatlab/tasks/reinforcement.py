@@ -69,9 +69,6 @@ class ReinforcementConfig(CartPoleConfig, OptimizationConfig):
     `schedule: {name: linear}`.
     """
 
-    unshared: ClassVar[str | None] = (
-        "every process would live through an environment and a replay buffer of its own"
-    )
     name: Literal["reinforcement"] = "reinforcement"
     lr: Annotated[float, Field(gt=0)] = 3e-4
     optimizer: OptimizerChoice = chosen("adam")

@@ -64,9 +64,6 @@ PICTURES = 16
 class SelfSupervisedConfig(ImageModelConfig):
     """Settings of the self-supervised task; the defaults are for the embedded data."""
 
-    unshared: ClassVar[str | None] = (
-        "a view's loss compares it with all others of its batch, and a process has but its share"
-    )
     name: Literal["selfsupervised"] = "selfsupervised"
     model: Literal["cnn", "norm_cnn", "resnet18"] = "cnn"
     projection: Annotated[int, Field(ge=2)] = 128

@@ -64,7 +64,6 @@ PICTURES = 16
 class SemiSupervisedConfig(ImageModelConfig):
     """Settings of the semi-supervised task; the defaults are for the embedded data."""
 
-    unshared: ClassVar[str | None] = None
     name: Literal["semisupervised"] = "semisupervised"
     labels: Annotated[int, Field(ge=1)] | None = 100
     """Labelled images, each class in proportion; all others lose their label. Null keeps all labels

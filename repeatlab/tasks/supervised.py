@@ -40,7 +40,6 @@ from repeatlab.tasks.models import build_classifier, drawn_from, mlp
 class SupervisedConfig(ClassifierConfig):
     """Settings of the supervised task; the defaults are the plan's, on the embedded data."""
 
-    unshared: ClassVar[str | None] = None
     name: Literal["supervised"] = "supervised"
     model: Literal["cnn", "mlp", "resnet18"] = "cnn"
     width: Annotated[int, Field(ge=1)] = 16

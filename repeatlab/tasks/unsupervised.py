@@ -47,7 +47,6 @@ PICTURES = 16  # of each kind
 class UnsupervisedConfig(DatasetTaskConfig, OptimizationConfig):
     """Settings of the unsupervised task; the defaults are the plan's, on the embedded data."""
 
-    unshared: ClassVar[str | None] = None
     name: Literal["unsupervised"] = "unsupervised"
     width: Annotated[int, Field(ge=1)] = 16
     """Channels of the first layer; 32 on MNIST is the plan's network of about 1 M parameters."""
@@ -132,9 +131,8 @@ class Unsupervised(DatasetTask):
         """Return one draw for every sample, made on the CPU: (batch, latent)."""
         redrawn = self.config.redraw_epsilon
         noise = self.noise if redrawn else generator(self.seed, "epsilon", batch.index)
-        samples = len(batch.images) if self.share is None else self.batch_size
-        epsilon = torch.randn((samples, self.config.latent), generator=noise)
-        return epsilon[self.share or slice(None)].to(self.device, non_blocking=True)
+        epsilon = torch.randn((len(batch.images), self.config.latent), generator=noise)
+        return epsilon.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:

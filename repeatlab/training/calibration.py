@@ -25,7 +25,6 @@ def calibration_run(config: RunConfig) -> RunConfig:
         evaluation=EvaluationConfig(splits=(), test=False),
         device=config.device,
         threads=config.threads,
-        processes=config.processes,
     )
 
 
@@ -33,15 +32,13 @@ def calibrate(config: RunConfig, losses: np.ndarray) -> float:
     """Return t for the mapping of `config`, given the fresh-batch losses of the short run.
 
     Raises:
-        ValueError: the mapping has no rule for t, or the losses do not determine one.
+        ValueError: the losses do not determine one.
     """
     mapping = config.method.mapping
-    if mapping.name in ("threshold", "until"):
+    if mapping.name != "linear":
         return mean_plus_std(losses)
-    if mapping.name == "linear":
-        settings = config.calibration or CalibrationConfig()
-        return linear_t(losses, settings.target_repeats, max_repeats=mapping.max_repeats)
-    raise ValueError(f"the mapping {mapping.name!r} has no rule for `auto`")
+    settings = config.calibration or CalibrationConfig()
+    return linear_t(losses, settings.target_repeats, max_repeats=mapping.max_repeats)
 
 
 def mean_plus_std(losses: np.ndarray) -> float:

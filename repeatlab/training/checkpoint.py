@@ -1,16 +1,15 @@
 """Checkpoints: the whole state of a run on disk, so that a killed run goes on where it was.
 
 A checkpoint is written beside the last one, synced and renamed into its place; the last one is kept
-as the previous. One that is truncated or damaged, which its digest tells, is passed over.
+as the previous, so that one is whole whatever of the renames outlives a power cut. One that is
+truncated or damaged, which its digest tells, is passed over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ def save(directory: Path, state: dict[str, Any]) -> None:
         write_tensors(temporary, state)
         if current.exists():
             current.replace(directory / PREVIOUS)
-    _sync(directory)
 
 
 def load(directory: Path) -> Iterator[dict[str, Any]]:
@@ -56,16 +54,6 @@ def remove(directory: Path) -> None:
     """Delete the checkpoints of a run that is done."""
     for name in (CURRENT, PREVIOUS):
         (directory / name).unlink(missing_ok=True)
-
-
-def _sync(directory: Path) -> None:
-    """Make the renames themselves durable, where the system can."""
-    with suppress(OSError):  # not every file system syncs directories
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def digest(state: Any) -> str:

@@ -21,7 +21,7 @@ from repeatlab.training.early_stopping import EarlyStopping
 RECORD_VERSION = 6
 
 PositiveInt = Annotated[int, Field(ge=1)]
-# More threads or processes than any machine has end the process rather than raise.
+# More threads than any machine has end the process rather than raise.
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Control = Literal[
@@ -155,15 +155,16 @@ class BudgetConfig(Model):
 
     unit: Literal["cost", "seconds"]
     """`cost` counts forward equivalents; a run may spend as many as `max_updates` standard ones."""
-    k: Annotated[float, Field(gt=0)] = 2.0
+    k: Annotated[float, Field(gt=0)] | None = None
     """For `cost`: a backward's time in forwards, as `repeatlab measure` finds it."""
     seconds: Annotated[float, Field(gt=0)] | None = None
     """For `seconds`: of training."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if (self.unit == "seconds") != (self.seconds is not None):
-            raise ValueError("seconds must be given for unit: seconds, and only for it")
+        for field, unit in {"seconds": "seconds", "k": "cost"}.items():
+            if (self.unit == unit) != (getattr(self, field) is not None):
+                raise ValueError(f"{field} must be given for unit: {unit}, and only for it")
         return self
 
 
@@ -210,15 +211,10 @@ class EvaluationConfig(Model):
         return self
 
 
-class RunConfig(Model):
-    """Everything that one run depends on."""
+class Common(Model):
+    """What all runs of a study have in common."""
 
-    most: ClassVar = {"seed": 2**63 - 1}
-
-    task: TaskChoice
-    method: MethodConfig = MethodConfig()
     max_updates: PositiveInt
-    seed: Annotated[int, Field(ge=0)] = 0
     budget: BudgetConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     calibration: CalibrationConfig | None = None
@@ -226,45 +222,34 @@ class RunConfig(Model):
     device: Device = "auto"
     threads: Threads = 1
     """CPU threads of torch: sums, and so the records, depend on their number."""
-    processes: Threads = 1
-    """Processes that share every batch (`repeatlab.training.data_parallel`), under torchrun where
-    it is more than one: sums depend on their number, and BatchNorm sees a share of the batch."""
 
-    @model_validator(mode="after")
-    def _can_be_shared(self) -> Self:
-        if self.processes == 1:
-            return self
-        task, method = self.task, self.method
-        refused = {
-            f"it is not for the task {task.name}: {task.unshared}": task.unshared,
-            f"batch_size {task.batch_size} has fewer samples": self.processes > task.batch_size,
-            "a sampler chooses by the losses of samples, and each process sees its own": (
-                method.sampler
-            ),
-            "apply: step_size scales an update before the processes agree on its loss": (
-                method.apply == "step_size"
-            ),
-            "method.distillation: the teachers' answers are not sent to the other processes": (
-                method.distillation
-            ),
-            "budget.unit: seconds would end each process at an update of its own": (
-                self.budget and self.budget.unit == "seconds"
-            ),
-        }
-        for reason, holds in refused.items():
-            if holds:
-                raise ValueError(f"processes: {self.processes}: {reason}")
-        return self
+
+class RunConfig(Common):
+    """Everything that one run depends on."""
+
+    most: ClassVar = {"seed": 2**63 - 1}
+
+    task: TaskChoice
+    method: MethodConfig = MethodConfig()
+    seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
-        method, refusals = self.method, self.task.refusals()
+        method = self.method
         if isinstance(method.source, str):
             raise ValueError(
                 f"method.mapping.of: {method.source!r} names a method of a study; a single run "
                 "needs the method itself"
             )
-        self._check_target()
+        # Of the method, or of the one that it is replayed of.
+        target = (self.calibration or CalibrationConfig()).target_repeats
+        for arm in (method, method.source):
+            linear = arm is not None and arm.calibrated and arm.mapping.name == "linear"
+            if linear and target >= arm.mapping.max_repeats:
+                raise ValueError(
+                    "calibration.target_repeats: must be less than the mapping's max_repeats, "
+                    f"{arm.mapping.max_repeats}; not {target}"
+                )
         counts = getattr(method.mapping, "counts", None)
         if counts is not None and sum(counts) < self.max_updates:
             raise ValueError(
@@ -275,58 +260,43 @@ class RunConfig(Model):
             from repeatlab.tasks.precision import check_device
 
             check_device(self.task, self.device)
+        return self
+
+    @model_validator(mode="after")
+    def _is_for_its_task(self) -> Self:
+        method, refusals = self.method, self.task.refusals()
+        if self.loader.prefetch and method.sampler is not None:
+            raise ValueError("loader.prefetch: a sampler chooses by the latest losses")
         parts = {f"method.apply: {method.apply}": method.apply}
-        if method.fresh_views:
-            parts["method.fresh_views"] = "fresh_views"
+        parts["method.fresh_views"] = "fresh_views" if method.fresh_views else None
+        parts["loader.prefetch"] = "prefetch" if self.loader.prefetch else None
         if method.sampler is not None:
-            name = method.sampler.name
+            name, score = method.sampler.name, getattr(method.sampler, "score", None)
+            weighted = "weighted" if getattr(method.sampler, "beta", 0) else "unweighted"
             parts[f"method.sampler: {name}"] = name
-            if name == "hard_mining":
-                weighted = "weighted" if method.sampler.beta else "unweighted"
-                parts[f"method.sampler: {weighted} {name}"] = weighted
-            score = getattr(method.sampler, "score", None)
             parts[f"method.sampler.score: {score}"] = score
-        if self.loader.prefetch:
-            parts["loader.prefetch"] = "prefetch"
-            if method.sampler is not None:
-                raise ValueError("loader.prefetch: a sampler chooses by the latest losses")
+            if name == "hard_mining":
+                parts[f"method.sampler: {weighted} {name}"] = weighted
         for path, part in parts.items():
             if part in refusals:
                 raise ValueError(f"{path} is not for the task {self.task.name}: {refusals[part]}")
         return self
 
-    def _check_target(self) -> None:
-        """See that `linear` with `t: auto`, or the method that it is replayed of, can meet E[N]."""
-        target = (self.calibration or CalibrationConfig()).target_repeats
-        for method in (self.method, self.method.source):
-            linear = method is not None and method.calibrated and method.mapping.name == "linear"
-            if linear and target >= method.mapping.max_repeats:
-                raise ValueError(
-                    "calibration.target_repeats: must be less than the mapping's max_repeats, "
-                    f"{method.mapping.max_repeats}; not {target}"
-                )
-
     @model_validator(mode="after")
     def _can_be_distilled(self) -> Self:
-        if self.method.distillation is None:
+        task, method = self.task, self.method
+        if method.distillation is None:
             return self
-        sampler = self.method.sampler
+        noisy, auto = getattr(task, "label_noise", 0), method.calibrated
+        rho = method.sampler is not None and method.sampler.name == "rho_loss"
         refused = {
-            f"it is not for the task {self.task.name}, only for supervised": (
-                self.task.name != "supervised"
-            ),
+            f"it is not for the task {task.name}, only for supervised": task.name != "supervised",
             "with task.split: by_seed teachers of other seeds see the run's validation images": (
-                getattr(self.task, "split", "fixed") == "by_seed"
+                getattr(task, "split", "fixed") == "by_seed"
             ),
-            "teachers of other seeds see other label noise: they would tell the labels": getattr(
-                self.task, "label_noise", 0
-            ),
-            "t: auto is measured on the cross-entropy, which is not its driver loss: give t": (
-                self.method.calibrated
-            ),
-            "rho_loss trains models beforehand that would need teachers of their own": (
-                sampler and sampler.name == "rho_loss"
-            ),
+            "teachers of other seeds see other label noise: they would tell the labels": noisy,
+            "t: auto is measured on the cross-entropy, not on its driver loss: give t": auto,
+            "rho_loss trains models beforehand that would need teachers of their own": rho,
         }
         for reason, holds in refused.items():
             if holds:

@@ -91,10 +91,6 @@ class Patience:
         gain = value - self.best if self.rule.mode == "max" else self.best - value
         return gain > self.rule.min_delta
 
-    def summary(self) -> dict[str, Any]:
-        """Return the best value and when it was seen, for the run's summary."""
-        return {"stopped": self.exhausted, "best": self.best, "best_update": self.best_update}
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs."""
         return {"best": self.best, "best_update": self.best_update, "waited": self.waited}

@@ -1,13 +1,12 @@
-"""Ensembles of networks that runs have kept, evaluated beside the single ones.
+"""Ensembles of networks that runs have kept: evaluated beside the single ones, or distilled.
 
-The members may be runs of several seeds, several moments of one run, and the averages (EMA) of
+The members may be runs of several seeds or several moments of one run, with the averages (EMA) of
 weights in place of the weights. An ensemble predicts the mean of its members' softmax
 probabilities, as in Lakshminarayanan et al. 2017 (arXiv 1612.01474), so that its negative
 log-likelihood is at most its members' mean (Jensen's inequality); its accuracy need not be higher.
 
     runs = runs_of(Store("runs"), "my-study", method="standard")  # with evaluation.keep >= 1
     print(evaluate(of_seeds(runs)))
-    print(evaluate(of_average(runs[0])))                          # with ema_decay
     print(evaluate(of_checkpoints(runs[0])))                      # with evaluation.keep >= 2
 
 `repeatlab ensemble` does the same.
@@ -15,10 +14,12 @@ log-likelihood is at most its members' mean (Jensen's inequality); its accuracy 
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import log
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -27,22 +28,16 @@ import torch
 from torch import Tensor
 
 from repeatlab.core.schema import ConfigError, did_you_mean
-from repeatlab.cost import Ledger
+from repeatlab.cost.ledger import PARTS, Ledger, spent_on
 from repeatlab.data import ImageSet, iter_batches
 from repeatlab.store.records import Run, Store
-from repeatlab.tasks import TASKS, load_task
+from repeatlab.tasks import TASKS, Task, load_task
+from repeatlab.tasks.distillation import Distilled
 from repeatlab.training import weights
 from repeatlab.training.config import RunConfig
 
 EVALUATION_BATCH = 500
 CLASSIFIERS = ("supervised", "semisupervised")
-REFUSED = {
-    "selfsupervised": "its networks give representations, not probabilities of classes",
-    "unsupervised": "its networks give images, not probabilities of classes",
-    "generative": "its networks give images, not probabilities of classes",
-    "reinforcement": "its networks give values of actions, not probabilities of classes",
-}
-_SPENT_ON = ("", "calibration_", "holdout_", "pretraining_")
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ class EnsembleReport:
     Attributes:
         table: A row for each member, one for the mean of these and one for the ensemble. Columns:
             accuracy; nll, the mean negative log-likelihood in nats; what its training cost in
-            `updates`, `cost_units` (forward equivalents, a backward as two forwards) and
-            `seconds`, everything that was prepared for it included; `networks`, how many go forward
+            `updates`, `cost_units` (forward equivalents) and `seconds`, everything that was
+            prepared for it included; `networks`, how many go forward
             for a prediction. A run's cost stands in full beside each of its moments, and once in
             the ensemble's.
         log_probabilities: float64, (samples, classes): the ensemble's.
@@ -127,46 +122,33 @@ def runs_of(
 
 
 def of_seeds(runs: Sequence[Run], *, network: str | None = None) -> list[Member]:
-    """Return the last kept network of every run.
-
-    Args:
-        runs: The runs.
-        network: Which; by default what the task evaluates, the average where there is one.
-    """
-    return [_member(run, None, network) for run in runs]
+    """Return the last kept network of every run; see `of_checkpoints`."""
+    return [of_checkpoints(run, network=network)[-1] for run in runs]
 
 
 def of_checkpoints(run: Run, *, network: str | None = None) -> list[Member]:
-    """Return the network of one run at every update at which it was kept; see `of_seeds`."""
-    return [_member(run, update, network) for update in weights.kept(run) or [None]]
+    """Return the network of one run at every update at which it was kept.
 
-
-def of_average(run: Run) -> list[Member]:
-    """Return the last kept network of a run, and the average (EMA) of its weights.
+    Args:
+        run: The run.
+        network: Which; by default what the task evaluates, the average where there is one.
 
     Raises:
-        ValueError: it makes no average.
+        StoreError: it keeps no weights, or they are damaged.
     """
-    if "ema" not in weights.load(run):
-        raise ValueError(f"{run.path} keeps no average of its weights: set ema_decay on the task")
-    return [_member(run, None, network) for network in ("model", "ema")]
-
-
-def _member(run: Run, update: int | None, network: str | None) -> Member:
-    if network is None:
-        network = "ema" if "ema" in weights.load(run, update) else "model"
-    updates = weights.kept(run)
-    return Member(run, updates[-1] if update is None else update, network)
+    evaluated = "ema" if "ema" in weights.load(run) else "model"
+    return [Member(run, update, network or evaluated) for update in weights.kept(run)]
 
 
 def evaluate(
-    members: Sequence[Member], split: str = "validation", *, device: str = "cpu"
+    members: Sequence[Member], split: str = "validation", *, k: float = 2.0, device: str = "cpu"
 ) -> EnsembleReport:
     """Return what the members and their ensemble are on a split of their data.
 
     Args:
         members: At least one, all different and of one dataset.
         split: "validation", or "test", which is to be read once.
+        k: A backward's time in forwards, as `repeatlab measure` finds it, for `cost_units`.
         device: Where the networks run.
 
     Raises:
@@ -187,14 +169,13 @@ def evaluate(
     together = mean_log_probabilities(every)
     ledgers = {member.run.path: _ledger(member.run) for member in members}
     rows = {
-        str(member): _scores(found, labels) | _cost([ledgers[member.run.path]], networks=1)
+        str(member): _scores(found, labels) | _cost([ledgers[member.run.path]], k) | {"networks": 1}
         for member, found in zip(members, every, strict=True)
     }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.loc["mean of members"] = table.mean()
-    table.loc["ensemble"] = _scores(together, labels) | _cost(
-        ledgers.values(), networks=len(members)
-    )
+    row = _scores(together, labels) | _cost(ledgers.values(), k) | {"networks": len(members)}
+    table.loc["ensemble"] = row
     table = table.astype({"updates": float, "networks": int})
     return EnsembleReport(table, together.numpy())
 
@@ -206,16 +187,14 @@ def member_log_probabilities(
 
     "train" means the whole train split here, not augmented. See `evaluate` for the errors.
     """
-    built: dict[str, Any] = {}
-    found = []
-    for member in members:
-        config = _config(member.run)
-        key = json.dumps(config.to_json()["task"], sort_keys=True)
-        if key not in built:  # the data are loaded once
-            built[key] = load_task(TASKS[config.task.name])(config.task, seed=0, device=device)
-        found.append(_log_probabilities(built[key], member, split))
-    data = getattr(next(iter(built.values())).data, split)
-    return torch.stack(found), data
+
+    @cache  # the data are loaded once
+    def built(config: Any) -> Any:
+        return load_task(TASKS[config.name])(config, seed=0, device=device)
+
+    tasks = [built(_config(member.run).task) for member in members]
+    found = [_log_probabilities(*pair, split) for pair in zip(tasks, members, strict=True)]
+    return torch.stack(found), getattr(tasks[0].data, split)
 
 
 def mean_log_probabilities(members: Tensor) -> Tensor:
@@ -225,6 +204,26 @@ def mean_log_probabilities(members: Tensor) -> Tensor:
         members: (members, samples, classes) of log-probabilities.
     """
     return members.logsumexp(0) - log(len(members))
+
+
+def distilled_task(config: RunConfig, teachers: Sequence[Run], *, device: str) -> Task:
+    """Return the task of a distilled run, with what its teachers say of every training image.
+
+    The soft targets are the mean of the teachers' distributions at the temperature. All that the
+    teachers, ordinary runs (`prerequisites.teacher_runs`), cost is charged to the run.
+    """
+    start = perf_counter()
+    settings = config.method.distillation
+    log_probabilities, data = member_log_probabilities(of_seeds(teachers), "train", device=device)
+    targets = (log_probabilities / settings.temperature).softmax(2).mean(0)
+    spent = Counter()
+    for run in teachers:
+        spent.update(spent_on("holdout", run.summary["ledger"]))
+    spent["holdout_forward_samples"] += len(teachers) * len(data)
+    spent["holdout_seconds"] += perf_counter() - start
+    task = Distilled(config.task, seed=config.stream_seed, device=device)
+    task.imitate(targets, temperature=settings.temperature, share=settings.share, spent=spent)
+    return task
 
 
 @torch.no_grad()
@@ -241,15 +240,16 @@ def _log_probabilities(task: Any, member: Member, split: str) -> Tensor:
     data = getattr(task.data, split)
     batches = iter_batches(data, EVALUATION_BATCH, task.data.mean, task.data.std)
     logits = torch.cat([task.precision(network, batch.images) for batch in batches])
-    return logits.double().log_softmax(1).cpu()
+    return logits.cpu().double().log_softmax(1)
 
 
 def _config(run: Run) -> RunConfig:
     config = RunConfig.from_json(run.config)
-    name = config.task.name
-    if name not in CLASSIFIERS:
-        reason = REFUSED.get(name, f"only the tasks {' and '.join(CLASSIFIERS)} do")
-        raise ValueError(f"the task {name} makes no ensembles: {reason}")
+    if config.task.name not in CLASSIFIERS:
+        raise ValueError(
+            f"the task of an ensemble must be {' or '.join(CLASSIFIERS)}, whose networks give "
+            f"probabilities of classes; not {config.task.name}"
+        )
     if config.task.split == "by_seed":
         raise ValueError(
             "task.split: by_seed makes no ensembles: each member validates on images "
@@ -270,11 +270,13 @@ def _scores(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     return {"accuracy": right.double().mean().item(), "nll": nll.item()}
 
 
-def _cost(ledgers: Iterable[Ledger], *, networks: int) -> dict[str, float]:
-    """Return what these runs cost together, and what a prediction does."""
-    spent = dict.fromkeys(("updates", "cost_units", "seconds"), 0.0)
+def _cost(ledgers: Iterable[Ledger], k: float) -> dict[str, float]:
+    """Return what these runs cost together."""
+    spent = Counter()
     for ledger in ledgers:
-        spent["cost_units"] += ledger.cost_units(2.0)
-        for column in ("updates", "seconds"):
-            spent[column] += sum(getattr(ledger, part + column) for part in _SPENT_ON)
-    return spent | {"networks": networks}
+        updates, seconds = (
+            sum(getattr(ledger, part + column) for part in PARTS)
+            for column in ("updates", "seconds")
+        )
+        spent.update(updates=updates, cost_units=ledger.cost_units(k), seconds=seconds)
+    return dict(spent)

@@ -8,7 +8,6 @@ from typing import Any
 from repeatlab.tasks import Task
 from repeatlab.training import weights
 from repeatlab.training.config import EvaluationConfig
-from repeatlab.training.data_parallel import Alone, Team
 from repeatlab.training.early_stopping import Patience
 from repeatlab.training.recorder import Recorder
 from repeatlab.training.stand_ins import StandIn
@@ -23,7 +22,6 @@ class Evaluator:
         settings: What is evaluated, and what is kept.
         recorder: Of the run.
         through: The task, or what stands for it, for evaluations.
-        team: The processes that train it; process 0 evaluates.
 
     Attributes:
         last: The metrics of the last evaluation.
@@ -32,13 +30,9 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        settings: EvaluationConfig,
-        recorder: Recorder,
-        through: Task | StandIn,
-        team: Team | Alone,
+        self, settings: EvaluationConfig, recorder: Recorder, through: Task | StandIn
     ) -> None:
-        self._settings, self._recorder, self._team = settings, recorder, team
+        self._settings, self._recorder = settings, recorder
         self._task, self._evaluate = recorder.task, through.evaluate
         rule = settings.early_stopping
         self.patience = Patience(rule) if rule else None
@@ -53,27 +47,20 @@ class Evaluator:
 
     def evaluate(self) -> None:
         """Evaluate every split, and keep these weights where they may be asked for."""
-        splits, updates = self._settings.splits, self._recorder.ledger.updates
-        if self._team.leads:
-            self.last = {split: self._evaluate(split) for split in splits}
-        self.last = self._team.broadcast(self.last)
+        splits, keep = self._settings.splits, self._settings.keep
+        updates = self._recorder.ledger.updates
+        self.last = {split: self._evaluate(split) for split in splits}
         if splits:
             self._recorder.evaluation(self.last)
         if self.patience is not None:
             self.patience.see(updates, self.last["validation"])
-        if self._team.leads:
-            self._keep(updates)
-
-    def _keep(self, updates: int) -> None:
         kept = updates > 0
         if self._restores:
             kept = self.patience.at_best
             if kept:
                 self.best = {"weights": weights.copied(self._task), "metrics": self.last}
-        if self._settings.keep and kept:
-            weights.keep(
-                self._recorder.directory, self._task, update=updates, last=self._settings.keep
-            )
+        if keep and kept:
+            weights.keep(self._recorder.directory, self._task, update=updates, last=keep)
 
     def final(self) -> Metrics:
         """Return the metrics at the end, test split included, with the weights that go with it."""
@@ -88,12 +75,12 @@ class Evaluator:
 
     def early_stopping(self, *, complete: bool) -> dict[str, Any] | None:
         """Return what the rule has seen, for the run's summary; None without one."""
-        if self.patience is None:
+        seen = self.patience
+        if seen is None:
             return None
-        summary = self.patience.summary()
+        summary = {"stopped": seen.exhausted, "best": seen.best, "best_update": seen.best_update}
         if self._restores:
-            restored = complete and self.best
-            summary["restored_update"] = self.patience.best_update if restored else None
+            summary["restored_update"] = seen.best_update if complete and self.best else None
         return summary
 
     def state_dict(self) -> dict[str, Any]:

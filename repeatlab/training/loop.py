@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +19,7 @@ from repeatlab.tasks import TASKS, Task, load_task, precision
 from repeatlab.training import checkpoint
 from repeatlab.training.calibration import calibrate, calibration_run
 from repeatlab.training.config import RunConfig
-from repeatlab.training.data_parallel import Alone, SilentWriter, Team, TeamBroken, current_team
-from repeatlab.training.distillation import distilled_task
+from repeatlab.training.ensembles import distilled_task
 from repeatlab.training.one_run import CheckpointPlan, Training
 from repeatlab.training.prerequisites import prerequisites, source_run, teacher_runs
 from repeatlab.training.visits import Source
@@ -43,8 +41,7 @@ def train(
     A run that was begun goes on from its last checkpoint, with the same records as if it had never
     stopped. Where another process is at it, this one waits for that one's end. A non-finite loss
     ends the run as `diverged` with its data kept. `stop` makes it leave a checkpoint and raise. Any
-    other error marks it `failed` and is raised. A run of several `processes` is trained inside
-    `together`.
+    other error marks it `failed` and is raised.
 
     Args:
         config: The run.
@@ -57,8 +54,6 @@ def train(
         StoreError: the store cannot be written.
         Interrupted: `stop` was set.
         KeyboardInterrupt: Ctrl-C, where no `stop` is given; SystemExit for the other signals.
-        ValueError: it asks for another number of processes than there are.
-        TeamBroken: it failed on one of several processes.
     """
     if stop is None:
         with held_back() as stop:
@@ -67,25 +62,13 @@ def train(
     run = store.run(config.task.name, config.run_id)
     if run.done:
         return run
-    _check_processes(config, current_team())
     store.check_writable()
-    device = pick_device(config.device)
-    precision.check_device(config.task, device)
+    precision.check_device(config.task, pick_device(config.device))
     make_needs(config, store, watch=watch, stop=stop)
     with store.locked(run, waiting=partial(leave_if_stopped, stop)), watch([config]):
         if not run.done:
-            _train(config, store, run, device=device, plan=plan, stop=stop)
+            _train(config, store, run, plan=plan, stop=stop)
     return run
-
-
-def _check_processes(config: RunConfig, team: Team | Alone) -> None:
-    if config.processes != team.size:
-        raise ValueError(
-            f"processes: the run asks for {config.processes}, but {team.size} train together: "
-            f"start it with `torchrun --nproc-per-node {config.processes} -m repeatlab run`"
-        )
-    if not team.leads:
-        raise RuntimeError("process 0 alone makes runs: call `together` on all processes")
 
 
 def make_needs(config: RunConfig, store: Store, *, stop: Stop, watch: Watch = nullcontext) -> None:
@@ -98,35 +81,22 @@ def make_needs(config: RunConfig, store: Store, *, stop: Stop, watch: Watch = nu
 
 
 def _train(
-    config: RunConfig,
-    store: Store,
-    run: Run,
-    *,
-    device: str,
-    plan: CheckpointPlan | None,
-    stop: Stop,
+    config: RunConfig, store: Store, run: Run, *, plan: CheckpointPlan | None, stop: Stop
 ) -> None:
     """Begin a run, or go on with it, and bring its record to its end."""
-    teachers = [
-        _needed(teacher, store, "distillation needs its teachers")
-        for teacher in teacher_runs(config)
-    ]
+    why, device = "distillation needs its teachers", pick_device(config.device)
+    teachers = [_needed(teacher, store, why) for teacher in teacher_runs(config)]
     writer, state, calibration, source = open_run(config, store, run, device=device)
-    parts = {"calibration": calibration, "source": source, "plan": plan or CheckpointPlan()}
-    team = current_team()
     try:
         with torch_settings(config.threads, config.stream_seed):
-            task = (
-                distilled_task(config, teachers, device=device)
-                if teachers
-                else build_task(config, device)
-            )
-            training = Training(config, task, writer, **parts, team=team, stop=stop)
-            team.lead(lambda: training.run(state), _job(config, state, **parts))
-    except Interrupted as error:
+            if teachers:
+                task = distilled_task(config, teachers, device=device)
+            else:
+                task = build_task(config, device)
+            parts = {"calibration": calibration, "source": source, "plan": plan, "stop": stop}
+            Training(config, task, writer, **parts).run(state)
+    except Interrupted:
         writer.close("interrupted")
-        if team.size > 1:
-            raise KeyboardInterrupt(str(error)) from error
         raise
     except BaseException as error:
         writer.fail(error)
@@ -150,13 +120,19 @@ class Opened(NamedTuple):
 
 
 def open_run(config: RunConfig, store: Store, run: Run, *, device: str) -> Opened:
-    """Begin a run's record, or go on with it; the store has what it needs, and its lock is held."""
-    calibration, source = _calibrate(config, store), _trace(config, store)
-    environment = describe(device)
-    writer, state = _resumed(store, run, environment)
-    if writer is None:
-        writer = store.begin(run, config.to_json(), environment)
-    return Opened(writer, state, calibration, source)
+    """Begin a run's record, or go on with it; the store has what it needs, and its lock is held.
+
+    It goes on if this very code has left a checkpoint on such a machine: others could go on
+    differently.
+    """
+    found = {"calibration": _calibrate(config, store), "source": _trace(config, store)}
+    environment, left_by = describe(device), run.environment
+    if all(left_by.get(name) == environment[name] for name in ("versions", "device", "commit")):
+        for state in checkpoint.load(run.path):
+            writer = store.resume(run, state["rows"])
+            if writer is not None:
+                return Opened(writer, state, **found)
+    return Opened(store.begin(run, config.to_json(), environment), None, **found)
 
 
 def _calibrate(config: RunConfig, store: Store) -> dict[str, Any]:
@@ -183,29 +159,10 @@ def _trace(config: RunConfig, store: Store) -> Source | None:
 def _needed(config: RunConfig, store: Store, why: str) -> Run:
     """Return a run that another one needs; `make_needs` has made it."""
     run = store.run(config.task.name, config.run_id)
-    if run.status.get("status") != "complete":
-        raise RuntimeError(
-            f"the run {run.path.name} {run.status.get('status', 'is missing')}: {why} with finite "
-            "losses"
-        )
+    status = run.status.get("status", "is missing")
+    if status != "complete":
+        raise RuntimeError(f"the run {run.path.name} {status}: {why} with finite losses")
     return run
-
-
-def _resumed(
-    store: Store, run: Run, environment: dict[str, Any]
-) -> tuple[RunWriter | None, dict[str, Any] | None]:
-    """Return a writer and a state to go on from, if this very code has left any on such a machine.
-
-    Other versions could go on differently: the run then begins anew.
-    """
-    left_by = run.environment
-    if any(left_by.get(name) != environment[name] for name in ("versions", "device", "commit")):
-        return None, None
-    for state in checkpoint.load(run.path):
-        writer = store.resume(run, state["rows"])
-        if writer is not None:
-            return writer, state
-    return None, None
 
 
 def build_task(
@@ -244,57 +201,3 @@ def leave_if_stopped(stop: Stop) -> None:
     """
     if stop.is_set():
         raise Interrupted("it was stopped while another process was at the run")
-
-
-def together(lead: Callable[[], Any]) -> Any:
-    """Return `lead()` on process 0, while the others train their share of every run that it makes.
-
-    To be called by all processes of a group (`data_parallel.process_group`); the others return
-    None. Where a stop was asked for on any of them, all leave at the same update, with
-    KeyboardInterrupt. Without a group it just calls `lead`.
-    """
-    team = current_team()
-    if not team.leads:
-        return _follow(team)
-    in_step = True
-    try:
-        return lead()
-    except (TeamBroken, KeyboardInterrupt):
-        in_step = False
-        raise
-    finally:
-        if in_step:
-            team.broadcast(None)
-
-
-def _follow(team: Team) -> None:
-    """Train a share of the runs that process 0 makes, until it makes no more."""
-    while (job := team.broadcast()) is not None:
-        config = RunConfig.from_json(job["config"])
-        source = job["source"] and Source(*(column.numpy() for column in job["source"]))
-        plan = CheckpointPlan(**job["plan"])
-        parts = {"calibration": job["calibration"], "source": source, "plan": plan, "team": team}
-        try:
-            with held_back() as stop, torch_settings(config.threads, config.stream_seed):
-                task = build_task(config, pick_device(config.device))
-                Training(config, task, SilentWriter(), **parts, stop=stop).run(job["state"])
-        except Interrupted as error:  # by another of the processes
-            raise KeyboardInterrupt(str(error)) from error
-
-
-def _job(
-    config: RunConfig,
-    state: dict[str, Any] | None,
-    *,
-    calibration: dict[str, Any],
-    source: Source | None,
-    plan: CheckpointPlan,
-) -> dict[str, Any]:
-    """Return what the other processes of a team are to know of a run."""
-    return {
-        "config": config.to_json(),
-        "calibration": calibration,
-        "source": source and [torch.tensor(column) for column in source],
-        "plan": asdict(plan),
-        "state": state,
-    }

@@ -17,7 +17,6 @@ from repeatlab.tasks import Task
 from repeatlab.training import checkpoint
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.data_parallel import Alone, SilentWriter, Team
 from repeatlab.training.evaluator import Evaluator
 from repeatlab.training.recorder import Recorder
 from repeatlab.training.stand_ins import StandIn
@@ -53,7 +52,6 @@ class Training:
         calibration: t and what it cost, where the method asks for it.
         source: What the method replays, if anything.
         plan: When checkpoints are written.
-        team: The processes that train it together.
         stop: Asks it to stop.
         clock: What its seconds are read from.
         through: What is asked for batches, steps and evaluations in the task's place: one of its
@@ -70,25 +68,24 @@ class Training:
         self,
         config: RunConfig,
         task: Task,
-        writer: RunWriter | SilentWriter,
+        writer: RunWriter,
         *,
         calibration: dict[str, Any],
         source: Source | None = None,
         plan: CheckpointPlan | None = None,
-        team: Team | Alone | None = None,
         stop: Stop | None = None,
         clock: Callable[[], float] | None = None,
         through: Task | StandIn | None = None,
     ) -> None:
         self.config, self.task, self.writer = config, task, writer
         self.calibration = calibration
-        self.plan, self.team = plan or CheckpointPlan(), team or Alone()
-        self.stop, through = stop or Stop(), through or task
-        self.clock = clock or perf_counter
+        self.plan, self.stop = plan or CheckpointPlan(), stop or Stop()
+        self.clock, through = clock or perf_counter, through or task
         self.recorder = Recorder(task, writer, calibration)
-        run = (self.recorder, through, self.team)
-        self.updates = Updates(config, *run, t=calibration.get("t"), source=source)
-        self.evaluator = Evaluator(config.evaluation, *run)
+        self.updates = Updates(
+            config, self.recorder, through, t=calibration.get("t"), source=source
+        )
+        self.evaluator = Evaluator(config.evaluation, self.recorder, through)
         self.repeater = self.updates.repeater
         self._saved_at = perf_counter()
         self._cuda = pick_device(config.device) == "cuda"
@@ -131,14 +128,13 @@ class Training:
             Interrupted: `stop` was set; a checkpoint is left.
         """
         clock, updates, moving = self.clock, self.updates, self.updates.rates.moving
-        stop = self.team.sometimes_any(self.stop.is_set)
         left, start = self._until_pause(), clock() - updates.elapsed
         for batch in self.repeater:
             if moving:
                 updates.set_rates(clock() - start)
             yield batch
             left -= 1
-            if updates.ended(clock() - start) or not left or stop():
+            if updates.ended(clock() - start) or not left or self.stop.is_set():
                 if self._cuda:
                     torch.cuda.synchronize()
                 updates.elapsed = updates.seconds[-1] = clock() - start
@@ -164,8 +160,8 @@ class Training:
                 self.repeater.stop()
                 self.recorder.updates(self.updates)
         waited = perf_counter() - self._saved_at >= plan.seconds
-        stop = self.team.any(self.stop.is_set())
-        if self.team.leads and (waited or stop or (plan.updates and done % plan.updates == 0)):
+        stop = self.stop.is_set()
+        if waited or stop or (plan.updates and done % plan.updates == 0):
             checkpoint.save(self.writer.path, self.state_dict())
             self._saved_at = perf_counter()
         if stop and done < self.repeater.max_updates:
@@ -173,20 +169,15 @@ class Training:
 
     def end(self, error: NonFiniteLoss | None = None) -> None:
         """Finish the record: complete, or diverged by `error`."""
-        details: dict[str, Any] = {}
+        status, details, final = "complete", {}, {}
         if error is not None:
             self.recorder.updates(self.updates)
-            details = {"update": error.update, "reason": str(error)}
-        if self.team.leads:
-            self._finish("diverged" if error else "complete", details)
-
-    def _finish(self, status: str, details: dict[str, Any]) -> None:
-        complete, final = status == "complete", {}
-        if complete:
+            status, details = "diverged", {"update": error.update, "reason": str(error)}
+        else:
             final = self.evaluator.final()
             self.writer.pictures(self.task.pictures())
         ledger, updates = self.recorder.ledger, self.updates
-        stopping = self.evaluator.early_stopping(complete=complete)
+        stopping = self.evaluator.early_stopping(complete=error is None)
         if stopping is not None:
             stopping |= updates.budget.unused(ledger.updates, updates.spent())
         summary = {

@@ -88,10 +88,12 @@ class Budget:
         self._settings, self._total, self.limit = config.budget, config.max_updates, inf
         if config.budget is None:
             return
+        if config.budget.unit == "seconds":
+            self.limit = config.budget.seconds
+            return
         self._update = task.forward_samples + config.budget.k * task.backward_samples
         # Just below: what equals it may come out of its sum rounded down.
-        of_cost = config.max_updates * self._update * (1 - 1e-12)
-        self.limit = of_cost if config.budget.unit == "cost" else config.budget.seconds
+        self.limit = config.max_updates * self._update * (1 - 1e-12)
 
     def spent(self, ledger: Ledger, updates: int, scored: int, seconds: float) -> float:
         """Return what is spent after `updates`, with what was prepared (see `ledger`) before.

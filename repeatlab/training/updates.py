@@ -12,12 +12,11 @@ from repeatlab.methods.sampling.running import Selection
 from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.tasks import Task
 from repeatlab.training.config import RunConfig
-from repeatlab.training.data_parallel import Alone, Team
 from repeatlab.training.fresh_batches import AsTheyCome, FreshBatches, SpacedBatches, start_sampler
 from repeatlab.training.rates_and_budget import Budget, Rates
 from repeatlab.training.recorder import Recorder
 from repeatlab.training.stand_ins import SlowTask, StandIn
-from repeatlab.training.visits import Source, build_mapping, is_spaced, kind_of_visits
+from repeatlab.training.visits import KINDS, FreshViews, Source, build_mapping, is_spaced
 
 # Those of its parts that have a state.
 PARTS = ("repeater", "batches", "rates", "sampler", "visits")
@@ -30,7 +29,6 @@ class Updates:
         config: The run.
         recorder: Of its task, with a ledger of what was spent before the first update.
         through: The task, or what stands for it, for batches and steps.
-        team: The processes that share every batch.
         t: The mapping's, where it was calibrated.
         source: What the method replays, if anything.
 
@@ -50,15 +48,14 @@ class Updates:
         config: RunConfig,
         recorder: Recorder,
         through: Task | StandIn,
-        team: Team | Alone,
         *,
         t: float | None,
         source: Source | None,
     ) -> None:
         task, method, loader = recorder.task, config.method, config.loader
         self.config, self._ledger = config, recorder.ledger
-        self._task, joined = team.sharing(through)
-        slow = SlowTask(self._task, loader.delay_ms / 1000) if loader.delay_ms else self._task
+        self._task = through
+        slow = SlowTask(through, loader.delay_ms / 1000) if loader.delay_ms else through
         self.sampler = start_sampler(config, slow, kind=type(task), progress=self.share)
         options = {"prefetch": loader.prefetch, "seen": recorder.noise.fresh_batch}
         self.batches = (
@@ -67,7 +64,8 @@ class Updates:
             else FreshBatches(slow, self.sampler, **options)
         )
         mapping = build_mapping(config, t=t, source=source)
-        self.visits = kind_of_visits(method)(mapping, self._task, self.batches)
+        visits = FreshViews if method.fresh_views else KINDS[method.apply]
+        self.visits = visits(mapping, through, self.batches)
         # Under a budget a source may have made fewer updates: its trace ends there.
         most = config.max_updates if source is None else int(source.counts.sum())
         self.repeater = BatchRepeater(
@@ -76,7 +74,6 @@ class Updates:
             max_updates=min(config.max_updates, most),
             refresh=self._again if self.visits.again else None,
             progress=self.share if config.budget else None,
-            **joined,
         )
         self.rates, self.budget = Rates(config, task.optimizers), Budget(config, task)
         self.report = self.visits.reporter(self.repeater, self.rates)

@@ -15,7 +15,7 @@ from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import Constant, Mapping, Trace
 from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.tasks import Task
-from repeatlab.training.config import MethodConfig, RunConfig, TraceConfig
+from repeatlab.training.config import RunConfig, TraceConfig
 from repeatlab.training.fresh_batches import FreshBatches
 from repeatlab.training.rates_and_budget import Rates
 
@@ -50,7 +50,9 @@ def build_mapping(
     if isinstance(choice, TraceConfig):
         if choice.counts is not None:
             return choice.build()
-        return Trace(tuple(_controlled(choice, source, config.stream_seed).tolist()))
+        return Trace(
+            tuple(_controlled(choice, source, derive(config.stream_seed, "control")).tolist())
+        )
     overrides: dict[str, Any] = {}
     if config.method.calibrated:
         overrides[type(choice).target.calibrated] = t
@@ -59,9 +61,8 @@ def build_mapping(
     return choice.build(**overrides)
 
 
-def _controlled(choice: TraceConfig, source: Source, seed: int) -> np.ndarray:
+def _controlled(choice: TraceConfig, source: Source, draws: int) -> np.ndarray:
     counts, window = source.counts, choice.window
-    draws = derive(seed, "control")
     return {
         "replay": lambda: counts,
         "permuted": lambda: controls.permuted(counts, seed=draws),
@@ -163,7 +164,5 @@ class LongSteps(Visits):
         self.stats.load_state_dict(state)
 
 
-def kind_of_visits(method: MethodConfig) -> type[Visits]:
-    """Return what N does in a method."""
-    repeats = FreshViews if method.fresh_views else Visits
-    return {"repeat": repeats, "step_size": LongSteps, "fresh_samples": FreshSamples}[method.apply]
+# By a method's `apply`.
+KINDS = {"repeat": Visits, "step_size": LongSteps, "fresh_samples": FreshSamples}

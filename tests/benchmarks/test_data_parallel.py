@@ -27,18 +27,18 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from repeatlab.core.environment import processor
+from repeatlab.repetition.distributed import losses_with_gradients
 from repeatlab.repetition.mappings import Linear, Mapping, Threshold, Trace
 from repeatlab.repetition.repeater import BatchRepeater
-from repeatlab.training.data_parallel import GradientSum, JoinedLosses, losses_with_gradients
 
 RESULTS = Path(__file__).parent / "results" / "data_parallel.csv"
 RANKS, ROUNDS, TURN = 2, 200, 10
 # Each side has two turns in a round; the first rounds warm up.
 WARM = 10
 UPDATES = 2 * TURN * (WARM + ROUNDS)
-# Of a whole update, for the way in which runs are trained here.
+# Of a whole update, where losses travel with the gradients.
 MOST = 1.10
-HOW = ("DistributedDataParallel", "DistributedDataParallel, losses with gradients", "repeatlab")
+HOW = ("DistributedDataParallel", "DistributedDataParallel, losses with gradients")
 RULES = {
     "Linear(t=0.35)": Linear(t=0.35),
     "N = 1, decided at every update": Threshold(t=1e9),
@@ -52,15 +52,8 @@ def updates(repeats: Mapping, batches: list, how: str, counts: list[int]) -> Ite
         nn.Linear(4, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 2)
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
-    ways = {}
-    if how.startswith("DistributedDataParallel"):
-        model = DistributedDataParallel(model)
-        if how != "DistributedDataParallel":
-            ways = {"reduce": losses_with_gradients(model).start}
-    else:
-        losses = JoinedLosses(1 / RANKS)
-        ways = {"reduce": losses.start, "join": losses.join}
-        GradientSum(optimizer, losses)
+    model = DistributedDataParallel(model)
+    ways = {} if how == HOW[0] else {"reduce": losses_with_gradients(model).start}
     repeater = BatchRepeater(batches, repeats, max_updates=UPDATES, **ways)
     for inputs, targets in repeater:
         loss = functional.mse_loss(model(inputs), targets)
@@ -165,5 +158,5 @@ def test_what_the_decision_costs(how, rule, tmp_path, record, capsys):
             *({k: row[k] for k in ("arm", "metric", "mean", "low", "high")} for row in rows),
             sep="\n",
         )
-    if how != "DistributedDataParallel":
+    if how != HOW[0]:
         assert rows[0]["mean"] <= MOST

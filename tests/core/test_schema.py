@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tracemalloc
 from copy import deepcopy
 from datetime import date
@@ -176,7 +175,6 @@ def test_nan_and_infinity_arrive_as_floats_for_the_models_to_refuse(tmp_path):
         ("a: b: c", "not valid YAML"),
         ("a: !!timestamp 2024-99-99", "not valid YAML"),
         ("a: !!int 0b11", "not valid YAML"),
-        ("a: !!bool no", "not valid YAML"),
         ("a: !!bool maybe", "not valid YAML"),
         ("a: !!timestamp soon", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -194,13 +192,10 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, content, reason):
 BOMB = "x0: &x0 {k: v}\n" + "".join(
     f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 10)
 )
-MERGES = "x0: &x0 {k: v}\n" + "".join(
-    f"x{i}: &x{i} {{<<: [{', '.join([f'*x{i - 1}'] * 9)}]}}\n" for i in range(1, 10)
-)
 LONG = f"a: &a {100_000 * 'x'}\nb: [{1100 * '*a,'}]"
 
 
-@pytest.mark.parametrize("text", [BOMB, MERGES, LONG])
+@pytest.mark.parametrize("text", [BOMB, LONG])
 def test_what_aliases_blow_up_is_refused_before_it_is_built(tmp_path, text):
     tracemalloc.start()
     try:
@@ -213,16 +208,10 @@ def test_what_aliases_blow_up_is_refused_before_it_is_built(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "field"),
-    [
-        ("methods: {standard: &x {mapping: {of: *x}}}", "methods.standard.mapping.of"),
-        ("a: &a [1, *a]", "a.1"),
-        ("a: &a\n  <<: *a", "a.<<"),
-        ("&a {b: {c: *a}}", "b.c"),
-    ],
+    "text", ["methods: {standard: &x {mapping: {of: *x}}}", "a: &a [1, *a]", "&a {b: {c: *a}}"]
 )
-def test_what_holds_itself_is_named(tmp_path, text, field):
-    with pytest.raises(ConfigError, match=re.escape(f"{field} must not hold itself")):
+def test_what_holds_itself_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="and not itself"):
         read(tmp_path, text)
 
 
@@ -245,16 +234,10 @@ def test_a_key_given_twice_is_found_in_linear_time(tmp_path):
     assert seconds(16_000) < 30 * seconds(2_000)
 
 
-def test_a_mapping_merged_twice_over_has_no_key_twice(tmp_path):
-    text = "q: {b: &b {<<: &a {x: 1}, x: 2}}\nc: {<<: *b, y: 3}"
-    assert read(tmp_path, text) == {"q": {"b": {"x": 2}}, "c": {"x": 2, "y": 3}}
-    text = "a: &a {x: 1, y: 1}\nb: &b {y: 2, z: 2}\nc: {z: 3, <<: [*a, *b]}\nd: {<<: *b, <<: *a}"
-    found = read(tmp_path, text)
-    # Own keys, then those of the mapping that is named first.
-    assert found["c"] == {"x": 1, "y": 1, "z": 3}
-    assert found["d"] == {"x": 1, "y": 2, "z": 2}
-    with pytest.raises(ConfigError, match="<< must name mappings"):
-        read(tmp_path, "a: {<<: [1]}")
+def test_a_merge_key_is_refused_and_an_alias_is_read(tmp_path):
+    with pytest.raises(ConfigError, match="the key '<<' is not read"):
+        read(tmp_path, "a: &a {x: 1}\nb: {<<: *a, y: 2}")
+    assert read(tmp_path, "a: &a {x: 1}\nb: *a") == {"a": {"x": 1}, "b": {"x": 1}}
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
@@ -291,13 +274,6 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path):
         with pytest.raises(ConfigError) as error:
             read_yaml(path)
         assert str(error.value).startswith(f"{path}: cannot be read: ")
-
-
-def test_a_mapping_taken_in_with_a_merge_key_can_be_changed(tmp_path):
-    text = "base: &base {lr: 1e-3, width: 8}\nwide: {<<: *base, width: 16}"
-    assert read(tmp_path, text)["wide"] == {"lr": 0.001, "width": 16}
-    with pytest.raises(ConfigError, match="'width' appears twice"):
-        read(tmp_path, "base: &base {lr: 1}\nwide: {<<: *base, width: 16, width: 8}")
 
 
 @pytest.fixture(scope="module")

@@ -260,20 +260,16 @@ def test_ensemble_sets_all_seeds_beside_their_ensemble(split, kept, repeatlab):
 
 def test_ensemble_of_what_each_run_kept(kept, repeatlab):
     command = ("ensemble", "ensembles-supervised", "--method", "standard", "--runs", kept)
-    for of, names in {
-        "checkpoints": [f"update {update}, model" for update in (4, 8, 12)],
-        "ema": ["update 12, model", "update 12, ema"],
-    }.items():
-        network = ("--network", "model") if of == "checkpoints" else ()
-        code, out, _ = repeatlab(*command, "--of", of, *network)
-        assert code == 0
-        for seed, table in enumerate(tables(out)):
-            singles = list(table)[:-2]
-            assert [label.rpartition(" of ")[0] for label in singles] == [
-                f"seed {seed}, {name}" for name in names
-            ]
-        assert seed == 1
-    code, out, _ = repeatlab(*command, "--of", "ema", "--seed", 1)
+    names = [f"update {update}, model" for update in (4, 8, 12)]
+    code, out, _ = repeatlab(*command, "--of", "checkpoints", "--network", "model")
+    assert code == 0
+    for seed, table in enumerate(tables(out)):
+        singles = list(table)[:-2]
+        assert [label.rpartition(" of ")[0] for label in singles] == [
+            f"seed {seed}, {name}" for name in names
+        ]
+    assert seed == 1
+    code, out, _ = repeatlab(*command, "--of", "checkpoints", "--seed", 1)
     assert [next(iter(table)).split(",")[0] for table in tables(out)] == ["seed 1"]
 
 
@@ -294,7 +290,6 @@ def test_the_distilled_network_is_charged_for_the_ensemble_that_it_learnt_from(k
         (["--method", "distiled"], "no method 'distiled'; did you mean 'distilled'?"),
         (["--task", "digit"], "no task 'digit'; did you mean 'digits'?"),
         (["--method", "standard", "--seed", "7"], "has no seed 7 (known: 0, 1)"),
-        (["--of", "ema", "--network", "ema"], "--of ema has both networks: leave --network out"),
     ],
 )
 def test_ensemble_names_what_is_not_there(arguments, message, kept, repeatlab):
@@ -310,9 +305,3 @@ def test_ensemble_of_runs_that_kept_nothing_says_what_to_set(tmp_path, repeatlab
     code, _, err = repeatlab("ensemble", "tiny")
     assert code == 2
     assert "keeps no weights: set evaluation.keep" in err
-    path = _write(tmp_path)
-    path.write_text(path.read_text().replace("{every: 5}", "{every: 5, keep: 1}"))
-    assert repeatlab("run", path, "--workers", 0)[0] == 0
-    code, _, err = repeatlab("ensemble", "tiny", "--of", "ema")
-    assert code == 2
-    assert "keeps no average of its weights: set ema_decay on the task" in err

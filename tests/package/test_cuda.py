@@ -1,5 +1,6 @@
 """On a CUDA device: what the host waits for and what it reads late, and tasks in low precision."""
 
+import io
 import math
 
 import numpy as np
@@ -311,3 +312,31 @@ def test_compiled_updates_are_the_plain_ones():
             task.step(task.fresh_batch(index), found.append)
     for mine, theirs in zip(*drivers, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_a_state_that_was_loaded_onto_the_device_is_resumed(stop):
+    def run_from(state, until=99):
+        generator = torch.Generator().manual_seed(2)
+        loader = torch.utils.data.DataLoader(range(8), 2, shuffle=True, generator=generator)
+        repeater = BatchRepeater(loader, repeats=2, max_updates=12)
+        if state is not None:
+            repeater.load_state_dict(state)
+        seen = []
+        for batch in repeater:
+            seen.append((batch.tolist(), float(torch.rand(()))))
+            repeater.report(scalar(1.0))
+            if repeater.updates == until:
+                break
+        return seen, repeater
+
+    torch.manual_seed(4)
+    whole, _ = run_from(None)
+    torch.manual_seed(4)
+    seen, repeater = run_from(None, until=stop)
+    buffer = io.BytesIO()
+    torch.save(repeater.state_dict(), buffer)
+    buffer.seek(0)
+    torch.manual_seed(5)
+    state = torch.load(buffer, map_location="cuda", weights_only=True)
+    assert seen + run_from(state)[0] == whole

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, asdict, fields
 
 import numpy as np
 import pytest
@@ -25,8 +25,6 @@ from repeatlab.repetition.mappings import (
     Uniform,
     Until,
     ZScore,
-    from_dict,
-    to_dict,
 )
 
 EXAMPLES = {
@@ -78,6 +76,10 @@ def json_round_trip(value):
     return json.loads(json.dumps(value, allow_nan=False))
 
 
+def through_json(mapping):
+    return type(mapping)(**json_round_trip(asdict(mapping)))
+
+
 # --- The contract ---------------------------------------------------------------------------------
 
 
@@ -124,7 +126,7 @@ def test_float32_and_float64_losses_give_the_same_counts(mapping, losses):
 
 @every_mapping
 def test_json_round_trip(mapping):
-    restored = from_dict(json_round_trip(to_dict(mapping)))
+    restored = through_json(mapping)
     assert restored == mapping
     assert type(restored) is type(mapping)
     assert hash(restored) == hash(mapping)
@@ -144,8 +146,7 @@ def test_resumed_from_json_in_the_middle_it_decides_the_same(mapping, losses, cu
     state = stats.state_dict()
     resumed = LossStats(mapping.window)
     resumed.load_state_dict(json_round_trip(state) if data.draw(st.booleans()) else state)
-    resumed_mapping = from_dict(json_round_trip(to_dict(mapping)))
-    assert head + counts_of(resumed_mapping, losses[cut:], resumed) == whole
+    assert head + counts_of(through_json(mapping), losses[cut:], resumed) == whole
     assert resumed.state_dict() == stats_after(mapping, losses).state_dict()
 
 
@@ -459,9 +460,7 @@ def test_moments_over_long_streams(offset, scale, window, length, seed):
         if i % 97 == 0 or i == length - 1:
             recent = losses[max(0, i + 1 - window) : i + 1].astype(float)
             assert stats.mean == pytest.approx(recent.mean(), rel=1e-12, abs=1e-9 * scale)
-            # The running sum of squares carries the rounding of the mean, about 1e-16 * offset.
-            tolerance = 1e-6 * scale + 1e-7 * abs(offset) * 1e-3
-            assert stats.std == pytest.approx(recent.std(), rel=1e-6, abs=tolerance)
+            assert stats.std == pytest.approx(recent.std(), rel=1e-9)
             assert sorted(stats.recent) == sorted(recent)
             assert stats.quantile(0.3) == pytest.approx(np.quantile(recent, 0.3))
     assert stats.count == length
@@ -482,18 +481,6 @@ def test_moments_recover_once_a_spike_has_left_the_window(losses, window):
         assert stats.mean == pytest.approx(recent.mean(), rel=1e-6, abs=1e-6 * recent.max())
 
 
-def test_rounding_does_not_add_up_over_a_long_run():
-    window, ulp = 50, np.spacing(1e6)
-    losses = np.random.default_rng(0).normal(1e6, 1.0, 400_000).astype(np.float32).tolist()
-    stats = LossStats(window)
-    for loss in losses:
-        stats.observe(loss)
-    for _ in range(window // 2):  # and in the middle of a window, where it is largest
-        stats.observe(losses[0])
-    recent = [*losses[-window // 2 :], *[losses[0]] * (window // 2)]
-    assert abs(stats.mean - math.fsum(recent) / window) < window * ulp / 2
-
-
 def test_stats_before_the_first_loss():
     stats = LossStats(5)
     assert (stats.index, stats.count, stats.mean, stats.std, stats.full) == (0, 0, 0.0, 0.0, False)
@@ -507,9 +494,7 @@ def test_stats_without_a_window_keep_only_the_count():
     assert (stats.count, stats.recent.shape, stats.std) == (1, (0,), 0.0)
 
 
-def test_stats_refuse_a_negative_window_and_a_state_of_another_window():
-    with pytest.raises(ValueError, match="window must be 0 or more, not -1"):
-        LossStats(-1)
+def test_stats_refuse_a_state_of_another_window():
     with pytest.raises(ValueError, match="window of 3 losses, the mapping asks for 4"):
         LossStats(4).load_state_dict(LossStats(3).state_dict())
 

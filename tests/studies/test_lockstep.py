@@ -457,7 +457,7 @@ def test_every_worker_gets_a_group_of_whole_seeds_if_there_are_enough():
         {"task": {"precision": "bfloat16"}},
         {"task": {"optimizer": {"name": "adagrad"}}},
         {"loader": {"delay_ms": 1}},
-        {"budget": {"unit": "cost"}},
+        {"budget": {"unit": "cost", "k": 2.0}},
         {"evaluation": {"keep": 1}},
     ],
     ids=str,

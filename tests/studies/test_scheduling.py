@@ -25,13 +25,12 @@ import yaml
 from repeatlab.core.files import StoreError
 from repeatlab.core.signals import SIGNALS, Stop
 from repeatlab.store.records import Store
-from repeatlab.studies import cluster, processes, scheduling, worker
+from repeatlab.studies import cluster, processes, scheduling
 from repeatlab.studies.cluster import Places, gpu_names, gpu_of
 from repeatlab.studies.lockstep import train_group
 from repeatlab.studies.processes import LIBRARIES, LocalWorkers
-from repeatlab.studies.scheduling import open_trainer, with_needs
+from repeatlab.studies.scheduling import Outcome, open_trainer, train_runs, with_needs
 from repeatlab.studies.study import Study, StudyError, run_studies
-from repeatlab.studies.worker import Outcome, train_runs
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training import checkpoint, loop
 from repeatlab.training.config import RunConfig
@@ -158,7 +157,7 @@ def test_a_copy_of_a_process_that_has_made_a_study_makes_another(tmp_path):
 def test_a_run_that_hangs_ends_at_the_time_limit_and_takes_no_other_down(tmp_path, monkeypatch):
     """With one worker, runs wait behind the one that hangs, and are not blamed for its deaths."""
     others = study(updates=3, seeds=2)
-    hanging = study(name="hanging", updates=3, loader={"delay_ms": 600_000})
+    hanging = study(name="hanging", updates=3, loader={"delay_ms": 60_000})
     monkeypatch.setattr(processes, "DEATHS", 2)
     with pytest.raises(StudyError, match="1 of 3 runs failed") as error:
         run_studies([hanging, others], tmp_path, places=Places(workers=1, time_limit=8))
@@ -424,7 +423,7 @@ def handlers(*, stop: Stop) -> list:
 
 
 def test_signals_end_no_local_worker():
-    with LocalWorkers(1) as workers:
+    with LocalWorkers([{}]) as workers:
         assert ask(workers, handlers) == [signal.SIG_IGN] * 3
 
 
@@ -441,7 +440,7 @@ def test_nobody_can_connect_to_a_study_s_workers():
     """Whoever could would make them run code as the one who has started the study."""
     me = psutil.Process()
     before = reachable(me)
-    with LocalWorkers(1), LocalWorkers(2) as workers:
+    with LocalWorkers([{}]), LocalWorkers([{}] * 2) as workers:
         ask(workers, handlers)
         children = me.children(recursive=True)
         assert len(children) >= 4
@@ -650,7 +649,7 @@ def test_a_run_that_finds_no_memory_fails_and_its_worker_trains_the_next(tmp_pat
     small = {"name": "supervised", "width": 2, "batch_size": 16}
     large = small | {"model": "mlp", "width": 60_000}
     configs = planned(study(tasks={"large": large, "small": small}, updates=2))
-    with LocalWorkers(1) as workers:
+    with LocalWorkers([{}]) as workers:
         worker = ask(workers, limit_memory, 2**30)
         refused, made = trained_by(workers, configs, tmp_path, monkeypatch).values()
         assert ask(workers, process_id) == worker
@@ -678,7 +677,7 @@ def test_workers_begin_with_the_libraries_and_the_environment_of_now(monkeypatch
         monkeypatch.delenv(name, raising=False)
     for value in ("before", "after"):  # the second time the process that is copied is there
         monkeypatch.setenv("REPEATLAB_DATA", value)
-        with LocalWorkers(1, [{"OWN": "mine"}]) as workers:
+        with LocalWorkers([{"OWN": "mine"}]) as workers:
             found = ask(workers, state, "REPEATLAB_DATA")
             assert ask(workers, state, "OWN")["value"] == "mine"
         assert found["value"] == value
@@ -690,43 +689,29 @@ def test_workers_begin_with_the_libraries_and_the_environment_of_now(monkeypatch
 
 
 def test_workers_are_made_anew_when_what_they_are_copies_of_has_been_killed():
-    with LocalWorkers(1) as workers:
+    with LocalWorkers([{}]) as workers:
         first = ask(workers, process_id)
         (nursery,) = (p for p in psutil.Process().children() if psutil.Process(first).parent() == p)
     nursery.kill()
     until(lambda: not nursery.is_running() or nursery.status() == "zombie")
-    with LocalWorkers(1) as workers:
+    with LocalWorkers([{}]) as workers:
         assert ask(workers, process_id) != first
 
 
 def test_processes_of_a_study_end_without_a_word():
     """Libraries complain at the end of a process of objects that its last collection leaves."""
-    code = "from repeatlab.studies.processes import *\nwith LocalWorkers(1): pass"
+    code = "from repeatlab.studies.processes import *\nwith LocalWorkers([{}]): pass"
     ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("", "")
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_importing_the_libraries_leaves_the_collector_as_it_was(monkeypatch, enabled):
-    during = []
-    monkeypatch.setattr(processes, "import_module", lambda name: during.append(gc.isenabled()))
-    before = gc.isenabled()
-    try:
-        gc.enable() if enabled else gc.disable()
-        processes.import_libraries()
-        assert gc.isenabled() is enabled
-    finally:
-        gc.enable() if before else gc.disable()
-    assert during == [False] * len(LIBRARIES)
 
 
 def test_the_time_limit_begins_after_the_imports_of_a_process_s_first_run(tmp_path):
     """In a fresh process: what its first run loads while the watch runs is next to nothing."""
     code = """
 import json, sys
-from repeatlab.studies import worker
+from repeatlab.studies import scheduling
 
-class Watch(worker.Timer):
+class Watch(scheduling.Timer):
     def start(self):
         self.loaded = set(sys.modules)
         super().start()
@@ -735,8 +720,8 @@ class Watch(worker.Timer):
         print(json.dumps(sorted(sys.modules.keys() - self.loaded)))
         super().cancel()
 
-worker.Timer = Watch
-worker.train_runs([json.loads(sys.argv[1])], sys.argv[2], 600, stop=worker.Stop())
+scheduling.Timer = Watch
+scheduling.train_runs([json.loads(sys.argv[1])], sys.argv[2], 600, stop=scheduling.Stop())
 """
     config = json.dumps(study(updates=2).planned()[0].config.to_json())
     command = [sys.executable, "-c", code, config, str(tmp_path)]
@@ -843,19 +828,19 @@ def test_workers_share_the_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "started", "shared"),
+    ("device", "asked", "shared"),
     [
-        ("auto", Places(runs_per_gpu=2), 4, ["0", "0", "1", "1"]),
-        ("auto", Places(workers=3, runs_per_gpu=2), 3, ["0", "0", "1"]),
-        ("auto", Places(workers=9), 5, ["0", "1", "0", "1", "0"]),  # no more than there are runs
-        ("cpu", Places(runs_per_gpu=2), 5, [None] * 5),
+        ("auto", Places(runs_per_gpu=2), ["0", "0", "1", "1"]),
+        ("auto", Places(workers=3, runs_per_gpu=2), ["0", "0", "1"]),
+        ("auto", Places(workers=9), ["0", "1", "0", "1", "0"]),  # no more than there are runs
+        ("cpu", Places(runs_per_gpu=2), [None] * 5),
     ],
 )
-def test_as_many_workers_as_the_gpus_take(monkeypatch, device, asked, started, shared):
+def test_as_many_workers_as_the_gpus_take(monkeypatch, device, asked, shared):
     found = []
 
-    def fake(count, shares):
-        found.append((count, [share.get("CUDA_VISIBLE_DEVICES") for share in shares]))
+    def fake(shares):
+        found.append([share.get("CUDA_VISIBLE_DEVICES") for share in shares])
         return nullcontext(Instant())
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -865,16 +850,16 @@ def test_as_many_workers_as_the_gpus_take(monkeypatch, device, asked, started, s
     configs = planned(study(seeds=5, device=device))
     with open_trainer(Store("runs"), replace(asked, lockstep=False)) as train:
         assert len(dict(train(configs))) == 5
-    assert found == [(started, shared)]
+    assert found == [shared]
 
 
 def test_the_time_limit_ends_a_process_that_cannot_say_so(tmp_path, monkeypatch):
     """Where the disk is full, too."""
     ended = threading.Event()
     monkeypatch.setattr("repeatlab.store.records.write_json", _full)
-    monkeypatch.setattr(worker.os, "_exit", lambda code: ended.set())
+    monkeypatch.setattr(scheduling.os, "_exit", lambda code: ended.set())
     config = study().planned()[0].config
-    with worker._ending_after(0.001, str(tmp_path), [config]):
+    with scheduling._ending_after(0.001, str(tmp_path), [config]):
         assert ended.wait(60)
 
 

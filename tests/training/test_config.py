@@ -301,7 +301,6 @@ OF = {"mapping": {"name": "trace", "of": {"mapping": LINEAR}}}
     [
         (lambda n: {"seed": n * 2**63}, "seed: must be at most 9223372036854775807; not "),
         (lambda n: {"max_updates": n}, "max_updates: must be at most 1000000000; not "),
-        (lambda n: {"processes": n}, "processes: "),
         (lambda n: {"threads": n}, "threads: "),
         (lambda n: {"task": {"name": "supervised", "width": n}}, "task.width: must be at most "),
         (lambda n: {"task": {"name": "unsupervised", "latent": n}}, "task.latent: must be at "),

@@ -290,7 +290,7 @@ def test_a_run_stopped_in_its_waiting_is_the_unbroken_run(
     [
         {"stopping": {"patience": 2}},
         {"stopping": {"patience": 2, "restore_best": True}},
-        {"budget": {"unit": "cost"}, "method": "selective"},
+        {"budget": {"unit": "cost", "k": 2.0}, "method": "selective"},
     ],
     ids=["patience", "best", "budget"],
 )
@@ -298,11 +298,11 @@ def test_a_kill_before_the_summary_makes_no_further_update(limits, store, tmp_pa
     run = run_config(**limits)
     unbroken = train(run, store)
     assert unbroken.summary["ledger"]["updates"] < T
-    finish = Training._finish
-    monkeypatch.setattr(Training, "_finish", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
+    finish = Training.end
+    monkeypatch.setattr(Training, "end", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
     with pytest.raises(SystemExit):
         train(run, tmp_path, plan=CheckpointPlan(updates=1))
-    monkeypatch.setattr(Training, "_finish", finish)
+    monkeypatch.setattr(Training, "end", finish)
     monkeypatch.setattr(Training, "visit", lambda _: lambda batch: pytest.fail("an update more"))
     same_record(unbroken, train(run, tmp_path))
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device_without_float64 import device
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, log_loss
 
@@ -84,13 +85,13 @@ def test_the_weights_at_the_end_are_those_of_the_run_s_own_state(task, tmp_path,
     from repeatlab.training.one_run import Training
 
     ended = []
-    finish = Training._finish
+    finish = Training.end
 
     def watched(self, *given, **named):
         ended.append(self.task)
         finish(self, *given, **named)
 
-    monkeypatch.setattr(Training, "_finish", watched)
+    monkeypatch.setattr(Training, "end", watched)
     evaluation = {"splits": [], "test": False, "keep": 1}
     run = train(run_config(task, max_updates=2, evaluation=evaluation), tmp_path)
     assert weights.kept(run) == [2]
@@ -192,6 +193,13 @@ def test_an_ensemble_of_one_run_s_checkpoints_and_its_average(runs):
     held_to(evaluate(both).table.loc["ensemble"], np.mean(every, axis=0))
 
 
+def test_an_ensemble_is_evaluated_where_the_device_has_no_float64(runs):
+    members = of_seeds(runs["supervised"][:2])
+    with device() as where:
+        found = evaluate(members, device=where)
+    np.testing.assert_allclose(found.table["nll"], evaluate(members).table["nll"], rtol=1e-5)
+
+
 def test_an_ensemble_of_one_is_its_member(runs):
     table = evaluate(of_seeds(runs["supervised"][:1])).table
     for row in ("mean of members", "ensemble"):
@@ -212,6 +220,8 @@ def test_the_cost_is_that_of_the_members_runs_each_once(runs):
     assert table["updates"].tolist() == [T, T, T, T, 3 * T]
     assert table["cost_units"].tolist() == [T * BATCH * 3] * 4 + [3 * T * BATCH * 3]
     assert table["networks"].tolist() == [1, 1, 1, 1, 3]
+    dear = evaluate(of_seeds(of_runs), k=3.5).table
+    assert dear["cost_units"].tolist() == [T * BATCH * 4.5] * 4 + [3 * T * BATCH * 4.5]
     seconds = sum(run.summary["ledger"]["seconds"] for run in of_runs)
     assert table.loc["ensemble", "seconds"] == pytest.approx(seconds)
     one = evaluate(of_checkpoints(of_runs[0])).table.loc["ensemble"]
@@ -242,7 +252,7 @@ def test_the_mean_of_probabilities_holds_where_they_underflow():
 def test_tasks_without_classes_are_refused_with_the_reason(task, tmp_path):
     evaluation = {"splits": [], "test": False, "keep": 1}
     run = train(run_config(task, max_updates=1, evaluation=evaluation), tmp_path)
-    with pytest.raises(ValueError, match=f"the task {task} makes no ensembles: "):
+    with pytest.raises(ValueError, match=f"probabilities of classes; not {task}"):
         evaluate([Member(run, 1, "model")])
 
 

@@ -381,7 +381,11 @@ def test_a_calibrated_source_is_calibrated_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["windowed", "spaced", "falling_cosine"])
 def test_under_a_budget_a_control_ends_with_its_source(tmp_path, name):
     auto = {"mapping": {"name": "linear", "t": "auto"}}
-    fields = {"max_updates": 40, "budget": {"unit": "cost"}, "evaluation": {"test": False}}
+    fields = {
+        "max_updates": 40,
+        "budget": {"unit": "cost", "k": 2.0},
+        "evaluation": {"test": False},
+    }
     original = train(run_config(auto, **fields), tmp_path)
     run = train(run_config(control(name, auto), **fields), tmp_path)
     assert len(original.updates) == len(run.updates) == 40 - 8  # the calibration had its share

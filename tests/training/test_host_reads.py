@@ -259,10 +259,10 @@ def test_nor_does_one_of_another_method_or_end(method, watched, tmp_path):
 
 def test_a_task_that_somebody_holds_is_seen(watched, tmp_path, monkeypatch):
     held = []
-    finish = Training._finish
+    finish = Training.end
     monkeypatch.setattr(
         Training,
-        "_finish",
+        "end",
         lambda self, *given, **n: (held.append(self), finish(self, *given, **n)),
     )
     train(run_config("supervised"), tmp_path)

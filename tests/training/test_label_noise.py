@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device_without_float64 import device
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,8 +18,8 @@ from repeatlab.data import load_splits
 from repeatlab.store.records import Run
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training.config import RunConfig
-from repeatlab.training.label_noise import NoiseLog
 from repeatlab.training.loop import train
+from repeatlab.training.recorder import NoiseLog
 
 BATCH = 32
 T = 90
@@ -215,6 +216,17 @@ def test_any_pieces_give_the_same_shares(repeats, piece, seed):
         else None,
         "extra_visits": int(extra.sum()),
     }
+
+
+def test_it_is_counted_where_the_device_has_no_float64():
+    corrupted = torch.tensor([True, False, False])
+    with device() as where:
+        log = NoiseLog(corrupted.to(where))
+        log.fresh_batch(torch.tensor([0, 1]).to(where))
+        log.visits(np.array([0, 0]))
+        found = log.summary()
+    assert found["corrupted"] == pytest.approx(1 / 3)
+    assert found["corrupted_visits"] == found["corrupted_extra_visits"] == 0.5
 
 
 def test_a_batch_that_no_update_was_made_on_does_not_count():

@@ -91,6 +91,7 @@ def test_seconds_are_those_of_training_and_of_what_came_before():
     [
         ({"unit": "seconds"}, "budget: seconds must be given for unit: seconds, and only for it"),
         ({"unit": "cost", "seconds": 3.0}, "budget: seconds must be given for unit: seconds"),
+        ({"unit": "cost"}, "budget: k must be given for unit: cost, and only for it"),
         ({"unit": "joules"}, "budget.unit: must be 'cost' or 'seconds'"),
         ({"unit": "cost", "k": 0.0}, "budget.k: must be greater than 0"),
         ({"unit": "seconds", "seconds": 0.0}, "budget.seconds: must be greater than 0"),
@@ -155,14 +156,14 @@ def test_a_run_ends_with_the_update_that_spends_its_budget(tmp_path, monkeypatch
 
 def test_a_spent_budget_still_makes_an_update(tmp_path):
     method = {"sampler": {"name": "rho_loss", "presample": 2, "holdout_updates": 50}}
-    run = train(run_config(method, budget={"unit": "cost"}, max_updates=30), tmp_path)
+    run = train(run_config(method, budget={"unit": "cost", "k": 2.0}, max_updates=30), tmp_path)
     assert run.summary["ledger"]["updates"] == 1
     assert_whole(run)
 
 
 def test_the_last_batch_is_cut_where_the_budget_ends(tmp_path):
     method = {"mapping": {"name": "constant", "repeats": 5}, "sampler": {"name": "selective"}}
-    run = train(run_config(method, budget={"unit": "cost"}), tmp_path)
+    run = train(run_config(method, budget={"unit": "cost", "k": 2.0}), tmp_path)
     assert_whole(run)
     assert run.updates["repeats"].iloc[0] == 5
     assert run.updates["repeats"].iloc[-1] < 5
@@ -171,7 +172,7 @@ def test_the_last_batch_is_cut_where_the_budget_ends(tmp_path):
 def test_the_end_of_the_budget_is_evaluated(tmp_path):
     evaluation = {"splits": ["validation"], "every": 40, "test": False}
     config = run_config(
-        AUTO, budget={"unit": "cost"}, calibration={"updates": 7}, evaluation=evaluation
+        AUTO, budget={"unit": "cost", "k": 2.0}, calibration={"updates": 7}, evaluation=evaluation
     )
     run = train(config, tmp_path)
     assert sorted(run.evals["update"].unique()) == [0, 40, 80, 93]
@@ -347,7 +348,7 @@ def test_n_scales_a_rate_that_the_budget_moves(tmp_path):
         "apply": "step_size",
         "schedule": {"name": "linear"},
     }
-    run = train(run_config(method, budget={"unit": "cost"}), tmp_path)
+    run = train(run_config(method, budget={"unit": "cost", "k": 2.0}), tmp_path)
     expected = [3 * 0.05 * (1 - update / T) for update in range(T)]
     assert run.updates["lr"].tolist() == pytest.approx(expected)
 

@@ -193,7 +193,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_passed_over(killed_run):
         spoilt[place] ^= 1 << place % 8
         path.write_bytes(spoilt)
         (state,) = checkpoint.load(directory.path)
-        assert state["repeater"]["updates"] == 3
+        assert state["updates"]["repeater"]["updates"] == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x03\x04"])
@@ -202,11 +202,11 @@ def test_a_file_in_a_checkpoint_s_place_that_is_none_is_passed_over(killed_run, 
     path = directory.path / checkpoint.CURRENT
     write_sealed(path, content)  # whole, but nothing that torch can load
     (state,) = checkpoint.load(directory.path)
-    assert state["repeater"]["updates"] == 3
+    assert state["updates"]["repeater"]["updates"] == 3
     path.unlink()
     path.mkdir()
     (state,) = checkpoint.load(directory.path)
-    assert state["repeater"]["updates"] == 3
+    assert state["updates"]["repeater"]["updates"] == 3
 
 
 def test_records_with_a_flipped_bit_fall_back_to_what_is_whole(killed_run, tmp_path):
