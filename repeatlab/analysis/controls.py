@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from repeatlab.analysis.evidence import compare_on
+from repeatlab.analysis.evidence import TaskValues
 from repeatlab.analysis.frames import Records
 from repeatlab.analysis.plans import PlanRecords
 from repeatlab.analysis.updates_saved import saved
@@ -65,7 +65,8 @@ def _row(
     records, declared = plan.stages[stage], plan.declared
     if task == "third":
         records = _as_task(records, arm, "updates", task)
-    paired = compare_on(declared, task, records, plan.budgets, "validation", arm, other)
+    values = TaskValues(declared, task, records, plan.budgets, "validation")
+    paired = values.paired(arm, other)
     row = {"control": control, "must be": " or ".join(expected), "is": "missing", "passed": False}
     if paired is None or len(paired.seeds) < declared.seeds_on(task):
         return row

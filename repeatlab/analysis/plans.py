@@ -114,7 +114,7 @@ def pilots(plan: PlanRecords) -> dict[str, Pilot]:
         StoreError: a task has fewer than two seeds of the standard arm at every budget.
     """
     against = plan.declared.against
-    own, found = plan.stages["own"], {}
+    found = {}
     for task, values in plan.values("own", "validation").items():
         paired = values.paired(against, against)
         if paired is None:

@@ -50,9 +50,8 @@ def build_mapping(
     if isinstance(choice, TraceConfig):
         if choice.counts is not None:
             return choice.build()
-        return Trace(
-            tuple(_controlled(choice, source, derive(config.stream_seed, "control")).tolist())
-        )
+        counts = _controlled(choice, source, derive(config.stream_seed, "control"))
+        return Trace(tuple(counts.tolist()))
     overrides: dict[str, Any] = {}
     if config.method.calibrated:
         overrides[type(choice).target.calibrated] = t
