@@ -61,7 +61,7 @@ def test_it_installs_the_package_and_leaves_a_working_directory(tmp_path, wheel)
     machine, home = tmp_path / "machine", tmp_path / "content"
     home.mkdir()
     venv.create(machine, with_pip=True)
-    cell = first_cell(NOTEBOOKS[0]).replace(PLACEHOLDER, str(wheel))
+    cell = first_cell(NOTEBOOKS[0]).replace(PLACEHOLDER, wheel.as_uri())
     packages = tmp_path / "packages"
     packages.symlink_to(sysconfig.get_paths()["purelib"])
     done = subprocess.run(
