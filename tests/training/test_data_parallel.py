@@ -191,8 +191,8 @@ def single(monkeypatch):
 @pytest.mark.parametrize(
     ("size", "name", "mapping"),
     [
-        (2, "supervised", Threshold(t=2.28, repeats=3)),
-        (3, "supervised", Threshold(t=2.28, repeats=3)),
+        (2, "supervised", Threshold(t=2.35, repeats=3)),
+        (3, "supervised", Threshold(t=2.35, repeats=3)),
         (2, "semisupervised", Threshold(t=2.3, repeats=3)),
         (3, "unsupervised", Threshold(t=41.25, repeats=3)),
         (2, "supervised", Until(t=2.28)),
