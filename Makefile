@@ -80,5 +80,5 @@ $(STAMP): pyproject.toml constraints.txt
 		&& $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]' \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(COMPILE) "import gymnasium, sklearn.linear_model, torchvision" & \
-		$(COMPILE) "import distributed, ipykernel_launcher, ipywidgets, optuna, papermill, seaborn" && wait $$!
+		$(COMPILE) "import distributed, ipykernel_launcher, ipywidgets, papermill, seaborn" && wait $$!
 	touch $(STAMP)

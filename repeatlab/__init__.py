@@ -40,6 +40,6 @@ def __dir__() -> list[str]:
 
 def require_lab() -> None:
     """Say what to install where the laboratory is imported without its dependencies."""
-    for name in ("click", "pydantic", "pandas", "optuna"):
+    for name in ("click", "pydantic", "pandas"):
         if find_spec(name) is None:
             raise ImportError(f"the laboratory needs {name}: pip install 'repeatlab[lab]'")

@@ -31,12 +31,7 @@ def random_crop_flip(
 
     Returns:
         Images of the same shape, type and device; `images` itself when nothing is asked for.
-
-    Raises:
-        ValueError: `padding` is negative.
     """
-    if padding < 0:
-        raise ValueError(f"`padding` must be 0 or more pixels; not {padding}.")
     if not padding and not flip:
         return images
     draws = crop_flip_draws(len(images), generator, padding=padding, flip=flip)

@@ -169,12 +169,7 @@ def iter_batches(
     """Yield all of `data` once, in order, normalised but not augmented.
 
     The last batch holds what is left. `batch_size` only bounds memory: use what fits.
-
-    Raises:
-        ValueError: `batch_size` is below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be 1 or more; not {batch_size}.")
     everything = torch.arange(len(data), device=data.labels.device)
     for index, indices in enumerate(everything.split(batch_size)):
         # The samples lie side by side: a slice, not a gather.

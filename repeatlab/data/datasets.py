@@ -35,18 +35,6 @@ class ImageSet:
     images: Tensor
     labels: Tensor
 
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError(
-                f"images must be a uint8 tensor (n, channels, height, width);"
-                f" got {self.images.dtype}, {tuple(self.images.shape)}"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"labels must be an int64 tensor ({len(self.images)},), one for each image;"
-                f" got {self.labels.dtype}, {tuple(self.labels.shape)}"
-            )
-
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,14 +40,13 @@ def find(dataset: str, root: str | Path | None = None) -> Path:
         DataError: nowhere.
     """
     path = Path(dataset).expanduser()
-    places = [path, data_directory(root) / path]
-    for place in places:
-        if place.exists():
-            return place.resolve()
-    raise DataError(
-        f"dataset {dataset!r} must be a folder of images by class or an .npz file; there is"
-        f" neither {' nor '.join(str(place.absolute()) for place in dict.fromkeys(places))}."
-    )
+    there = [place for place in (path, data_directory(root) / path) if place.exists()]
+    if not there:
+        raise DataError(
+            f"dataset {dataset!r} must be a folder of images by class or an .npz file; there is"
+            f" neither {path.absolute()} nor {data_directory(root) / path}."
+        )
+    return there[0].resolve()
 
 
 def load(dataset: str, root: str | Path | None = None) -> tuple[str, Part, Part | None]:
@@ -111,8 +111,12 @@ def _part(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> Part:
             f"{path}: {prefix}labels must be whole numbers from 0, ({len(images)},), one for each"
             f" image; not {labels.dtype}, {labels.shape}."
         )
-    pixels = torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)
-    return pixels.contiguous(), torch.from_numpy(labels.astype(np.int64))
+    return _tensors(images.reshape(*images.shape[:3], -1), labels)
+
+
+def _tensors(images: np.ndarray, labels: Sequence[int]) -> Part:
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return pixels, torch.from_numpy(np.asarray(labels, dtype=np.int64))
 
 
 # --- a folder -------------------------------------------------------------------------------------
@@ -120,38 +124,31 @@ def _part(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> Part:
 
 def _folder(path: Path) -> tuple[Part, Part | None]:
     split = all((path / part).is_dir() for part in ("train", "test"))
-    folders = [path / "train", path / "test"] if split else [path]
-    files = [_by_class(folder) for folder in folders]
-    if len({tuple(by_class) for by_class in files}) > 1:
+    found = [_by_class(path / part) for part in (("train", "test") if split else (".",))]
+    if len({tuple(by_class) for by_class in found}) > 1:
         raise DataError(f"{path}: train and test must have the same classes, a folder each.")
-    pixels = [_read([file for of in by_class.values() for file in of]) for by_class in files]
-    if len({images.shape[1:] for images in pixels}) > 1:
-        raise DataError(f"{path}: the images of train and test must be of one size.")
+    pixels = [_read([file for files in by_class.values() for file in files]) for by_class in found]
     if all((images == images[..., :1]).all() for images in pixels):
         pixels = [images[..., :1] for images in pixels]  # all grey
-    counts = [[len(of) for of in by_class.values()] for by_class in files]
-    parts = [
-        (
-            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-            torch.arange(len(of)).repeat_interleave(torch.tensor(of)),
-        )
-        for images, of in zip(pixels, counts, strict=True)
-    ]
+    parts = []
+    for images, by_class in zip(pixels, found, strict=True):
+        counts = [len(files) for files in by_class.values()]
+        parts.append(_tensors(images, np.repeat(np.arange(len(counts)), counts)))
     return parts[0], parts[1] if split else None
 
 
 def _by_class(folder: Path) -> dict[str, list[Path]]:
     """Return the image files of each class, in the order of their names."""
-    classes = sorted(part for part in folder.iterdir() if part.is_dir() and part.name[0] != ".")
     found = {
         part.name: sorted(f for f in part.iterdir() if f.suffix.lower() in SUFFIXES)
-        for part in classes
+        for part in sorted(folder.iterdir())
+        if part.is_dir() and part.name[0] != "."
     }
-    empty = [name for name, files in found.items() if not files]
+    empty = ", ".join(name for name, files in found.items() if not files)
     if empty or not found:
         raise DataError(
             f"{folder} must hold a folder of images ({', '.join(sorted(SUFFIXES))}) for each class;"
-            f" {'there is none in ' + ', '.join(empty) if empty else 'it holds no folder'}."
+            f" {f'there is none in {empty}' if empty else 'it holds no folder'}."
         )
     return found
 
@@ -167,10 +164,10 @@ def _read(files: list[Path]) -> np.ndarray:
                 pixels.append(np.asarray(image.convert("RGB")))
         except (OSError, ValueError) as error:
             raise DataError(f"{file} must be an image: {error}") from None
-        if pixels[-1].shape != pixels[0].shape:
-            (height, width, _), (first_height, first_width, _) = pixels[-1].shape, pixels[0].shape
+        (height, width, _), (first, across, _) = pixels[-1].shape, pixels[0].shape
+        if (height, width) != (first, across):
             raise DataError(
-                f"{file} is {width} x {height} pixels, {files[0].name} {first_width} x"
-                f" {first_height}: all images must be of one size."
+                f"{file} is {width} x {height} pixels, {files[0].name} {across} x {first}: all"
+                " images must be of one size."
             )
     return np.stack(pixels)

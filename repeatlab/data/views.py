@@ -39,9 +39,6 @@ class ContrastiveViews:
         jitter: Share of samples whose colours are jittered.
         gray: Share of samples turned grey.
         blur: Share of samples blurred, with sigma from 0.1 to 2 pixels; 0 on CIFAR-10.
-
-    Raises:
-        ValueError: a share is not one, or `strength` is not from 0 to 1.25.
     """
 
     min_area: float = 0.08
@@ -50,15 +47,6 @@ class ContrastiveViews:
     jitter: float = 0.8
     gray: float = 0.2
     blur: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("min_area", "jitter", "gray", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be from 0 to 1; not {getattr(self, name)}.")
-        if self.min_area == 0:
-            raise ValueError("`min_area` must be above 0; not 0.")
-        if not 0 <= self.strength <= 1.25:  # beyond, a factor is negative
-            raise ValueError(f"`strength` must be from 0 to 1.25; not {self.strength}.")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return one view of each image.

@@ -9,13 +9,8 @@ add one: write the class and name it in `SCHEDULES`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from math import cos, exp, isfinite, pi
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie between 0 and 1; not {value!r}")
+from dataclasses import asdict, dataclass, field
+from math import cos, exp, inf, pi
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,12 @@ class Schedule(ABC):
     warm_up: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_fraction("warm_up", self.warm_up)
+        for name, value in asdict(self).items():
+            if name == "k" and not 0 < value < inf:
+                raise ValueError(f"k must be a positive, finite number; not {value!r}")
+            for part in value if isinstance(value, tuple) else (value,):
+                if name != "k" and not 0 <= part <= 1:
+                    raise ValueError(f"{name} must lie between 0 and 1; not {part!r}")
 
     def __call__(self, update: int, total: int) -> float:
         """Return the factor at this update, 0 to `total - 1`."""
@@ -69,10 +69,6 @@ class Cosine(Schedule):
 
     final: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_fraction("final", self.final)
-
     def falling(self, update: int, total: int) -> float:
         return self.final + (1 - self.final) * (1 + cos(pi * update / total)) / 2
 
@@ -86,10 +82,6 @@ class LinearDecay(Schedule):
     """
 
     final: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_fraction("final", self.final)
 
     def falling(self, update: int, total: int) -> float:
         return 1 - (1 - self.final) * update / total
@@ -106,29 +98,13 @@ class Step(Schedule):
     gamma: float = 0.1
     milestones: tuple[float, ...] = (0.5, 0.75)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_fraction("gamma", self.gamma)
-        for milestone in self.milestones:
-            _check_fraction("milestones", milestone)
-
     def falling(self, update: int, total: int) -> float:
         # Not against a product: 0.55 * 100 is a little more than 55.
         return self.gamma ** sum(update / total >= milestone for milestone in self.milestones)
 
 
 @dataclass(frozen=True)
-class _Decay(Schedule):
-    k: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isfinite(self.k) or self.k <= 0:
-            raise ValueError(f"k must be a positive, finite number; not {self.k!r}")
-
-
-@dataclass(frozen=True)
-class Exponential(_Decay):
+class Exponential(Schedule):
     """exp(-k update / total): the rate at the end is exp(-k) of the first.
 
     >>> Exponential(k=2.0)(0, 100), round(Exponential(k=2.0)(50, 100), 6)
@@ -142,7 +118,7 @@ class Exponential(_Decay):
 
 
 @dataclass(frozen=True)
-class InverseTime(_Decay):
+class InverseTime(Schedule):
     """1 / (1 + k update / total): the "1/t" schedule, at the end 1 / (1 + k) of the first rate.
 
     >>> InverseTime(k=1.0)(50, 100)

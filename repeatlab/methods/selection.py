@@ -12,7 +12,7 @@ own; the samplers of a study (`repeatlab.methods.sampling`) call the same ones. 
 
 Importance sampling, which trains on a batch as it comes until more would pay:
 
-    switch = ImportanceSwitch(tau_threshold(presample=3, k=2.0))
+    switch = ImportanceSwitch(tau_threshold(presample=3, k=2.0))  # of `repeatlab.cost`
     ...
     if switch.on:  # `scores` of three batches, from a forward without gradient
         indices, weights = importance_sampling(scores, 64, draws(seed, update))
@@ -33,25 +33,6 @@ import torch
 from torch import Tensor
 
 from repeatlab.core.seeding import generator
-from repeatlab.cost import tau_threshold
-
-__all__ = [
-    "Chosen",
-    "ImportanceSwitch",
-    "LastScores",
-    "draw",
-    "draw_by_rank",
-    "draw_distinct",
-    "draws",
-    "hard_mining",
-    "importance_sampling",
-    "online_selection",
-    "percentile",
-    "rho_loss",
-    "selective_backprop",
-    "tau",
-    "tau_threshold",
-]
 
 
 class Chosen(NamedTuple):
@@ -134,7 +115,7 @@ class ImportanceSwitch:
     """Whether importance sampling is worth its presample: while the average of tau exceeds tau_th.
 
     Attributes:
-        threshold: tau_th, as `tau_threshold(presample, k)` gives it.
+        threshold: tau_th, as `repeatlab.cost.tau_threshold` gives it.
         ema: Decay of the moving average.
         tau: The average; it begins at 0 and is not corrected for that, as in the paper.
     """

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from repeatlab.core.seeding import generator
 from repeatlab.data import Batch, ImageSet, Splits
-from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
+from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig, make_stream
 from repeatlab.tasks.learner import Learner
 from repeatlab.tasks.models import build_encoder, drawn_from
 from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, chosen
@@ -55,6 +55,16 @@ class ClassifierTask(DatasetTask):
         super().train_with(*learners)
         if len(learners) == 1:
             self.model, self.ema = self.learner.network, self.learner.average
+
+    def learn_noisy(self) -> None:
+        """Have the train split for batches, with label noise as configured; see `corrupt`."""
+        config, data = self.config, self.data
+        train, self.corrupted = corrupt(
+            data.train, config.label_noise, data.classes, seed=self.seed
+        )
+        self.stream = make_stream(
+            train, data, batch_size=config.batch_size, seed=self.seed, augment=config.augment
+        )
 
     def outputs(self, batch: Batch) -> Tensor:
         """Return the logits, (b, classes)."""

@@ -39,12 +39,10 @@ from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     ClassifierTask,
-    corrupt,
     make_classifier,
     metrics_of,
     noise_metrics,
 )
-from repeatlab.tasks.dataset import make_stream
 from repeatlab.tasks.learner import Learner
 
 
@@ -86,12 +84,7 @@ class CoTeaching(ClassifierTask):
 
     def __init__(self, config: CoTeachingConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
-        train, self.corrupted = corrupt(
-            self.data.train, config.label_noise, self.data.classes, seed=seed
-        )
-        self.stream = make_stream(
-            train, self.data, batch_size=config.batch_size, seed=seed, augment=config.augment
-        )
+        self.learn_noisy()
         rates = {"weights": config.lr, "second weights": config.second_lr or config.lr}
         learners = [
             Learner(

@@ -52,31 +52,21 @@ def mlp(inputs: int, classes: int, *, width: int) -> nn.Module:
     )
 
 
-def resnet18(channels: int, classes: int) -> nn.Module:
+def resnet18(channels: int, classes: int, *, large: bool = False) -> nn.Module:
     """ResNet-18 (He et al. 2016) with the stem for small images: 3x3, stride 1, no pooling.
 
-    11.17 million parameters for three channels and ten classes.
+    For large ones with the original stem: 7x7, stride 2, then pooling. 11.17 and 11.18 million
+    parameters for three channels and ten classes.
     """
     from torchvision.models import resnet18 as torchvision_resnet18
 
     model = torchvision_resnet18(num_classes=classes)
-    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
-    return model
-
-
-def resnet18_large(channels: int, classes: int) -> nn.Module:
-    """ResNet-18 with the original stem: 7x7, stride 2, then pooling.
-
-    11.18 million parameters for three channels and ten classes.
-    """
-    from torchvision.models import resnet18 as torchvision_resnet18
-
-    model = torchvision_resnet18(num_classes=classes)
-    if channels != 3:
-        model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    if not large or channels != 3:
+        size, stride = (7, 2) if large else (3, 1)
+        model.conv1 = nn.Conv2d(channels, 64, size, stride=stride, padding=size // 2, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if not large:
+        model.maxpool = nn.Identity()
     return model
 
 
@@ -123,6 +113,10 @@ def _norm_layer(channels: int, width: int, *, halve: bool = False) -> tuple[nn.M
     return convolution, nn.BatchNorm2d(width), nn.ReLU()
 
 
+# With each, its features by its width.
+PLAIN = {"cnn": (small_cnn, 8), "norm_cnn": (norm_cnn, 4), "strided_cnn": (strided_cnn, 4)}
+
+
 def build_classifier(
     name: str, channels: int, classes: int, *, side: int, width: int
 ) -> tuple[nn.Module, int]:
@@ -138,18 +132,12 @@ def build_classifier(
     Raises:
         ValueError: `name` is none of these.
     """
-    if name == "cnn":
-        return small_cnn(channels, classes, width=width), 8 * width
-    if name == "norm_cnn":
-        return norm_cnn(channels, classes, width=width), 4 * width
-    if name == "strided_cnn":
-        return strided_cnn(channels, classes, width=width), 4 * width
     if name == "resnet18":
-        build = resnet18_large if side >= LARGE_IMAGE else resnet18
-        return build(channels, classes), 512
-    raise ValueError(
-        f"The `model` must be one of 'cnn', 'norm_cnn', 'strided_cnn' or 'resnet18'; not {name!r}."
-    )
+        return resnet18(channels, classes, large=side >= LARGE_IMAGE), 512
+    if name not in PLAIN:
+        raise ValueError(f"model must be one of {', '.join(PLAIN)} and resnet18; not {name!r}")
+    build, features = PLAIN[name]
+    return build(channels, classes, width=width), features * width
 
 
 def build_encoder(name: str, channels: int, *, side: int, width: int) -> tuple[nn.Module, int]:

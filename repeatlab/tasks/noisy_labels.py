@@ -41,12 +41,10 @@ from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     ClassifierTask,
-    corrupt,
     make_classifier,
     metrics_of,
     noise_metrics,
 )
-from repeatlab.tasks.dataset import make_stream
 from repeatlab.tasks.learner import Learner
 
 
@@ -88,12 +86,7 @@ class NoisyLabels(ClassifierTask):
 
     def __init__(self, config: NoisyLabelsConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
-        train, self.corrupted = corrupt(
-            self.data.train, config.label_noise, self.data.classes, seed=seed
-        )
-        self.stream = make_stream(
-            train, self.data, batch_size=config.batch_size, seed=seed, augment=config.augment
-        )
+        self.learn_noisy()
         network = make_classifier(config, self.data, self.data.classes, seed=seed)
         self.train_with(Learner(network, config, device=device))
         self.updates = 0

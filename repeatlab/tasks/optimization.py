@@ -28,7 +28,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -171,18 +171,7 @@ OPTIMIZERS: dict[str, type] = {
 _MODELS = choices(OPTIMIZERS)
 
 
-def _without_closures(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("name") in ("lbfgs", "l-bfgs", "LBFGS", "L-BFGS"):
-        raise ValueError(
-            "lbfgs evaluates the loss several times in a step, by a closure: its updates would "
-            "hide forward and backward passes from the budget"
-        )
-    return value
-
-
-OptimizerChoice = Annotated[
-    named("optimizer", _MODELS, lambda model: model), BeforeValidator(_without_closures)
-]
+OptimizerChoice = named("optimizer", _MODELS, lambda model: model)
 
 
 def chosen(name: str, **settings: Any) -> Choice:

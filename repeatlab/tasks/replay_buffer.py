@@ -83,11 +83,6 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity: int, observation_size: int, *, n_steps: int, gamma: float) -> None:
-        if n_steps < 1 or capacity < n_steps:
-            raise ValueError(
-                f"`n_steps` must be 1 or more and `capacity` at least that; not {n_steps} and"
-                f" {capacity}."
-            )
         self.capacity, self.n_steps, self.gamma = capacity, n_steps, gamma
         self.steps = 0
         # What the latest n transitions make of a reward, and of the value after it: oldest first.

@@ -28,11 +28,9 @@ from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     ClassifierTask,
-    corrupt,
     cross_entropy_bounds,
     metrics_of,
 )
-from repeatlab.tasks.dataset import make_stream
 from repeatlab.tasks.learner import Learner
 from repeatlab.tasks.models import build_classifier, drawn_from, mlp
 
@@ -67,14 +65,9 @@ class Supervised(ClassifierTask):
         self, config: SupervisedConfig, *, seed: int, device: str, data: Splits | None = None
     ) -> None:
         super().__init__(config, seed=seed, device=device, data=data)
-        train, self.corrupted = corrupt(
-            self.data.train, config.label_noise, self.data.classes, seed=seed
-        )
-        self.stream = make_stream(
-            train, self.data, batch_size=config.batch_size, seed=seed, augment=config.augment
-        )
+        self.learn_noisy()
         with drawn_from(seed):
-            model = build_model(config, tuple(train.images.shape[1:]), self.data.classes)
+            model = build_model(config, tuple(self.data.train.images.shape[1:]), self.data.classes)
         self.train_with(Learner(model, config, device=device))
 
     def step(

@@ -118,20 +118,6 @@ def test_a_validation_split_without_every_class_is_refused(count):
         load_splits("digits", validation=count)
 
 
-@pytest.mark.parametrize(
-    ("shape", "pixel", "count", "label", "field"),
-    [
-        ((2, 1, 8, 8), torch.float32, 2, torch.int64, "images"),
-        ((2, 8, 8), torch.uint8, 2, torch.int64, "images"),
-        ((2, 1, 8, 8), torch.uint8, 2, torch.float32, "labels"),
-        ((2, 1, 8, 8), torch.uint8, 3, torch.int64, "labels"),
-    ],
-)
-def test_an_image_set_names_the_field_that_is_wrong(shape, pixel, count, label, field):
-    with pytest.raises(ValueError, match=f"^{field} must be"):
-        ImageSet(torch.zeros(shape, dtype=pixel), torch.zeros(count, dtype=label))
-
-
 # --- where files come from ----------------------------------------------------------------------
 
 

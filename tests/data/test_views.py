@@ -230,15 +230,6 @@ def test_views_are_a_function_of_the_generator_alone(augment, channels):
     assert first.max() <= (1 if first.is_floating_point() else 255)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("min_area", 0), ("min_area", 1.1), ("gray", -0.1), ("jitter", 2), ("strength", 1.3)],
-)
-def test_shares_that_are_none_are_refused(field, value):
-    with pytest.raises(ValueError, match=f"`{field}` must be .* not {value}"):
-        ContrastiveViews(**{field: value})
-
-
 # --- FixMatch's operations ----------------------------------------------------------------------
 
 AFFINE = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
-from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +22,10 @@ from repeatlab.data import ImageSet
 from repeatlab.studies import checks
 from repeatlab.studies.checks import EXPECTATIONS, Expectations, Report, Result, check
 from repeatlab.studies.checks.gradient import compare, gradient
-from repeatlab.studies.checks.learning import descent, overfitting, regularisation, updates
+from repeatlab.studies.checks.learning import overfitting, regularisation
 from repeatlab.studies.checks.pipeline import inputs, labels
 from repeatlab.studies.checks.probe import Probe, Subject
 from repeatlab.tasks import TASKS, TaskConfig, load_task
-from repeatlab.tasks.selfsupervised import nt_xent
 from repeatlab.tasks.semisupervised import SemiSupervised
 from repeatlab.tasks.supervised import Supervised
 
@@ -52,14 +50,12 @@ def subject(kind: type, **fields) -> Subject:
 
 @every_task
 def test_every_task_passes_at_its_defaults(name):
-    verdicts = {result.name: result.verdict for result in report(name)}
+    verdicts = {result.name: result.verdict for result in report(name).results}
     assert list(verdicts) == [
         "inputs",
         "labels",
         "initial loss",
         "gradient",
-        "descent",
-        "updates",
         "overfitting",
         "regularisation",
     ]
@@ -69,15 +65,15 @@ def test_every_task_passes_at_its_defaults(name):
 
 @every_task
 def test_what_does_not_apply_says_why(name):
-    absent = {r.name for r in report(name) if r.verdict == "not applicable"}
+    absent = {r.name for r in report(name).results if r.verdict == "not applicable"}
     assert (
         absent
         == {
             "supervised": set(),
             "semisupervised": set(),
-            "selfsupervised": {"labels"},
-            "reinforcement": {"labels", "regularisation"},
-            "unsupervised": {"labels"},
+            "selfsupervised": {"labels", "overfitting"},
+            "reinforcement": {"labels"},
+            "unsupervised": {"labels", "overfitting"},
             "generative": {"labels", "overfitting", "regularisation"},
             "transfer": {"initial loss"},
             "continual": {"initial loss"},
@@ -218,11 +214,11 @@ class LabelsRedrawn(Supervised):
     [
         (Supervised, set()),
         (WrongGradient, {"gradient"}),
-        (Maximizes, {"descent", "overfitting"}),
-        (NegatedLoss, {"initial loss", "descent", "overfitting"}),
+        (Maximizes, {"overfitting", "regularisation"}),
+        (NegatedLoss, {"initial loss", "overfitting", "regularisation"}),
         (ShuffledLabels, {"labels"}),
-        (FrozenLayer, {"updates"}),
-        (ForgottenLayer, {"updates"}),
+        (FrozenLayer, {"gradient"}),
+        (ForgottenLayer, {"gradient"}),
         (NotNormalised, {"inputs"}),
         (LoudStart, {"initial loss"}),
         (ForgottenDecay, {"regularisation"}),
@@ -235,12 +231,13 @@ def test_a_planted_fault_is_caught_by_name(kind, failed, monkeypatch):
     found = check({"name": "supervised"}, task=kind)
     assert set(found.failed) == failed
     for name in failed:
-        assert "look at: " in str(found[name])
+        assert "look at: " in found[name].found
 
 
 @pytest.mark.parametrize("kind", [FrozenLayer, ForgottenLayer])
 def test_a_layer_that_does_not_move_is_named(kind):
-    assert updates(subject(kind)).numbers["never moved:"] == "model.0.weight model.0.bias"
+    numbers = gradient(subject(kind)).numbers
+    assert numbers["without a derivative"] == "model.0.bias model.0.weight"
 
 
 def first_layer(module: nn.Module) -> nn.Module:
@@ -296,15 +293,6 @@ def faulty(name: str, plant_in: Callable[[Any], None]) -> Subject:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_sign_error_is_found_in_every_task(name):
-    def maximize(task):
-        for group in task.optimizers[-1].param_groups:
-            group["maximize"] = True
-
-    assert descent(faulty(name, maximize)).verdict == "fail"
-
-
-@pytest.mark.parametrize("name", OTHERS)
 def test_a_layer_that_stays_as_it_is_is_found_in_every_task_and_named(name):
     def freeze(task):
         # DCGAN itself switches what requires a gradient: there, too, this layer stays.
@@ -314,10 +302,9 @@ def test_a_layer_that_stays_as_it_is_is_found_in_every_task_and_named(name):
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in kept]
 
-    found = updates(faulty(name, freeze))
+    found = gradient(faulty(name, freeze))
     assert found.verdict == "fail"
-    assert "weight" in found.numbers["never moved:"]
-    assert "requires_grad" in found.advice
+    assert "weight" in found.numbers["without a derivative"]
 
 
 @pytest.mark.parametrize("name", ["semisupervised", "transfer", "continual", "co_teaching"])
@@ -386,27 +373,11 @@ def test_label_noise_does_not_look_like_shuffled_labels():
     assert labels(subject(Supervised, label_noise=0.4)).verdict == "pass"
 
 
-@pytest.mark.parametrize(
-    ("lr", "verdict", "advice"),
-    [
-        (1e-7, "fail", "the learning rate, low for these weights"),
-        (1e-5, "warn", "the learning rate, low for these weights"),
-        (0.01, "pass", ""),
-        (0.5, "warn", "the learning rate, high for these weights"),
-    ],
-)
-def test_the_size_of_updates_follows_the_learning_rate(lr, verdict, advice):
-    found = updates(subject(Supervised, lr=lr))
-    assert found.verdict == verdict
-    assert found.advice[: len(advice)] == advice
-    assert bool(found.advice) == bool(advice)
-
-
 def test_twenty_samples_that_need_a_larger_rate_are_worth_a_look(monkeypatch):
     monkeypatch.setattr("repeatlab.studies.checks.learning.MEMORY_UPDATES", 150)
     found = overfitting(subject(Supervised, lr=2e-3))
     assert found.verdict == "warn"
-    assert found.advice.startswith("the learning rate, low for one batch")
+    assert "look at: the learning rate, low for one batch" in found.found
 
 
 def test_twenty_samples_that_need_a_smaller_rate_are_worth_a_look(monkeypatch):
@@ -415,17 +386,9 @@ def test_twenty_samples_that_need_a_smaller_rate_are_worth_a_look(monkeypatch):
     fields = {"labels": 100, "batch_size": 32, "mu": 1, "ema_decay": 0.98}
     found = overfitting(subject(SemiSupervised, lr=0.1, **fields))
     assert found.verdict == "warn"
-    assert found.advice.startswith("the learning rate, high for one batch")
-    assert "a tenth of this rate" in found.advice
-    assert found.numbers["last"] <= found.numbers["goal"]
+    assert "the learning rate, high for one batch, which is learnt at 0.1 times it" in found.found
+    assert found.numbers["last"] <= 0.05 * found.numbers["first loss"]
     assert overfitting(subject(SemiSupervised, lr=0.01, **fields)).verdict == "pass"
-
-
-def test_the_decay_that_updates_show_is_the_one_configured():
-    numbers = regularisation(subject(Supervised)).numbers
-    assert numbers["decay"] == 1.0
-    assert numbers["least decay seen"] == pytest.approx(1.0, rel=1e-3)
-    assert numbers["largest"] == pytest.approx(1.0, rel=1e-3)
 
 
 def test_a_penalty_with_the_wrong_sign():
@@ -499,7 +462,7 @@ def test_a_probe_gives_losses_and_gradients_and_moves_nothing():
     batch = task.fresh_batch(0)
     weight = task.model.weight.detach().clone()
     probe = Probe(task, batch)
-    found = probe.gradients()
+    found = probe.evaluate(gradients=True)
     residual = (
         batch.inputs @ weight[0] - batch.targets - torch.randn((), generator=generator(0, "noise"))
     )
@@ -510,20 +473,15 @@ def test_a_probe_gives_losses_and_gradients_and_moves_nothing():
     again = probe.evaluate()  # the same noise
     assert (again.driver, again.objectives) == (found.driver, found.objectives)
     assert torch.equal(task.model.weight, weight)
-    after = probe.step()[id(task.model.weight)]
-    torch.testing.assert_close(after[0], weight[0] - 0.1 * expected)
-    assert torch.equal(task.model.weight, weight)
 
 
 def test_a_task_that_nothing_is_stated_of_is_checked_for_what_holds_anywhere():
     found = check(LinearConfig(), task=LinearTask)
-    assert {result.name: result.verdict for result in found} == {
+    assert {result.name: result.verdict for result in found.results} == {
         "inputs": "pass",
         "labels": "not applicable",
         "initial loss": "not applicable",
         "gradient": "pass",
-        "descent": "pass",
-        "updates": "warn",  # a rate of 0.1 on three weights
         "overfitting": "not applicable",
         "regularisation": "not applicable",
     }
@@ -602,40 +560,16 @@ def test_a_loss_that_is_not_finite_is_no_agreement():
 # --- what is expected -------------------------------------------------------------------------
 
 
-def test_the_least_contrastive_loss_is_that_of_a_simplex():
-    images, temperature = 6, 0.5
-    corners = torch.eye(images, dtype=torch.float64) - 1 / images
-    least = nt_xent(torch.cat([corners, corners]), temperature).mean().item()
-
-    class Task:
-        config = type("Config", (), {"temperature": temperature, "projection": images - 1})
-
-    batch = type("Batch", (), {"views": torch.zeros(2 * images, 1)})
-    goal = EXPECTATIONS["selfsupervised"].goal
-    assert goal(Task, batch, least) == pytest.approx(least)
-    # In fewer dimensions a simplex has no room, and half the way will do.
-    Task.config.projection = images - 2
-    assert goal(Task, batch, least + 1) == pytest.approx(least + 0.5)
-
-
-def test_a_code_costs_the_logarithm_of_how_many_images_there_are():
-    images = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.5]]).view(2, 1, 1, 3)
-    blind = log(2) - 0.75 * log(0.75) - 0.25 * log(0.25)
-    with_a_code = 0.5 * log(2) + log(2)
-    goal = EXPECTATIONS["unsupervised"].goal(None, type("Batch", (), {"images": images}), 44.0)
-    assert goal == pytest.approx(0.75 * blind + 0.25 * with_a_code)
-
-
 def test_mnist_starts_at_its_pixels_times_ln_2():
     batch = type("Batch", (), {"images": torch.zeros(2, 1, 28, 28)})
-    (expected,) = EXPECTATIONS["unsupervised"].initial(None, batch)
-    assert expected.value == pytest.approx(543.4274, rel=1e-6)
+    ((expected, _),) = EXPECTATIONS["unsupervised"].initial(None, batch).values()
+    assert expected == pytest.approx(543.4274, rel=1e-6)
 
 
 def test_an_agent_without_values_has_the_huber_loss_of_its_rewards():
     batch = type("Batch", (), {"returns": torch.tensor([0.0, -1.0, 2.0, 0.0])})
-    (expected,) = EXPECTATIONS["reinforcement"].initial(None, batch)
-    assert expected.value == pytest.approx((0.5 + 1.5) / 4)
+    ((expected, _),) = EXPECTATIONS["reinforcement"].initial(None, batch).values()
+    assert expected == pytest.approx((0.5 + 1.5) / 4)
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -659,7 +593,7 @@ def test_the_pictures_are_what_the_network_sees_in_the_order_of_labels():
 def test_without_unlabelled_images_there_are_no_views_of_them_to_look_at(monkeypatch):
     monkeypatch.setattr(checks, "CHECKS", (inputs, labels, overfitting))
     found = check({"name": "semisupervised", "mu": 0, "lr": 0.01})
-    assert {result.verdict for result in found} == {"pass"}
+    assert {result.verdict for result in found.results} == {"pass"}
     assert set(found["inputs"].numbers) == {"labelled mean", "labelled deviation"}
     assert set(found.seen) == {"labelled in the order of their labels"}
 
@@ -687,13 +621,12 @@ def test_a_report_prints_as_a_table():
     assert str(found).splitlines() == [
         "a < b: failed: two",
         "one             pass            loss 0.3333, updates 20",
-        "two             fail            at model.0",
-        "                look at: layer <0>",
+        "two             fail            at model.0; look at: layer <0>",
         "three           not applicable  it has none",
     ]
     html = found._repr_html_()
     assert "a &lt; b" in html
-    assert "<td>layer &lt;0&gt;</td>" in html
+    assert "<td>at model.0; look at: layer &lt;0&gt;</td>" in html
     assert "the loss" not in html
     assert html.count("<tr>") == 4
 
@@ -729,12 +662,12 @@ def test_the_command_checks_every_task_of_a_parameter_file_as_it_is_configured(
         "    methods: {standard: {}}\n    tasks:\n      slow: {name: supervised, lr: 1.0e-7}\n"
         "      usual: {name: supervised, lr: 0.01}\n"
     )
-    monkeypatch.setattr(checks, "CHECKS", (updates,))
+    monkeypatch.setattr(checks, "CHECKS", (gradient,))
     code, out, _ = call("check", str(path))
     assert code == 1
     titles = [line for line in out.splitlines() if "supervised on digits" in line]
     assert titles == [
-        "slow: supervised on digits: failed: updates",
+        "slow: supervised on digits: failed: gradient",
         "usual: supervised on digits: no check failed",
     ]
     code, _, err = call("check", str(path), "--dataset", "digits")

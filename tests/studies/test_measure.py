@@ -18,7 +18,6 @@ import repeatlab.studies.diagnostics.measure
 from repeatlab.analysis.frames import load
 from repeatlab.cli import ROOT, main
 from repeatlab.core.schema import ConfigError
-from repeatlab.data import gather
 from repeatlab.report.notebooks import read_profile
 from repeatlab.store.records import Store
 from repeatlab.studies.diagnostics.measure import Bench, measure, measured
@@ -48,8 +47,6 @@ TAKES = {
     "after": 2.0,  # a moving average, say
     "weights": 0.5,
     "scoring": 2.0,
-    "bounds": 3.0,
-    "pick": 0.25,
     "refresh": 7.0,
     "resample": 6.0,
     "cold": 100.0,
@@ -131,7 +128,6 @@ class Toy:
         self.optimizers = [step.optimizer for step in self.optimizer_steps]
         self.batch_size, self.cold = config.batch_size, config.cold
         self.forward_samples, self.backward_samples = 3 * self.batch_size, self.batch_size
-        self.scoring_samples = self.bound_samples = self.forward_samples
         self.steps = 0
 
     def fresh_batch(self, index: int) -> ToyBatch:
@@ -139,15 +135,8 @@ class Toy:
         STEPS_AT.append((index, self.steps))
         return ToyBatch(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), index)
 
-    def candidates(self, index: int, block: int) -> ToyBatch:
-        return self.fresh_batch(block)
-
     def batch_of(self, indices, index):
         return self.fresh_batch(index)
-
-    def pick(self, blocks, picks, index):
-        Clock.take("pick")
-        return gather(blocks, picks, index)
 
     def refresh(self, batch, visit):
         Clock.take("refresh")
@@ -174,10 +163,6 @@ class Toy:
 
     def sample_losses(self, batch):
         Clock.take("scoring")
-        return batch.values
-
-    def gradient_bounds(self, batch):
-        Clock.take("bounds")
         return batch.values
 
     def evaluate(self, split):
@@ -217,17 +202,10 @@ def test_every_second_goes_to_the_part_that_took_it(toy):
         "optimizer": 1 + 4 + 2,
         "recording": 0,
         "scoring": 2,
-        "bounds": 3,
         "refresh": 7,
         "resample": 6,
     }
-    assert found.loops == {
-        "once": 22 + 11,
-        "repeated": 22 + 11 / 4,
-        "uniform": 22 + 11 + 0.5,
-        "chosen": 22 + 0.5 + 3 * (11 + 3) + 0.25,
-    }
-    assert (found.weighting, found.selection) == (0.5, 0.25)
+    assert found.loops == {"once": 22 + 11, "repeated": 22 + 11 / 4}
     assert max(found.spread.values()) == pytest.approx(0, abs=1e-9)
     assert found.backward_ratio == 2
     assert found.sample_ratio == 6
@@ -257,7 +235,7 @@ def test_every_loop_begins_where_the_others_do(toy):
     bench.round()
     bench.measurement()
     begins = [steps for index, steps in STEPS_AT if index == 101]
-    assert begins == 7 * [1]  # five kinds, the singles, the FLOPs
+    assert begins == 5 * [1]  # two kinds, the parts, the singles, the FLOPs
     assert min(STEPS_AT)[0] == 101
 
 
@@ -306,8 +284,6 @@ def test_every_task_can_be_measured(name, request):
     found = measure(study.tasks["t"], **QUICK)
     assert Measurement.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert all(value > 0 for value in (*found.parts.values(), *found.loops.values()))
-    refused = study.tasks["t"].refusals()
-    assert ("chosen" in found.loops) == ("bounds" in found.parts) == ("importance" not in refused)
     assert ("resample" in found.parts) == (name == "reinforcement")
     assert found.flops["backward"] > found.flops["forward"] / 3
 

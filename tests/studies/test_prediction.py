@@ -33,13 +33,12 @@ LONG = {  # an update of 100 ms, 20 ms of data
     "recording": 0.002,
     "data": 0.020,
     "scoring": 0.025,
-    "bounds": 0.026,
     "refresh": 0.015,
     "resample": 0.012,
 }
-LONG_LOOPS = {"once": 0.120, "repeated": 0.105, "uniform": 0.131, "chosen": 0.252}
+LONG_LOOPS = {"once": 0.120, "repeated": 0.105}
 SHORT = {name: value / 100 for name, value in LONG.items()}
-LOOPS = {"once": 0.00110, "repeated": 0.00095, "uniform": 0.00120, "chosen": 0.00250}
+LOOPS = {"once": 0.00110, "repeated": 0.00095}
 
 
 def measurement(parts=LONG, loops=None, **changes) -> Measurement:
@@ -51,8 +50,6 @@ def measurement(parts=LONG, loops=None, **changes) -> Measurement:
         "batch_size": 10,
         "forward_samples": 10,
         "backward_samples": 10,
-        "scoring_samples": 10,
-        "bound_samples": 10,
         "parts": parts,
         "loops": loops,
         "spread": {"once": 0.00005},
@@ -130,60 +127,12 @@ def test_seconds_by_hand(ledger, config, expected):
     assert predict(measurement(), ledger, config=config) == pytest.approx(expected)
 
 
-IMPORTANCE = {"name": "importance", "presample": 3, "score": "gradient_norm"}
-
-
-def chosen_by(sampler: dict, **loader) -> dict:
-    return {"method": {"sampler": sampler}, "loader": loader}
-
-
-def test_importance_sampling_takes_what_its_loops_take():
-    found = measurement(SHORT)
-    config = chosen_by(IMPORTANCE)
-    off, on = counts(8, 8), counts(8, 8, scored=3 * 8 * 10)
-    assert predict(found, off, config=config) == pytest.approx(8 * LOOPS["uniform"])
-    assert predict(found, on, config=config) == pytest.approx(8 * LOOPS["chosen"])
-    # Half and half is in the middle.
-    half = counts(8, 8, scored=3 * 4 * 10)
-    middle = 4 * (LOOPS["uniform"] + LOOPS["chosen"])
-    assert predict(found, half, config=config) == pytest.approx(middle)
-
-
-def test_a_larger_presample_is_made_scored_and_waited_for():
-    found = measurement(SHORT)
-    one = counts(1, 1, scored=5 * 10)
-    larger = IMPORTANCE | {"presample": 5}
-    expected = LOOPS["chosen"] + 2 * (found.model.data + SHORT["bounds"])
-    assert predict(found, one, config=chosen_by(larger)) == pytest.approx(expected)
-    slow = predict(found, one, config=chosen_by(larger, delay_ms=10))
-    assert slow == pytest.approx(expected + 5 * 0.010)
-    by_loss = predict(found, one, config=chosen_by(larger | {"score": "loss"}))
-    assert by_loss == pytest.approx(expected - 5 * (SHORT["bounds"] - SHORT["scoring"]))
-
-
-def test_other_samplers_pay_for_what_they_score():
-    found = measurement()
-    standard = 30 * 0.120 + 30 * 0.011  # of weights
-    hard = predict(found, counts(30, 30), config=chosen_by({"name": "hard_mining"}))
-    assert hard == pytest.approx(standard)
-    ledger = counts(30, 30, scored=60 * 10)  # two batches scored for one that is kept
-    kept = predict(found, ledger, config=chosen_by({"name": "selective", "beta": 1.0}))
-    assert kept == pytest.approx(standard + 30 * 0.020 + 60 * 0.025 + 30 * found.selection)
-
-
-def test_what_rho_loss_scores_beforehand_is_no_training_time():
-    found = measurement()
-    ledger = counts(30, 30, scored=500 + 30 * 3 * 10)
-    config = chosen_by({"name": "rho_loss", "presample": 3})
-    expected = 30 * (0.120 + 0.011) + 30 * 2 * 0.020 + 90 * 0.025 + 30 * found.selection
-    assert predict(found, ledger, config=config) == pytest.approx(expected)
-
-
-def test_a_task_that_refuses_importance_sampling_still_has_a_prediction():
-    loops = {name: LONG_LOOPS[name] for name in ("once", "repeated")}
-    found = measurement(loops=loops)
-    config = chosen_by({"name": "hard_mining", "score": "loss"})
-    assert predict(found, counts(30, 30), config=config) == pytest.approx(30 * 0.120)
+def test_a_sampler_pays_for_what_it_scores_and_passes_over():
+    ledger = counts(30, 30, scored=90 * 10) | {"passed_batches": 60}
+    expected = 30 * 0.120 + 60 * 0.020 + 90 * 0.025
+    assert predict(measurement(), ledger) == pytest.approx(expected)
+    slow = predict(measurement(), ledger, config={"loader": {"delay_ms": 10}})
+    assert slow == pytest.approx(expected + 90 * 0.010)
 
 
 def test_a_ledger_from_before_scoring_was_counted():

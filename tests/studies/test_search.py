@@ -19,8 +19,8 @@ from repeatlab.cli import ROOT, main
 from repeatlab.core.schema import ConfigError, parse, read_yaml
 from repeatlab.cost import Ledger, cost_units
 from repeatlab.store.records import Store
-from repeatlab.studies.search import Search, run_search, run_searches
-from repeatlab.studies.search_space import Choices, Range, Trial
+from repeatlab.studies.search import Search, run_search, search_with
+from repeatlab.studies.search_space import Choices, Range
 from repeatlab.studies.study import StudyError
 from repeatlab.training.config import RunConfig
 from repeatlab.training.loop import train
@@ -43,9 +43,9 @@ def search_of(**changes) -> Search:
     return parse(Search, FIELDS | changes)
 
 
-def grid(*choices, widen=0, **changes) -> Search:
-    sampler = {"name": "grid", "widen": widen}
-    return search_of(space={"task.lr": {"choices": choices}}, sampler=sampler, **changes)
+def grid(*choices, **changes) -> Search:
+    space, sampler = {"task.lr": {"choices": choices}}, {"name": "grid"}
+    return search_of(space=space, sampler=sampler, **changes)
 
 
 class Maker:
@@ -75,7 +75,8 @@ class Maker:
             run = self.store.run(config.task.name, run_id)
             writer = self.store.begin(run, config.to_json(), {})
             ledger = Ledger(updates=20, forward_samples=100, seconds=0.5, holdout_updates=3)
-            details = {"update": 7} if value is None else {"final": {"validation.loss": value}}
+            final = value if isinstance(value, dict) else {"validation.loss": value}
+            details = {"update": 7} if value is None else {"final": final}
             status = "diverged" if value is None else "complete"
             writer.finish(status, {"ledger": ledger.to_json(), **details})
         return failures
@@ -89,8 +90,11 @@ def valley(config: RunConfig) -> float:
 def found(search: Search, path, value_of=valley, most=inf):
     """Return what a search by closed form finds, and what made its runs."""
     make = Maker(value_of, Store(path), most)
-    (report,) = run_searches([search], make.store, make)
-    return report, make
+    return search_with(search, make.store, make), make
+
+
+def first_of(search: Search) -> list[dict]:
+    return search.sampler.build().first(search.space, search.seed)
 
 
 def rates(report) -> list[float]:
@@ -140,24 +144,6 @@ def test_what_counts_as_an_end(dimension, value, end):
     assert dimension.end_at(value) == end
 
 
-@pytest.mark.parametrize(
-    ("choices", "value", "further"),
-    [
-        ((0.01, 0.03, 0.1), 0.1, 0.333333),
-        ((0.1, 0.01, 0.03), 0.01, 0.00333333),
-        ((0.01, 0.03, 0.1), 0.03, None),
-        ((16, 32, 64), 64, 128),
-        ((1, 2), 1, None),  # 0.5 is no whole number, and 1 is there
-        ((0.0, 0.9), 0.9, None),  # by which factor?
-        (("a", "b"), "a", None),
-    ],
-)
-def test_choices_are_widened_by_the_factor_at_their_end(choices, value, further):
-    wider = Choices(choices=choices).widened(value)
-    assert wider.choices == (choices if further is None else (*choices, pytest.approx(further)))
-    assert {type(c) for c in wider.choices} == {type(choices[0])}
-
-
 # --- samplers ---------------------------------------------------------------------------------
 
 RANGES = {"task.lr": LR, "method.mapping.t": {"low": 0.5, "high": 2}}
@@ -170,35 +156,14 @@ def test_a_grid_is_every_combination_once(tmp_path):
     assert points == list(product((0.1, 0.2), (16, 32, 64)))
 
 
-def test_a_grid_grows_beyond_the_end_where_its_best_lies_and_says_so(tmp_path):
-    best_at_one = lambda config: abs(log10(config.task.lr))  # noqa: E731
-    report, make = found(grid(0.05, 0.1, 0.2, widen=9), tmp_path, best_at_one)
-    assert rates(report) == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])
-    assert make.rounds == [3, 1, 1, 1]
-    assert report.best.params == {"task.lr": 0.8}
-    expected = ["task.lr: the best lay at an end of 0.05, 0.1, 0.2, which was widened"]
-    assert report.warnings == expected
-    again, make = found(grid(0.05, 0.1, 0.2, widen=9), tmp_path, best_at_one)
-    assert (again.trials, make.made) == (report.trials, [])
-
-
-def test_a_grid_that_may_grow_no_more_warns(tmp_path):
-    report, _ = found(grid(0.2, 0.4, widen=1), tmp_path)
-    assert rates(report) == pytest.approx([0.2, 0.4, 0.1])
-    assert report.warnings[1].startswith("the best task.lr, 0.1, lies at the lower end of what was")
-    assert found(grid(0.2, 0.4), tmp_path / "narrow")[0].warnings == [
+def test_a_best_value_at_an_end_is_a_warning(tmp_path):
+    report, _ = found(grid(0.2, 0.4), tmp_path)
+    assert report.warnings == [
         "the best task.lr, 0.2, lies at the lower end of what was searched (0.2, 0.4): look further"
         " there"
     ]
-
-
-def test_a_grid_that_grows_to_what_no_run_can_have_says_so(tmp_path):
-    space = {"task.optimizer.momentum": {"choices": [0.5, 0.9]}}
-    search = search_of(space=space, sampler={"name": "grid"})
-    report, make = found(search, tmp_path, lambda c: -c.task.optimizer.momentum)
-    assert [trial.status for trial in report.trials] == ["complete", "complete", "refused"]
-    assert "momentum must be at least 0 and below 1" in report.trials[2].reason
-    assert (report.best.params, len(make.made)) == ({"task.optimizer.momentum": 0.9}, 2)
+    assert f"warning: {report.warnings[0]}" in str(report)
+    assert found(grid(0.05, 0.1, 0.2), tmp_path)[0].warnings == []
 
 
 def test_draws_are_uniform_on_their_scale():
@@ -209,8 +174,9 @@ def test_draws_are_uniform_on_their_scale():
         "task.batch_size": {"choices": [16, 32]},
     }
     sampler = {"name": "random", "trials": 1000}
-    points = search_of(space=space, method=LINEAR, sampler=sampler).propose([])
+    points = first_of(search_of(space=space, method=LINEAR, sampler=sampler))
     drawn = {path: [point[path] for point in points] for path in space}
+    assert {type(value) for value in drawn["method.mapping.max_repeats"]} == {int}
     assert kstest(drawn["task.lr"], loguniform(1e-4, 1e-1).cdf).pvalue > 0.001
     assert kstest(drawn["method.mapping.t"], uniform(0.5, 1.5).cdf).pvalue > 0.001
     for path, values in (
@@ -222,71 +188,49 @@ def test_draws_are_uniform_on_their_scale():
         assert chisquare(counts).pvalue > 0.001
 
 
+def test_whole_numbers_on_a_log_scale_are_drawn_by_their_share_of_it():
+    """A number n stands for n - 1/2 to n + 1/2, of which the least and the largest have all."""
+    space = {"method.mapping.max_repeats": {"low": 2, "high": 6, "kind": "int", "log": True}}
+    sampler = {"name": "random", "trials": 2000}
+    points = first_of(search_of(space=space, method=LINEAR, sampler=sampler))
+    drawn = [point["method.mapping.max_repeats"] for point in points]
+    shares = np.diff(np.log(np.arange(1.5, 7)))
+    counts = [drawn.count(value) for value in range(2, 7)]
+    assert chisquare(counts, 2000 * shares / shares.sum()).pvalue > 0.001
+
+
 @given(st.integers(0, 50), st.integers(1, 12), st.integers(1, 12))
 def test_random_trials_depend_on_the_seed_and_their_number_only(seed, few, more):
-    def points(trials, count=0):
-        search = search_of(space=RANGES, method=LINEAR, seed=seed, sampler=trials)
-        return search.propose([Trial({}, "complete", 0.0)] * count)
+    def points(trials):
+        sampler = {"name": "random", "trials": trials}
+        return first_of(search_of(space=RANGES, method=LINEAR, seed=seed, sampler=sampler))
 
-    first = points({"name": "random", "trials": few})
-    assert points({"name": "random", "trials": few + more})[:few] == first
-    assert points({"name": "random", "trials": few}, few - 1) == first[-1:]
-    assert points({"name": "random", "trials": few}, few) == []
+    assert points(few + more)[:few] == points(few)
+    rates_ = [point["task.lr"] for point in points(few + more)]
+    assert len(set(rates_)) == few + more
 
 
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_the_fine_stage_stays_within_its_factor_of_the_best_coarse_trial(metric):
+def test_the_fine_stage_stays_within_its_factor_of_the_best_coarse_trial(tmp_path, metric):
     sampler = {"name": "coarse_to_fine", "trials": 20, "coarse": 8, "factor": 4.0}
-    search = search_of(space=RANGES, method=LINEAR, metric=metric, sampler=sampler)
-    coarse = search.propose([])
-    assert coarse == search_of(
-        space=RANGES, method=LINEAR, sampler={"name": "random", "trials": 8}
-    ).propose([])
+    fields = {"space": RANGES, "method": LINEAR, "metric": metric}
     sign = 1 if metric == "loss" else -1
-    values = [sign * abs(log10(point["task.lr"]) + 1) for point in coarse]
-    trials = [Trial(p, "complete", v) for p, v in zip(coarse, values, strict=True)]
-    best = min(coarse, key=lambda point: abs(log10(point["task.lr"]) + 1))
-    fine = search.propose(trials)
-    assert len({point["task.lr"] for point in fine}) == 12
-    for point in fine:
+
+    def away(config):
+        return {f"validation.{metric}": sign * abs(log10(config.task.lr) + 1)}
+
+    report, make = found(search_of(sampler=sampler, **fields), tmp_path, away)
+    assert make.rounds == [8, 12]
+    points = [trial.params for trial in report.trials]
+    assert points[:8] == first_of(search_of(sampler={"name": "random", "trials": 8}, **fields))
+    best = min(points[:8], key=lambda point: abs(log10(point["task.lr"]) + 1))
+    assert len({point["task.lr"] for point in points}) == 20
+    for point in points[8:]:
         assert best["task.lr"] / 4 <= point["task.lr"] <= best["task.lr"] * 4
         assert abs(point["method.mapping.t"] - best["method.mapping.t"]) <= 1.5 / 8
-    lost = search.propose([Trial(point, "diverged") for point in coarse])
-    assert max(p["task.lr"] for p in lost) / min(p["task.lr"] for p in lost) > 16
-
-
-def tpe(trials, seed=0, lost=(), **options) -> list[Trial]:
-    """Return the trials of a search by TPE for the least of a bowl at lr = 0.1."""
-    sampler = {"name": "tpe", "trials": trials, **options}
-    search = search_of(space=RANGES, method=LINEAR, sampler=sampler, seed=seed)
-    made: list[Trial] = []
-    while points := search.propose(made):
-        for point in points:
-            value = (log10(point["task.lr"]) + 1) ** 2 + 0.1 * point["method.mapping.t"]
-            gone = len(made) in lost
-            made.append(Trial(point, *(("diverged",) if gone else ("complete", value))))
-    return made
-
-
-def test_tpe_comes_nearer_than_chance():
-    def distance(last):
-        tried = [trial for seed in range(4) for trial in tpe(30, seed)[last]]
-        return np.mean([abs(log10(trial.params["task.lr"]) + 1) for trial in tried])
-
-    assert distance(slice(10)) > 0.45  # by chance; the mean of |u| over u from -1 to 1 is 0.5
-    assert distance(slice(15, None)) < 0.4
-
-
-def test_tpe_takes_lost_trials_for_the_worst_and_knows_nothing_of_its_own_round():
-    options = {"at_once": 4, "startup": 8}
-    before = tpe(16, **options)
-    assert tpe(12, **options) == before[:12]
-    order = sorted(range(8), key=lambda number: before[number].value)
-    for number, moves in ((order[-1], False), (order[0], True)):
-        after = tpe(16, lost=[number], **options)
-        same = [a.params == b.params for a, b in zip(before, after, strict=True)]
-        assert all(same[:8])
-        assert all(same[8:12]) != moves
+    report, _ = found(search_of(sampler=sampler, **fields), tmp_path / "lost", lambda config: None)
+    lost = rates(report)[8:]
+    assert max(lost) / min(lost) > 16
 
 
 # --- from a point to a run --------------------------------------------------------------------
@@ -343,12 +287,8 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
     ("changes", "message"),
     [
         ({"name": "../x"}, "name: the search name '../x' must consist of"),
-        ({"sampler": {"name": "tpf"}}, "sampler: unknown sampler 'tpf'; did you mean 'tpe'?"),
+        ({"sampler": {"name": "gird"}}, "sampler: unknown sampler 'gird'; did you mean 'grid'?"),
         ({"sampler": {"name": "random"}}, "sampler.trials: Field required"),
-        (
-            {"sampler": {"name": "tpe", "trials": 9, "at_once": 0}},
-            "sampler: at_once must be at least 1; not 0",
-        ),
         (
             {"sampler": {"name": "coarse_to_fine", "trials": 9, "factor": 1.0}},
             "sampler: factor must be a finite number above 1; not 1.0",
@@ -359,7 +299,7 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
         ),
         ({"sampler": {"name": "grid"}}, "space.task.lr: must be {choices: [...]} for a grid"),
         ({"space": {}}, "space: Dictionary should have at least 1 item"),
-        ({"space": {"task.lr": 0.1}}, "space.task.lr: must be {low: ..., high: ...} or {choices"),
+        ({"space": {"task.lr": 0.1}}, "space.task.lr: must be a mapping with keys among high, kin"),
         ({"space": {"task.lr": {"low": 1, "high": 1}}}, "space.task.lr: low must be below high; n"),
         ({"space": {"task.lr": {"low": 2}}}, "space.task.lr.high: Field required"),
         ({"space": {"task.lr": LR | {"hi": 3}}}, "space.task.lr.hi: unknown key; did you mean 'hi"),
@@ -401,8 +341,8 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
             },
             "space: with method.mapping.low = 4, method.mapping.high = 3: method.mapping: low must",
         ),
-        ({"evaluation": {"test": True}}, "evaluation: test: must be false: a search never reads"),
-        ({"evaluation": {"splits": ["train"]}}, "evaluation: splits: must hold validation"),
+        ({"evaluation": {"test": True}}, "evaluation: must have test: false and validation in s"),
+        ({"evaluation": {"splits": ["train"]}}, "evaluation: must have test: false and validation"),
         (
             {
                 "method": {"mapping": {"name": "linear", "t": "auto"}},
@@ -434,75 +374,51 @@ def test_the_value_is_the_mean_over_seeds_and_the_best_is_the_least(tmp_path):
     assert report.warnings == []
 
 
-def test_searches_side_by_side_have_their_runs_made_together(tmp_path):
-    """As the arms of a study do that are tuned alike; what both ask for is made once."""
-    fields = {"space": {"task.lr": GRID}, "sampler": {"name": "grid"}, "seeds": 2}
-    arms = {"standard": {}, "fixed2": {"mapping": {"name": "constant", "repeats": 2}}}
-    searches = [search_of(name=name, method=arm, **fields) for name, arm in arms.items()]
-    make = Maker(valley, Store(tmp_path))
-    reports = run_searches([*searches, searches[0]], make.store, make)
-    assert make.rounds == [2 * 5 * 2]
-    assert [report.best.params for report in reports] == 3 * [{"task.lr": 0.1}]
-    assert set(reports[0].best.runs).isdisjoint(reports[1].best.runs)
-    assert reports[0].cost == reports[2].cost
-
-
 def test_the_cost_sums_the_ledgers_and_counts_a_shared_run_once(tmp_path):
     space, sampler = {"task.lr": {"choices": [0.1, 0.2]}}, {"name": "random", "trials": 8}
     report, make = found(search_of(space=space, sampler=sampler, seeds=2), tmp_path)
     assert set(rates(report)) == {0.1, 0.2}
     assert make.rounds == [4]
-    assert report.cost == {
-        "runs": 4,
-        "updates": 4 * 23,
+    spent = {name: value for name, value in report.cost.items() if value}
+    assert spent == {
+        "updates": 4 * 20,
         "forward_samples": 400,
-        "backward_samples": 0,
-        "scoring_samples": 0,
-        "environment_steps": 0,
         "seconds": 2.0,
+        "holdout_updates": 4 * 3,
     }
     assert cost_units(report.cost, 2.0) == 400
-
-
-def test_teachers_that_trials_share_count_once(tmp_path):
-    search = search_of(
-        task={"name": "supervised", "model": "mlp", "width": 8, "augment": False},
-        method={
-            "distillation": {"teachers": 2, "updates": 7},
-            "mapping": {"name": "threshold", "t": 1.0},
-        },
-        space={"method.mapping.t": {"choices": [0.5, 1.0, 2.0]}},
-        sampler={"name": "grid", "widen": 0},
-        max_updates=5,
-    )
-    cost = run_search(search, tmp_path, workers=0).cost
-    assert (cost["runs"], cost["updates"]) == (5, 3 * 5 + 2 * 7)
 
 
 @pytest.mark.parametrize("value", [nan, inf])
 def test_a_metric_that_is_not_finite_is_no_value(tmp_path, value):
     report, _ = found(grid(0.1, 0.2, seeds=2), tmp_path, lambda c: value if c.seed else 0.5)
-    assert [(trial.status, trial.value) for trial in report.trials] == 2 * [("diverged", None)]
+    assert [trial.value for trial in report.trials] == [None, None]
     assert report.trials[0].reason == f"the metric is {value} (seed 1)"
     assert report.best is None
-    assert report.warnings == ["no trial is complete: there is no best one"]
+    assert report.warnings == ["all trials diverged: there is no best one"]
     assert "best:" not in str(report)
 
 
-def test_diverged_and_failed_trials_are_told_from_complete_ones(tmp_path):
+def test_diverged_trials_are_told_from_complete_ones(tmp_path):
     def value(config):
-        return {0.1: 1.0, 0.2: None, 0.4: "planted"}[config.task.lr] if config.seed else 0.5
+        return {0.1: 1.0, 0.2: None}[config.task.lr] if config.seed else 0.5
 
-    report, _ = found(grid(0.1, 0.2, 0.4, seeds=2), tmp_path, value)
-    assert report.table["status"].tolist() == ["complete", "diverged", "failed"]
-    assert report.table["reason"].tolist() == [
-        "",
-        "diverged at update 7 (seed 1)",
-        "planted (seed 1)",
-    ]
+    report, make = found(grid(0.1, 0.2, seeds=2), tmp_path, value)
+    assert report.table["reason"].tolist() == ["", "diverged at update 7 (seed 1)"]
     assert report.best.value == 0.75
-    assert report.cost["runs"] == 5
-    assert json.loads(json.dumps(report.to_json()))["trials"][2]["reason"] == "planted (seed 1)"
+    stored = json.loads(json.dumps(make.store.read_study("small")))["found"]
+    assert [trial["value"] for trial in stored["trials"]] == [0.75, None]
+
+
+def test_a_failed_run_is_an_error_after_the_others_of_its_stage(tmp_path):
+    def value(config):
+        return "planted" if config.task.lr == 0.1 else 0.5
+
+    with pytest.raises(StudyError, match=r"1 of 3 runs failed:\n  .*: planted$"):
+        found(grid(0.05, 0.1, 0.2), tmp_path, value)
+    report, make = found(grid(0.05, 0.1, 0.2), tmp_path)
+    assert make.made == [(0.1, 0)]
+    assert [trial.value for trial in report.trials] == [0.5, 0.0, 0.5]
 
 
 def test_a_metric_that_the_task_has_not_is_named_and_costs_no_second_training(tmp_path):
@@ -553,7 +469,7 @@ def test_a_second_call_trains_nothing(tmp_path):
 
 def test_the_same_search_makes_the_same_trials_in_worker_processes(tmp_path):
     search = search_of(
-        sampler={"name": "tpe", "trials": 4, "at_once": 2, "startup": 2},
+        sampler={"name": "coarse_to_fine", "trials": 4, "coarse": 2},
         method={"mapping": {"name": "linear", "t": "auto"}},
         calibration={"updates": 5},
     )
@@ -562,8 +478,8 @@ def test_the_same_search_makes_the_same_trials_in_worker_processes(tmp_path):
     assert here.trials == there.trials
     # Each with its calibration run
     assert len(list(tmp_path.glob("there/supervised/*/summary.json"))) == 8
-    assert here.cost["runs"] == there.cost["runs"] == 8
-    assert here.cost["updates"] == 4 * (20 + 5)
+    assert here.cost["updates"] == there.cost["updates"] == 4 * 20
+    assert here.cost["calibration_updates"] == 4 * 5
 
 
 @pytest.mark.parametrize("t", [1.0, "auto"])
@@ -571,12 +487,11 @@ def test_divergence_is_a_result_and_also_that_of_a_calibration_run(tmp_path, t):
     method = {"mapping": {"name": "linear", "t": t}}
     search = grid(0.05, 1e9, method=method, calibration={"updates": 10})
     report = run_search(search, tmp_path, workers=0)
-    assert [trial.status for trial in report.trials] == ["complete", "diverged"]
+    assert [trial.value is None for trial in report.trials] == [False, True]
     summaries = [json.loads(p.read_text()) for p in tmp_path.glob("supervised/*/summary.json")]
     (ended,) = {summary["update"] for summary in summaries if summary["status"] == "diverged"}
     assert report.trials[1].reason == f"diverged at update {ended} (seed 0)"
     assert report.best.params == {"task.lr": 0.05}
-    assert report.cost["runs"] == len(summaries)
     assert run_search(search, tmp_path, workers=0).cost == report.cost
 
 
@@ -593,14 +508,13 @@ def test_a_trial_that_failed_takes_no_other_down_and_is_made_again(tmp_path, mon
     search = grid(0.9, 0.1)
     with monkeypatch.context() as patch:
         patch.setitem(tasks.TASKS, "supervised", f"{__name__}:_Fails")
-        with pytest.raises(StudyError, match=r"1 of 2 trials failed:\n(?s:.*)Error: planted"):
+        with pytest.raises(StudyError, match=r"1 of 2 runs failed:\n  .*: RuntimeError: planted"):
             run_search(search, tmp_path, workers=0)
-    stored = Store(tmp_path).read_study("small")["found"]
-    assert [trial["status"] for trial in stored["trials"]] == ["failed", "complete"]
-    assert stored["trials"][0]["reason"] == "RuntimeError: planted (seed 0)"
-    assert stored["best"]["params"] == {"task.lr": 0.1}
+    assert [p.parent for p in tmp_path.glob("supervised/*/summary.json")] == [
+        Store(tmp_path).run("supervised", search.configs({"task.lr": 0.1})[0].run_id).path
+    ]
     report = run_search(search, tmp_path, workers=0)
-    assert [trial.status for trial in report.trials] == ["complete", "complete"]
+    assert all(trial.value is not None for trial in report.trials)
 
 
 # --- going on ---------------------------------------------------------------------------------
@@ -608,7 +522,6 @@ def test_a_trial_that_failed_takes_no_other_down_and_is_made_again(tmp_path, mon
 STOPPED = {
     "random": {"name": "random"},
     "coarse_to_fine": {"name": "coarse_to_fine", "coarse": 3},
-    "tpe": {"name": "tpe", "at_once": 2, "startup": 3},
 }
 
 
@@ -661,13 +574,13 @@ def test_the_command_prints_trials_best_and_cost(tmp_path, monkeypatch, capsys):
         assert code == 0
         stored = Store(tmp_path / "runs").read_study("tiny")["found"]
         header, first, second, *rest = out.splitlines()
-        assert header.split() == ["trial", "task.lr", "validation.loss", "status", "reason"]
+        assert header.split() == ["task.lr", "validation.loss", "reason"]
         for line, trial in zip((first, second), stored["trials"], strict=True):
-            shown = [f"{trial['params']['task.lr']:.4g}", f"{trial['value']:.4g}", "complete"]
+            shown = [f"{trial['params']['task.lr']:.4g}", f"{trial['value']:.4g}"]
             assert line.split()[1:] == shown
         best = min(stored["trials"], key=lambda trial: trial["value"])
         assert rest[0].startswith(f"best: task.lr = {best['params']['task.lr']} with ")
-        assert rest[-1].startswith("cost: 2 trials, 2 runs, 20 updates, 1280 forward_samples, ")
+        assert rest[-1] == "cost: 2 trials, 20 updates, 1280 samples forward"
     code, out, _ = _call(monkeypatch, capsys, "status", "tiny", "--runs", tmp_path / "runs")
     assert (code, "complete" in out) == (0, True)
 

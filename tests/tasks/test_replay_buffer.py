@@ -141,9 +141,3 @@ def test_goes_on_after_a_reload_as_if_nothing_had_happened():
         assert numbers.tolist() == list(second.samples_at(second.steps))
         pairs = zip(whole.batch(numbers, 0)[:-1], second.batch(numbers, 0)[:-1], strict=True)
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
-
-
-@pytest.mark.parametrize(("capacity", "n_steps"), [(2, 3), (10, 0)])
-def test_refuses_sizes_that_hold_no_transition(capacity, n_steps):
-    with pytest.raises(ValueError, match=f"not {n_steps} and {capacity}"):
-        ReplayBuffer(capacity, SIZE, n_steps=n_steps, gamma=GAMMA)

@@ -17,9 +17,9 @@ This module never imports torch: a configuration is read without it.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from math import isfinite
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -41,16 +41,17 @@ def _check_range(field: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{field} must lie between {low} and {high}, not {value!r}")
 
 
-class Sampler(ABC):
+class Sampler:
     """Base of all samplers' parameters.
 
     Class attributes:
         unbiased: Whether the weighted batch gradient equals the mean gradient in expectation.
+        running: What draws, "module:class", of this folder: its module imports torch.
     """
 
     unbiased: ClassVar[bool] = False
+    running: ClassVar[str]
 
-    @abstractmethod
     def start(
         self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
     ) -> RunningSampler:
@@ -64,6 +65,9 @@ class Sampler(ABC):
             rebuild: Returns another task of the same configuration, its initial weights drawn
                 from the random stream that it is given.
         """
+        module, name = self.running.split(":")
+        kind = getattr(import_module(f"{__name__}.{module}"), name)
+        return kind(task, seed, self, progress=progress, rebuild=rebuild)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class HardMining(Sampler):
     beta: float = 0.0
     beta_end: float | None = None
 
+    running = "history:RunningHardMining"
+
     def __post_init__(self) -> None:
         _check_range("alpha", self.alpha, 0, 10)
         _check_range("floor", self.floor, 1e-6, 1)
@@ -103,13 +109,6 @@ class HardMining(Sampler):
             _check_range("beta_end", self.beta_end, 0, 1)
             if not self.beta < self.beta_end:
                 raise ValueError(f"beta_end must exceed beta, but {self.beta_end} <= {self.beta}")
-
-    def start(
-        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
-    ) -> RunningSampler:
-        from repeatlab.methods.sampling.history import RunningHardMining
-
-        return RunningHardMining(self, task, seed, progress)
 
 
 @dataclass(frozen=True)
@@ -131,18 +130,13 @@ class OnlineBatchSelection(Sampler):
     pressure_end: float | None = None
     sort_every: int = 20
 
+    running = "history:RunningOnlineSelection"
+
     def __post_init__(self) -> None:
         _check_range("pressure", self.pressure, 1, 1e9)
         if self.pressure_end is not None:
             _check_range("pressure_end", self.pressure_end, 1, 1e9)
         _check_count("sort_every", self.sort_every)
-
-    def start(
-        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
-    ) -> RunningSampler:
-        from repeatlab.methods.sampling.history import RunningOnlineSelection
-
-        return RunningOnlineSelection(self, task, seed, progress)
 
 
 @dataclass(frozen=True)
@@ -170,18 +164,12 @@ class Importance(Sampler):
     ema: float = 0.9
 
     unbiased: ClassVar[bool] = True
+    running = "importance:RunningImportance"
 
     def __post_init__(self) -> None:
         _check_count("presample", self.presample, 2)
         _check_range("k", self.k, 0.01, 100)
         _check_range("ema", self.ema, 0, 0.9999)
-
-    def start(
-        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
-    ) -> RunningSampler:
-        from repeatlab.methods.sampling.importance import RunningImportance
-
-        return RunningImportance(self, task, seed)
 
 
 @dataclass(frozen=True)
@@ -201,16 +189,11 @@ class SelectiveBackprop(Sampler):
     beta: float = 1.0
     history: int = 1024
 
+    running = "selective:RunningSelective"
+
     def __post_init__(self) -> None:
         _check_range("beta", self.beta, 0, 20)
         _check_count("history", self.history)
-
-    def start(
-        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
-    ) -> RunningSampler:
-        from repeatlab.methods.sampling.selective import RunningSelective
-
-        return RunningSelective(self, task, seed)
 
 
 @dataclass(frozen=True)
@@ -230,16 +213,11 @@ class RhoLoss(Sampler):
     presample: int = 10
     holdout_updates: int = 1000
 
+    running = "rho:RunningRhoLoss"
+
     def __post_init__(self) -> None:
         _check_count("presample", self.presample, 2)
         _check_count("holdout_updates", self.holdout_updates)
-
-    def start(
-        self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
-    ) -> RunningSampler:
-        from repeatlab.methods.sampling.rho import RunningRhoLoss
-
-        return RunningRhoLoss(self, task, seed, rebuild)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

@@ -11,8 +11,7 @@ from repeatlab.methods.sampling.running import RunningSampler, Selection
 from repeatlab.methods.selection import LastScores, draw_by_rank, hard_mining
 
 if TYPE_CHECKING:
-    from repeatlab.methods.sampling import HardMining, OnlineBatchSelection, Progress
-    from repeatlab.tasks import Task
+    from repeatlab.methods.sampling import HardMining, OnlineBatchSelection
 
 
 class RunningHistory(RunningSampler):
@@ -20,14 +19,12 @@ class RunningHistory(RunningSampler):
 
     Attributes:
         memory: The scores, by sample number.
-        progress: Returns which share of the run is over.
     """
 
     kind = "loss"
 
-    def __init__(self, settings: Any, task: Task, seed: int, progress: Progress) -> None:
-        super().__init__(task, seed)
-        self.settings, self.progress = settings, progress
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
         self.memory = LastScores()
 
     def observe(self, batch: Any, losses: Tensor, bounds: Tensor | None) -> None:
@@ -83,8 +80,8 @@ class RunningOnlineSelection(RunningHistory):
 
     settings: OnlineBatchSelection
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
         self.order = torch.zeros(0, dtype=torch.int64)
 
     def fresh_batch(self, index: int) -> Selection:

@@ -13,7 +13,6 @@ from repeatlab.methods.selection import ImportanceSwitch, importance_sampling
 
 if TYPE_CHECKING:
     from repeatlab.methods.sampling import Importance
-    from repeatlab.tasks import Task
 
 
 class RunningImportance(RunningSampler):
@@ -26,11 +25,12 @@ class RunningImportance(RunningSampler):
             that of the standard arm.
     """
 
-    def __init__(self, settings: Importance, task: Task, seed: int) -> None:
-        super().__init__(task, seed)
-        self.settings = settings
-        threshold = tau_threshold(settings.presample, settings.k)
-        self.switch = ImportanceSwitch(threshold, settings.ema)
+    settings: Importance
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        threshold = tau_threshold(self.settings.presample, self.settings.k)
+        self.switch = ImportanceSwitch(threshold, self.settings.ema)
         self.count, self.block, self.uniform = 0, 0, True
         self._rows: list[tuple[int, float, float, bool]] = []
 

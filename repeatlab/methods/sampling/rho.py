@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ from repeatlab.methods.selection import rho_loss
 
 if TYPE_CHECKING:
     from repeatlab.methods.sampling import RhoLoss
-    from repeatlab.tasks import Task
 
 
 class RunningRhoLoss(RunningSampler):
@@ -25,12 +23,8 @@ class RunningRhoLoss(RunningSampler):
         irreducible: float32, (samples,): each sample's loss under the model that never saw it.
     """
 
-    def __init__(
-        self, settings: RhoLoss, task: Task, seed: int, rebuild: Callable[[str], Task]
-    ) -> None:
-        super().__init__(task, seed)
-        self.settings, self._rebuild = settings, rebuild
-        self.irreducible: Tensor | None = None
+    settings: RhoLoss
+    irreducible: Tensor | None = None
 
     def prepare(self) -> dict[str, float]:
         start = perf_counter()
@@ -61,7 +55,7 @@ class RunningRhoLoss(RunningSampler):
         halves = torch.randperm(total, generator=generator(self.seed, "holdout")).chunk(2)
         losses = torch.empty(total, device=self.task.device)
         for number, (seen, unseen) in enumerate((halves, halves[::-1])):
-            model = self._rebuild(f"holdout/{number}")
+            model = self.rebuild(f"holdout/{number}")
             for update in range(self.settings.holdout_updates):
                 draws = generator(self.seed, f"holdout/{number}", update)
                 places = torch.randint(len(seen), (model.batch_size,), generator=draws)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,13 +36,24 @@ class Selection(NamedTuple):
 class RunningSampler(ABC):
     """Draws the fresh batches of one run, in the order of their index.
 
+    Its arguments are those of `Sampler.start`, with the sampler as `settings`.
+
     Attributes:
         scored: Samples forwarded for scoring so far.
         host_reads: How often the host has waited for scores on the device.
     """
 
-    def __init__(self, task: Task, seed: int) -> None:
-        self.task, self.seed = task, seed
+    def __init__(
+        self,
+        task: Task,
+        seed: int,
+        settings: Any = None,
+        *,
+        progress: Callable[[], float] | None = None,
+        rebuild: Callable[[str], Task] | None = None,
+    ) -> None:
+        self.settings, self.task, self.seed = settings, task, seed
+        self.progress, self.rebuild = progress, rebuild
         self.scored = self.host_reads = 0
 
     def prepare(self) -> dict[str, float]:

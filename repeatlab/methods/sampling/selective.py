@@ -12,7 +12,6 @@ from repeatlab.methods.selection import selective_backprop
 
 if TYPE_CHECKING:
     from repeatlab.methods.sampling import SelectiveBackprop
-    from repeatlab.tasks import Task
 
 
 class RunningSelective(RunningSampler):
@@ -23,10 +22,12 @@ class RunningSelective(RunningSampler):
         waiting: (fresh batch, block, rows kept) of the samples that have filled no batch yet.
     """
 
-    def __init__(self, settings: SelectiveBackprop, task: Task, seed: int) -> None:
-        super().__init__(task, seed)
-        self.settings, self.block = settings, 0
-        self.losses: deque[float] = deque(maxlen=settings.history)
+    settings: SelectiveBackprop
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.block = 0
+        self.losses: deque[float] = deque(maxlen=self.settings.history)
         self.waiting: list[tuple[int, int, list[int]]] = []
         self._blocks: dict[int, Any] = {}
 

@@ -1,9 +1,9 @@
 """What a careful practitioner looks at before training: `check` makes all of it for one task.
 
 The inputs and their labels, the first loss against theory, gradients by central differences, that
-an update descends and is of a sensible size, that twenty samples can be learnt by heart, and that
-regularisation costs training loss. Every check looks at the task's own `step` from outside, so that
-a task needs nothing for it; what theory says of a task is in `expectations`.
+twenty samples can be learnt by heart, and that regularisation costs training loss. Every check
+looks at the task's own `step` from outside, so that a task needs nothing for it; what theory says
+of a task is in `expectations`.
 
 To look at the pictures: `figures.picture_grid(check(...).seen)`.
 """
@@ -15,15 +15,9 @@ from typing import Any
 
 from repeatlab.core.environment import pick_device
 from repeatlab.core.schema import Model, parse
-from repeatlab.studies.checks.expectations import EXPECTATIONS, Expectations, Expected
+from repeatlab.studies.checks.expectations import EXPECTATIONS, Expectations
 from repeatlab.studies.checks.gradient import gradient
-from repeatlab.studies.checks.learning import (
-    descent,
-    initial_loss,
-    overfitting,
-    regularisation,
-    updates,
-)
+from repeatlab.studies.checks.learning import initial_loss, overfitting, regularisation
 from repeatlab.studies.checks.pipeline import inputs, labels, seen
 from repeatlab.studies.checks.probe import Subject
 from repeatlab.studies.checks.report import Report, Result
@@ -31,9 +25,9 @@ from repeatlab.tasks import TASKS, Task, TaskConfig, load_task
 from repeatlab.training.config import TaskChoice
 from repeatlab.training.loop import torch_settings
 
-__all__ = ["CHECKS", "EXPECTATIONS", "Expectations", "Expected", "Report", "Result", "check"]
+__all__ = ["CHECKS", "EXPECTATIONS", "Expectations", "Report", "Result", "check"]
 
-CHECKS = (inputs, labels, initial_loss, gradient, descent, updates, overfitting, regularisation)
+CHECKS = (inputs, labels, initial_loss, gradient, overfitting, regularisation)
 
 
 class _Chosen(Model):

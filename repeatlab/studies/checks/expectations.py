@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from math import exp, log
+from dataclasses import dataclass, field
+from math import log
 from typing import Any, Literal
 
 import torch
@@ -20,22 +20,6 @@ QUIET = {
     "precision": "float32",
     "compile": False,
 }
-NEAR_ZERO = 0.05  # of the first loss
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a loss should be before training.
-
-    Attributes:
-        value: In the loss's own unit (nats but for TD losses).
-        tolerance: How far off it may be.
-        name: Which loss, where there are several.
-    """
-
-    value: float
-    tolerance: float
-    name: str = "loss"
 
 
 @dataclass(frozen=True)
@@ -43,27 +27,26 @@ class Expectations:
     """What is known of a task; a `str` says why a check does not apply.
 
     Attributes:
-        initial: From the task and a batch to what each optimizer's loss should be.
+        initial: From the task and a batch to what each optimizer's loss should be, by name, and how
+            far off it may be; in the loss's own unit (nats but for TD losses).
         inputs: From a batch to what the networks see, by name; images are (b, c, h, w).
         scale: What the pipeline makes of numbers: mean 0 and deviation 1 ("standard"), [0, 1]
             ("unit"), [-1, 1] ("symmetric"), or anything of the order of 1 ("order").
         labelled: From a batch to images, their labels and their sample numbers.
         differentiable: Fields for the gradient check, so that every part of the loss has weight.
-        memory: From a batch to the one that a network can learn by heart.
-        goal: From task, batch and first loss to the loss of a batch learnt by heart.
-        penalty: Fields that take out of the driver what regularises, where no weights decay.
+        memory: From a batch to the one that a network can learn by heart, to a loss near zero.
+        penalty: Fields that take out of the driver what regularises; None where weights decay.
     """
 
-    initial: Callable[[Any, Any], tuple[Expected, ...]] | str = (
+    initial: Callable[[Any, Any], dict[str, tuple[float, float]]] | str = (
         "no first loss is stated for this task"
     )
     inputs: Callable[[Any], dict[str, Tensor]] = field(default=lambda batch: _floats(batch))
     scale: Literal["standard", "unit", "symmetric", "order"] = "order"
     labelled: Callable[[Any], tuple[Tensor, Tensor, Tensor]] | str = "it learns from no labels"
     differentiable: Mapping[str, Any] = field(default_factory=dict)
-    memory: Callable[[Any], Any] = field(default=lambda batch: batch)
-    goal: Callable[[Any, Any, float], float] | str = "no lowest loss is stated for this task"
-    penalty: Mapping[str, Any] | str = "nothing regularises it"
+    memory: Callable[[Any], Any] | str = "no lowest loss is stated for this task"
+    penalty: Mapping[str, Any] | str | None = None
 
 
 def _floats(batch: Any) -> dict[str, Tensor]:
@@ -72,49 +55,46 @@ def _floats(batch: Any) -> dict[str, Tensor]:
     return {k: v for k, v in tensors.items() if v.is_floating_point() and v.ndim > 1 and len(v)}
 
 
-def _equal_classes(task: Any, batch: Any) -> tuple[Expected, ...]:
+def _equal_classes(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
     """ln(classes): all are equally likely. FixMatch's mask is empty at first.
 
     torch's linear layer gives logits of variance 1/3 on features of variance 1, which adds 1/6.
     """
     value = log(task.data.classes)
-    return (Expected(value, 0.15 * value),)
+    return {"loss": (value, 0.15 * value)}
 
 
-def _equal_classes_twice(task: Any, batch: Any) -> tuple[Expected, ...]:
+def _equal_classes_twice(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
     """ln(classes) for either network."""
-    (expected,) = _equal_classes(task, batch)
-    return tuple(replace(expected, name=f"the {n} network's loss") for n in ("first", "second"))
+    (expected,) = _equal_classes(task, batch).values()
+    return {f"the {which} network's loss": expected for which in ("first", "second")}
 
 
-def _equal_similarities(task: Any, batch: Any) -> tuple[Expected, ...]:
+def _equal_similarities(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
     """ln(2 B - 1): the partner is no more alike than any other view."""
     value = log(len(batch.views) - 1)
-    return (Expected(value, 0.1 * value),)
+    return {"loss": (value, 0.1 * value)}
 
 
-def _even_pixels(task: Any, batch: Any) -> tuple[Expected, ...]:
+def _even_pixels(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
     """pixels ln 2: every pixel at p = 0.5, and hardly any divergence from the prior."""
     value = batch.images[0].numel() * log(2)
-    return (Expected(value, 0.05 * value),)
+    return {"loss": (value, 0.05 * value)}
 
 
-def _even_odds(task: Any, batch: Any) -> tuple[Expected, ...]:
+def _even_odds(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
     """2 ln 2 and ln 2: D says 1/2 of everything, within the noise of its first weights."""
-    return (
-        Expected(2 * log(2), 0.5 * log(2), "D's loss"),
-        Expected(log(2), 0.25 * log(2), "G's loss"),
-    )
+    return {"D's loss": (2 * log(2), 0.5 * log(2)), "G's loss": (log(2), 0.25 * log(2))}
 
 
-def _no_values(task: Any, batch: Any) -> tuple[Expected, ...]:
+def _no_values(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
     """The Huber loss of an agent that values everything at 0: of the rewards themselves.
 
     First values are small beside the largest return, whose loss is the tolerance.
     """
     nothing = torch.zeros_like(batch.returns)
     losses = smooth_l1_loss(nothing, batch.returns, reduction="none")
-    return (Expected(losses.mean().item(), max(losses.max().item(), 0.1)),)
+    return {"loss": (losses.mean().item(), max(losses.max().item(), 0.1))}
 
 
 def _nothing_said(task: Any, batch: Any) -> tuple[Expected, ...]:
@@ -130,52 +110,21 @@ def _one_companion(batch: Any) -> Any:
     return batch._replace(**{name: getattr(batch, name)[::mu] for name in columns})
 
 
-def _near_zero(task: Any, batch: Any, first: float) -> float:
-    return NEAR_ZERO * first
-
-
-def _simplex(task: Any, batch: Any, first: float) -> float:
-    """Near the least NT-Xent of n images: partners alike, the images at a simplex's corners.
-
-    Then two images have the similarity -1 / (n - 1), which needs n - 1 dimensions.
-    """
-    images = len(batch.views) // 2
-    exponent = -images / (images - 1) / task.config.temperature
-    least = log(1 + (2 * images - 2) * exp(exponent))
-    near = NEAR_ZERO if task.config.projection >= images - 1 else 0.5
-    return least + near * (first - least)
-
-
-def _with_a_code(task: Any, batch: Any, first: float) -> float:
-    """A quarter of the way from the best that a decoder can do without z to the bound with it.
-
-    Without z it gives each pixel's mean over the images. With z, no code of n images costs less
-    than ln n nats, and grey pixels cost their entropy.
-    """
-    images = batch.images.flatten(1)
-    blind = _entropy(images.mean(0)).sum().item()
-    bound = _entropy(images).sum(1).mean().item() + log(len(images))
-    return 0.75 * blind + 0.25 * bound
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
-
-
 # Of a batch of `data.Batch`.
 _LABELLED: dict[str, Any] = {
     "scale": "standard",
     "labelled": lambda batch: (batch.images, batch.labels, batch.indices),
-    "goal": _near_zero,
+    "memory": lambda batch: batch,
 }
 EXPECTATIONS: dict[str, Expectations] = {
     "supervised": Expectations(initial=_equal_classes, **_LABELLED),
     "semisupervised": Expectations(
         initial=_equal_classes,
+        scale="standard",
+        labelled=lambda batch: (batch.labelled, batch.labels, batch.indices),
         # Every pseudo-label counts: after a short burn-in none would.
         differentiable={"threshold": 0.0},
         memory=_one_companion,
-        **_LABELLED | {"labelled": lambda batch: (batch.labelled, batch.labels, batch.indices)},
     ),
     "selfsupervised": Expectations(
         initial=_equal_similarities,
@@ -183,24 +132,24 @@ EXPECTATIONS: dict[str, Expectations] = {
             zip(("first views", "second views"), batch.views.chunk(2), strict=True)
         ),
         scale="standard",
-        goal=_simplex,
+        memory="its least loss is not near zero: other images stay",
     ),
     "reinforcement": Expectations(
         initial=_no_values,
         # The returns alone: bootstrapped targets would move with the network.
         memory=lambda batch: batch._replace(discounts=torch.zeros_like(batch.discounts)),
-        goal=_near_zero,
     ),
     "unsupervised": Expectations(
         initial=_even_pixels,
         scale="unit",
-        goal=_with_a_code,
+        memory="its least loss is not near zero: grey pixels have an entropy",
         penalty={"driver": "reconstruction"},
     ),
     "generative": Expectations(
         initial=_even_odds,
         scale="symmetric",
-        goal="D and G move against each other: no loss falls to its lowest value",
+        memory="D and G move against each other: no loss falls to its lowest value",
+        penalty="D and G move against each other: no loss is to rise",
     ),
     "transfer": Expectations(
         initial="features that were learnt have a scale of their own", **_LABELLED

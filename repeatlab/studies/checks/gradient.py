@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import isnan, nan
 from typing import NamedTuple
 
@@ -42,8 +43,9 @@ class Comparison(NamedTuple):
 def gradient(subject: Subject) -> Result:
     """Compare sampled derivatives of every weight tensor, each for its own optimizer's loss.
 
-    After a short burn-in, on few samples, in float64, without weight decay and augmentation. What a
-    loss takes for given (pseudo-labels, target networks, the other side of an adversarial pair)
+    A weight that no optimizer moves, or that is frozen, is a failure. After a short burn-in, on few
+    samples, in float64, without weight decay and augmentation. What a loss takes
+    for given (pseudo-labels, target networks, the other side of an adversarial pair)
     stays as it is but where a weight decides it, which then shows as a kink.
 
     Relative errors above 1e-2 are wrong, up to 1e-4 fine, 1e-7 is ideal. At a kink (a ReLU or a
@@ -52,12 +54,17 @@ def gradient(subject: Subject) -> Result:
     """
     with double_precision(subject) as probe:
         compared = list(_comparisons(probe))
+        names = {id(weight): name for name, weight in trained(probe.task).items()}  # each once
+        unreached = set(names.values()) - {name for name, _ in compared}
     judged = [(name, found) for name, found in compared if found.error is not None]
     numbers: dict[str, float | str] = {
         "derivatives": len(compared),
         "tensors": len({name for name, _ in compared}),
         "kinks": len(compared) - len(judged),
     }
+    if unreached:
+        numbers["without a derivative"] = " ".join(sorted(unreached))
+        return Result("gradient", "fail", numbers, NOTE)
     if not judged:
         return Result("gradient", "warn", numbers, NOTE)
     # A NaN is the worst of all.
@@ -81,7 +88,7 @@ def _comparisons(probe: Probe) -> Iterator[tuple[str, Comparison]]:
                     continue
                 name = names.get(id(weight), f"optimizer {which}")
                 for place in _sample(gradient, name):
-                    loss = _loss(probe, which, weight, place)
+                    loss = partial(_loss, probe, which, weight, place)
                     slope = gradient[place].item()
                     yield name, compare(slope, analytic.objectives[which], loss)
 
@@ -121,15 +128,6 @@ def _sample(gradient: Tensor, name: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, np.unravel_index(place, gradient.shape))) for place in flat]
 
 
-def _loss(
-    probe: Probe, which: int, weight: Tensor, place: tuple[int, ...]
-) -> Callable[[float], float]:
-    """Return the loss that optimizer `which` descends, as a function of one number's offset."""
-
-    def loss(offset: float) -> float:
-        def move() -> None:
-            weight[place] += offset
-
-        return probe.evaluate(move).objectives[which]
-
-    return loss
+def _loss(probe: Probe, which: int, weight: Tensor, place: tuple[int, ...], offset: float) -> float:
+    """Return the loss that optimizer `which` descends, with one number of a weight moved."""
+    return probe.evaluate(lambda: weight[place].add_(offset)).objectives[which]

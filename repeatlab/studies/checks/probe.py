@@ -73,8 +73,6 @@ def double_precision(subject: Subject) -> Iterator[Probe]:
     batch = task.fresh_batch(BURN_IN)
     for module in networks(task).values():
         module.double()
-    for optimizer in task.optimizers:
-        optimizer.state.clear()  # so that a step goes along the gradient, not the momentum
     doubled = {
         name: value.double()
         for name, value in batch._asdict().items()
@@ -137,15 +135,6 @@ class Probe:
     def restore(self) -> None:
         """Bring the task back to the state that it had at first."""
         self.task.load_state_dict(deepcopy(self._state))
-
-    def step(self) -> dict[int, Tensor]:
-        """Make one real update from the first state; return the weights after it, by `id`."""
-        self.restore()
-        torch.manual_seed(0)
-        self.task.step(self.batch, lambda *losses: None)
-        after = {id(p): p.detach().clone() for p in trained(self.task).values()}
-        self.restore()
-        return after
 
     def evaluate(
         self, change: Callable[[], None] | None = None, *, gradients: bool = False

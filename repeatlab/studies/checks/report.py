@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from html import escape
 from typing import Literal
 
 import numpy as np
+
+from repeatlab.core.html_view import rows_table
 
 Verdict = Literal["pass", "warn", "fail", "not applicable"]
 
@@ -30,22 +31,12 @@ class Result:
 
     @property
     def found(self) -> str:
-        """The numbers in one line; instead of them, why the check does not apply."""
+        """The numbers, and where something is wrong what to look at; or why it does not apply."""
         if self.verdict == "not applicable":
             return self.note
-        return ", ".join(f"{name} {_short(value)}" for name, value in self.numbers.items())
-
-    @property
-    def advice(self) -> str:
-        """What to look at; nothing where all is well."""
-        return self.note if self.verdict in ("warn", "fail") else ""
-
-    def __str__(self) -> str:
-        row = f"{self.name:<16}{self.verdict:<16}{self.found}"
-        return f"{row}\n{'':<16}look at: {self.advice}" if self.advice else row
-
-    def _repr_html_(self) -> str:
-        return _table([self])
+        numbers = [f"{name} {_short(value)}" for name, value in self.numbers.items()]
+        advice = f"; look at: {self.note}" if self.verdict in ("warn", "fail") else ""
+        return ", ".join(numbers) + advice
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,31 +62,21 @@ class Report:
     def __getitem__(self, name: str) -> Result:
         return next(result for result in self.results if result.name == name)
 
-    def __iter__(self) -> Iterator[Result]:
-        return iter(self.results)
-
     def __repr__(self) -> str:
-        return "\n".join([f"{self.title}: {self._count()}", *map(str, self.results)])
+        rows = (f"{r.name:<16}{r.verdict:<16}{r.found}" for r in self.results)
+        return "\n".join([f"{self.title}: {self._count()}", *rows])
 
     def _count(self) -> str:
         return f"failed: {', '.join(self.failed)}" if self.failed else "no check failed"
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(self.title)}: {escape(self._count())}</p>" + _table(self.results)
+        rows = {f"{result.name}: {result.verdict}": result.found for result in self.results}
+        return rows_table({self.title: self._count()} | rows)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """Return the most serious of "pass", "warn" and "fail"."""
     return max(verdicts, key=("pass", "warn", "fail").index)
-
-
-def _table(results: Iterable[Result]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("check", "verdict", "found", "look at"))
-    rows = (
-        "".join(f"<td>{escape(cell)}</td>" for cell in (r.name, r.verdict, r.found, r.advice))
-        for r in results
-    )
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
 def _short(value: float | str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from math import ceil, inf, isfinite, nan
+from math import ceil, isfinite, nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -19,7 +19,6 @@ from repeatlab.core.environment import describe, pick_device
 from repeatlab.store.measurements import measurement_key
 from repeatlab.store.records import Run, RunWriter, Store
 from repeatlab.studies.diagnostics.prediction import (
-    PRESAMPLE,
     REPEATS,
     Measurement,
     read_measurements,
@@ -40,44 +39,18 @@ MOST_UPDATES = 2000  # in a block
 # an update takes depends on the weights: max-pooling picks among more zeros the more ReLUs are at
 # rest.
 MOST_LEARNT, LEARNING = 200, 1.0
-IMPORTANCE = {"sampler": {"name": "importance", "presample": PRESAMPLE}}
-METHODS = {
-    "once": {},
-    "repeated": {"mapping": {"name": "constant", "repeats": REPEATS}},
-    "uniform": IMPORTANCE,
-    "chosen": IMPORTANCE,
-}
-# tau_th: above it importance sampling is on.
-THRESHOLDS = {"uniform": inf, "chosen": -inf}
+METHODS = {"once": {}, "repeated": {"mapping": {"name": "constant", "repeats": REPEATS}}}
 
 
-def measure(
-    task_config: TaskConfig,
-    *,
-    device: str = "auto",
-    threads: int = 1,
-    seed: int = 0,
-    first_batch: int = 0,
-    blocks: int = 15,
-    block_seconds: float = 0.1,
-    clock: Callable[[], float] = perf_counter,
-) -> Measurement:
+def measure(task_config: TaskConfig, *, blocks: int = 15, **options: Any) -> Measurement:
     """Return the times of a task's parts, as they are in the loop that trains it.
 
     Args:
         task_config: The task.
-        device: As in a run's configuration.
-        threads: CPU threads of torch.
-        seed: Of the task.
-        first_batch: The fresh batch after which every block begins. In reinforcement the cost of
-            acting depends on epsilon, and so on how many steps were made: half of a run's batches
-            are its mean. On those before it the task learns for a little.
         blocks: Blocks of each kind, over which medians are taken.
-        block_seconds: How long a block shall take at N = 1; it has at least four updates.
-        clock: What to read the time from.
+        **options: As of `Bench`.
     """
-    options = {"device": device, "threads": threads, "seed": seed, "first_batch": first_batch}
-    bench = Bench(task_config, **options, block_seconds=block_seconds, clock=clock)
+    bench = Bench(task_config, **options)
     for _ in range(blocks):
         bench.round()
     return bench.measurement()
@@ -107,7 +80,18 @@ class Bench:
 
     They take turns, so that a slow moment of the machine meets all of them, and each begins where
     the others do. The learning rate is 0 once the task has learnt a little: no block depends on
-    what another has learnt. Arguments are those of `measure`.
+    what another has learnt.
+
+    Args:
+        task_config: The task.
+        device: As in a run's configuration.
+        threads: CPU threads of torch.
+        seed: Of the task.
+        first_batch: The fresh batch after which every block begins. In reinforcement the cost of
+            acting depends on epsilon, and so on how many steps were made: half of a run's batches
+            are its mean. On those before it the task learns for a little.
+        block_seconds: How long a block shall take at N = 1; it has at least four updates.
+        clock: What to read the time from.
 
     Attributes:
         updates: Updates in a block.
@@ -140,16 +124,12 @@ class Bench:
 
     def round(self) -> None:
         """Run one block of each kind; every other round runs them backwards."""
-        refused = self.config.refusals()
-        kinds = [k for k in METHODS if k not in THRESHOLDS or "importance" not in refused]
         work = {"scoring": self.task.sample_losses, "refresh": lambda b: self.task.refresh(b, 1)}
-        if "importance" not in refused:
-            work["bounds"] = self.task.gradient_bounds
-        if "fresh_samples" not in refused:
+        if "fresh_samples" not in self.config.refusals():
             work["resample"] = lambda batch: self.task.resample(batch, 1)
         loops, parts = {}, {}
         with torch_settings(self.threads, self.seed):
-            for kind in kinds[:: -1 if len(self.rounds) % 2 else 1]:
+            for kind in list(METHODS)[:: -1 if len(self.rounds) % 2 else 1]:
                 loops[kind] = self._loop(kind)
             parts |= self._parts()
             batch = self._reset(self.task).fresh_batch(0)
@@ -175,8 +155,6 @@ class Bench:
             batch_size=task.batch_size,
             forward_samples=task.forward_samples,
             backward_samples=task.backward_samples,
-            scoring_samples=task.scoring_samples,
-            bound_samples=task.bound_samples,
             spread=spread,
             flops=flops,
             blocks=len(self.rounds),
@@ -206,8 +184,6 @@ class Bench:
         with TemporaryDirectory() as directory:
             writer, options = RunWriter(Path(directory)), {"calibration": {}, "clock": self._clock}
             training = Training(config, task, writer, through=through, **options)
-            if kind in THRESHOLDS:
-                training.updates.sampler.switch.threshold = THRESHOLDS[kind]
             training.run()
             seconds = Run(Path(directory)).updates["seconds"].to_numpy()
         begin = seconds[self.lead - 1] if self.lead else 0.0
@@ -290,10 +266,6 @@ class _Later(StandIn):
     def fresh_batch(self, index: int) -> Any:
         """See `Task`."""
         return self.task.fresh_batch(self._first + index)
-
-    def candidates(self, index: int, block: int) -> Any:
-        """See `Task`."""
-        return self.task.candidates(self._first + index, self._first + block)
 
 
 def measured(

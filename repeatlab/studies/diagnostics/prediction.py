@@ -21,7 +21,6 @@ from repeatlab.store.measurements import measurement_key
 from repeatlab.store.records import Run, Store
 
 REPEATS = 4  # N of the loops that are set against those at N = 1
-PRESAMPLE = 3  # p of the loops with importance sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +34,13 @@ class Measurement:
         batch_size: b, the samples of a fresh batch.
         forward_samples: Samples forward in an update.
         backward_samples: Samples backward in an update.
-        scoring_samples: Samples forward when a batch's losses are taken to score it.
-        bound_samples: Samples forward when its gradient bounds are.
         parts: Of an update at N = 1, which they add up to: `forward`, `backward`, `optimizer`
             (zero_grad, step, and whatever moves with the weights), `recording` (the loop itself),
             and `data`, the making of its fresh batch. Of other things: `scoring`, a batch's losses
-            without a graph; `bounds`, its gradient bounds; `refresh`, its new view; `resample`,
-            other samples in its place. Those that the task has not are missing.
+            without a graph; `refresh`, its new view; `resample`, other samples in its place, which
+            is missing where the task refuses it.
         loops: An update in whole loops, with all that comes to it: `once` at N = 1, `repeated` at
-            N = `REPEATS`, `uniform` and `chosen` at N = 1 with importance sampling off and on at
-            p = `PRESAMPLE`. Missing where the task refuses it.
+            N = `REPEATS`.
         spread: Interquartile range over the blocks of everything above.
         flops: Floating-point operations of one update, `forward` and `backward`: those of matrix
             products and convolutions, a multiplication with its addition counted as two.
@@ -59,8 +55,6 @@ class Measurement:
     batch_size: int
     forward_samples: int
     backward_samples: int
-    scoring_samples: int
-    bound_samples: int
     parts: dict[str, float]
     loops: dict[str, float]
     spread: dict[str, float]
@@ -92,19 +86,6 @@ class Measurement:
         """Seconds of an update, as its parts add up."""
         return sum(self.parts[p] for p in ("forward", "backward", "optimizer", "recording"))
 
-    @property
-    def weighting(self) -> float:
-        """Seconds that weights and the scores by the way add to an update; 0 if not measured."""
-        return self.loops.get("uniform", self.loops["once"]) - self.loops["once"]
-
-    @property
-    def selection(self) -> float:
-        """Seconds that choosing a batch takes besides the presample and its scores; or 0."""
-        if "chosen" not in self.loops:
-            return 0.0
-        presample = (PRESAMPLE - 1) * self.model.data + PRESAMPLE * self.parts["bounds"]
-        return self.loops["chosen"] - self.loops["uniform"] - presample
-
     def delayed(self, seconds: float) -> CostModel:
         """Return the cost model with a loader that sleeps so long for every batch."""
         return replace(self.model, data=self.model.data + seconds)
@@ -119,8 +100,7 @@ class Measurement:
         """
         parts = self.parts
         # once = update + d, repeated = update + d / N
-        data = (self.loops["once"] - self.loops["repeated"]) / (1 - 1 / REPEATS)
-        data = max(0.0, data)
+        data = max(0.0, (self.loops["once"] - self.loops["repeated"]) / (1 - 1 / REPEATS))
         scale = (self.loops["once"] - data) / self.parts_update
         return CostModel(
             forward=scale * parts["forward"] / self.batch_size,
@@ -202,10 +182,10 @@ def predict(
     """Return the training time of a run, in seconds, from what its ledger has counted.
 
     N update + d for each fresh batch, after `CostModel.run`. To that come, as the run's method
-    asks: a slow loader's delay for every batch made, new views and samples, and what choosing
-    samples takes: the presample, its scores, weights. What is not in it: calibration and models
-    trained beforehand, which have their own seconds; the sorting and drawing of samplers other than
-    importance sampling; that a sleep ends late, and what follows it finds no caches.
+    asks: a slow loader's delay for every batch made, new views and samples, batches that a sampler
+    passed over, and its scores, at a forward without a graph each. What is not in it: calibration
+    and models trained beforehand, which have their own seconds; a sampler's sorting, drawing and
+    weights; that a sleep ends late, and what follows it finds no caches.
 
     Args:
         measurement: Of the run's task, on its device and number of threads.
@@ -224,31 +204,8 @@ def predict(
         seconds += (updates - fresh_batches) * measurement.parts["refresh"]
     if method.get("apply") == "fresh_samples":
         seconds += (updates - fresh_batches) * measurement.parts["resample"]
-    if method.get("sampler"):
-        seconds += _choosing(measurement, ledger, method["sampler"], data=slow.data)
-    return seconds
-
-
-def _choosing(
-    measurement: Measurement,
-    ledger: Mapping[str, float],
-    sampler: Mapping[str, Any],
-    *,
-    data: float,
-) -> float:
-    """Return the seconds that a sampler adds to a run on batches as they come."""
-    parts, fresh_batches = measurement.parts, ledger["fresh_batches"]
-    by_bounds = sampler.get("score") == "gradient_norm"
-    per_batch = measurement.bound_samples if by_bounds else measurement.scoring_samples
-    scored = ledger.get("scoring_samples", 0) / per_batch  # in batches
-    if sampler["name"] == "rho_loss":
-        scored = sampler["presample"] * fresh_batches  # the rest, beforehand, has its own seconds
-    chosen = fresh_batches if scored else 0
-    if sampler["name"] == "importance":
-        chosen = scored / sampler["presample"]  # while it is on; uniform batches are not scored
-    score = parts.get("bounds", parts["scoring"]) if by_bounds else parts["scoring"]
-    seconds = (scored - chosen) * data + scored * score
-    return seconds + ledger["updates"] * measurement.weighting + chosen * measurement.selection
+    seconds += ledger.get("passed_batches", 0) * slow.data
+    return seconds + ledger.get("scoring_samples", 0) * slow.scoring
 
 
 def with_prediction(runs: pd.DataFrame, store: Store) -> pd.DataFrame:

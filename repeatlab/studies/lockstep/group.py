@@ -14,7 +14,7 @@ from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.core.stopwatch import Stopwatch
 from repeatlab.store.records import Store
 from repeatlab.studies.lockstep.arm import Arm
-from repeatlab.studies.lockstep.kinds import STACKS, Stack
+from repeatlab.studies.lockstep.kinds import STACKS
 from repeatlab.tasks import Task
 from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.tasks.reinforcement import Reinforcement
@@ -129,7 +129,7 @@ class Group:
         self._data: Any = None
         self._batches: dict[int, SharedBatches] = {}
         self._beginnings: dict[int, dict[str, Any]] = {}
-        self._stack: Stack | None = None
+        self._stack: Any = None
 
     def open(self, configs: Sequence[RunConfig]) -> None:
         """Begin the runs that the store lacks, or get ready to go on with them."""

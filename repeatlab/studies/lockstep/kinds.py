@@ -1,11 +1,14 @@
-"""What a step of all arms is on each task that can go in lock-step."""
+"""What a step of all arms is on each task that can go in lock-step.
+
+A stack holds the networks of some arms of one task, and the batches that they are at. To let
+another task go in lock-step, write one, name it in `STACKS`, and say in `plan` what may differ
+among the task's runs. Its `task` is the class that each arm trains.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,12 +16,10 @@ from torch.nn import functional
 from repeatlab.data import Batch
 from repeatlab.studies.lockstep.network import StackedMLP
 from repeatlab.studies.lockstep.optimizers import StackedOptimizer
-from repeatlab.tasks import Task
 from repeatlab.tasks.reinforcement import (
     Played,
     Reinforcement,
     double_q_targets,
-    greedy,
     play_greedily,
     taken,
 )
@@ -28,30 +29,6 @@ from repeatlab.tasks.supervised import Supervised
 
 # In the places of a batch's columns that are not read.
 NOTHING = (torch.empty(0),) * 5
-
-
-class Stack(Protocol):
-    """The networks of some arms of one task, and the batches that they are at.
-
-    Made of these arms' tasks. A task that is to go in lock-step gets one of its own here, and in
-    `plan` what may differ among its runs.
-
-    Attributes:
-        task: What each arm trains: the task's class, or a subclass that asks the stack.
-    """
-
-    task: ClassVar[type[Task]]
-
-    def __init__(self, tasks: Sequence[Any]) -> None: ...
-
-    def stage(self, arm: int, batch: Any) -> None:
-        """Put a batch in the place of the one that an arm was at."""
-
-    def losses(self) -> list[float]:
-        """Go forward on every arm's batch, and return their driver losses."""
-
-    def step(self) -> None:
-        """Go backward from these losses, and make one update of every arm."""
 
 
 class SupervisedStack:
@@ -80,14 +57,14 @@ class SupervisedStack:
         self._outputs = self._log_shares = self._gradient
 
     def stage(self, arm: int, batch: Batch) -> None:
-        """See `Stack`."""
+        """Put a batch in the place of the one that an arm was at."""
         images, gradient = self._places[arm]
         images.copy_(batch.images.view_as(images))
         torch.index_select(self._of_label, 0, batch.labels, out=gradient)
         self._targets[arm] = batch.labels
 
     def losses(self) -> list[float]:
-        """See `Stack`."""
+        """Go forward on every arm's batch, and return their driver losses."""
         self._outputs = self._network(self._images).requires_grad_()
         self._log_shares = self._outputs.log_softmax(2)
         # One by one: torch's mean over a batch, and so every N, is that of a run alone to the bit.
@@ -95,7 +72,7 @@ class SupervisedStack:
         return torch.stack([functional.nll_loss(*pair) for pair in pairs]).tolist()
 
     def step(self) -> None:
-        """See `Stack`."""
+        """Go backward from these losses, and make one update of every arm."""
         (gradient,) = torch.autograd.grad(self._log_shares, self._outputs, self._gradient)
         self._network.backward(gradient)
         self._optimizer.step()
@@ -151,12 +128,6 @@ class AgentInStep(Reinforcement):
         """Return a batch that is read from the buffer only when it is staged."""
         return Transitions(*NOTHING, indices, index)
 
-    def greedy_action(self, seen: np.ndarray) -> int:
-        """See `Reinforcement`."""
-        return (
-            self.stack.greedy_action(self.arm, seen) if self.stack else super().greedy_action(seen)
-        )
-
     def play(self, split: str) -> Played:
         """See `Reinforcement`."""
         played = self.stack.play(self.arm, split) if self.stack else None
@@ -195,11 +166,11 @@ class ReinforcementStack:
             task.stack, task.arm = self, arm
 
     def stage(self, arm: int, batch: Transitions) -> None:
-        """See `Stack`."""
+        """See `SupervisedStack`."""
         self._tasks[arm].buffer.copy_rows(batch.indices, self._places[arm])
 
     def losses(self) -> list[float]:
-        """See `Stack`."""
+        """See `SupervisedStack`."""
         rows = self._rows.to(self._gradient.device, non_blocking=True)
         batches = in_columns(rows, torch.empty(0), 0)
         next_values = self._agents(batches.next_observations)
@@ -212,7 +183,7 @@ class ReinforcementStack:
         return functional.smooth_l1_loss(values, goals, reduction="none").mean(1).tolist()
 
     def step(self) -> None:
-        """See `Stack`."""
+        """See `SupervisedStack`."""
         slopes = self._errors.clamp_(-1, 1).mul_(1 / self._errors.shape[1]).unsqueeze(2)
         self._gradient.zero_().scatter_(2, self._actions, slopes)
         self._agents.backward(self._gradient)
@@ -220,11 +191,6 @@ class ReinforcementStack:
         self._episodes.clear()
         for task in self._tasks:
             task.count_update()
-
-    def greedy_action(self, arm: int, seen: np.ndarray) -> int:
-        """Return an arm's greedy action: few arms want one in a round, so that each is asked."""
-        observation = torch.from_numpy(seen).to(self._gradient.device)
-        return greedy(self._agents.alone(arm, observation))
 
     def play(self, arm: int, split: str) -> Played | None:
         """Return an arm's episodes of a split; None where its weights are no longer these."""
@@ -245,7 +211,7 @@ class ReinforcementStack:
         return play_greedily(config, split, values, device=device, agents=arms)
 
 
-STACKS: dict[str, type[Stack]] = {
+STACKS = {
     "supervised": SupervisedStack,
     "reinforcement": ReinforcementStack,
     "single_index": SingleIndexStack,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 class StackedMLP:
@@ -29,7 +28,8 @@ class StackedMLP:
     """
 
     def __init__(self, networks: Sequence[nn.Sequential]) -> None:
-        layers = [_linear_layers(network) for network in networks]
+        for network in networks:
+            _check_layers(network)
         alike = list(zip(*(network.parameters() for network in networks), strict=True))
         self.weights = [torch.stack(parameters).detach() for parameters in alike]
         self.gradients = [torch.zeros_like(stack) for stack in self.weights]
@@ -43,9 +43,6 @@ class StackedMLP:
         # to be had from the system, page by page.
         self._hidden: dict[int, list[Tensor]] = {}
         self._slopes: dict[int, list[Tensor]] = {}
-        self._alone = [
-            [(layer.weight.detach(), layer.bias.detach()) for layer in of_one] for of_one in layers
-        ]
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return every arm's outputs, (arms, b, outputs), on its inputs, (arms, b, features)."""
@@ -64,12 +61,6 @@ class StackedMLP:
                 bias.new_empty(len(bias), size, bias.shape[2]) for _, bias in self._layers[:-1]
             ]
         return known[size]
-
-    def alone(self, arm: int, inputs: Tensor) -> Tensor:
-        """Return one arm's outputs, (outputs,), on its inputs, (features,)."""
-        for place, layer in enumerate(self._alone[arm]):
-            inputs = functional.linear(inputs.relu_() if place else inputs, *layer)
-        return inputs
 
     def backward(self, gradient: Tensor) -> None:
         """Fill `gradients`, given that at the outputs of the last call, (arms, b, outputs)."""
@@ -93,14 +84,12 @@ def relu_backward_(gradient: Tensor, outputs: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(gradient, outputs, 0, grad_input=gradient)
 
 
-def _linear_layers(network: nn.Module) -> list[nn.Linear]:
+def _check_layers(network: nn.Module) -> None:
     kinds = [type(layer) for layer in network.children()]
-    layers = [layer for layer in network.children() if isinstance(layer, nn.Linear)]
-    alternating = ([nn.Linear, nn.ReLU] * len(layers))[:-1]
+    alternating = ([nn.Linear, nn.ReLU] * kinds.count(nn.Linear))[:-1]
     if kinds not in (alternating, [nn.Flatten, *alternating]):
         names = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"no MLP of linear layers and ReLUs: {names}")
-    return layers
 
 
 def _layers(stacks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

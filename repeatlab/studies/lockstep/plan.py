@@ -42,8 +42,8 @@ def groups(configs: Iterable[RunConfig], *, workers: int = 1) -> list[list[list[
     """Return the groups of runs to train in lock-step, in rounds: one needs only earlier rounds.
 
     Runs go together that are equal but for method, seed, learning rate and length; as many as there
-    are, where each worker gets a group. What no other run needs may wait for a later round, so that
-    there are few long ones. Runs that are in no group are left to be made one by one.
+    are, where each worker gets a group. What no other run needs waits for the last round, so
+    that there is one long one. Runs that are in no group are left to be made one by one.
 
     Args:
         configs: The runs that are to be made, with those that they need.
@@ -55,27 +55,15 @@ def groups(configs: Iterable[RunConfig], *, workers: int = 1) -> list[list[list[
             kinds.setdefault(_kind(config), []).append(config)
     rounds: dict[int, list[list[RunConfig]]] = {}
     for runs in kinds.values():
-        for number, together in _rounds(runs).items():
-            rounds.setdefault(number, []).extend(_deal(together, workers))
+        needed = {before.run_id for run in runs for before in prerequisites(run)}
+        last = max(map(_depth, runs))
+        together: dict[int, list[RunConfig]] = {}
+        for run in runs:
+            number = _depth(run) if run.run_id in needed else last
+            together.setdefault(number, []).append(run)
+        for number, of_round in together.items():
+            rounds.setdefault(number, []).extend(_deal(of_round, workers))
     return [rounds[number] for number in sorted(rounds) if rounds[number]]
-
-
-def _rounds(runs: list[RunConfig]) -> dict[int, list[RunConfig]]:
-    """Return the runs, of one kind, by round: as early as others need them, else where most are."""
-    needed = {before.run_id for run in runs for before in prerequisites(run)}
-    rounds: dict[int, list[RunConfig]] = {}
-    # What others need comes first; of the rest, what has to be late.
-    for run in sorted(runs, key=lambda run: (run.run_id not in needed, -_depth(run))):
-        earliest = chosen = _depth(run)
-        if run.run_id not in needed:
-            long = [
-                number
-                for number, there in rounds.items()
-                if number >= earliest and max(r.max_updates for r in there) >= run.max_updates
-            ]
-            chosen = max(long, key=lambda number: (len(rounds[number]), -number), default=earliest)
-        rounds.setdefault(chosen, []).append(run)
-    return rounds
 
 
 def can_go_in_step(config: RunConfig) -> bool:
