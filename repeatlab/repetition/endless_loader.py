@@ -6,21 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-import torch
-
 from repeatlab.repetition.grouped import Grouped, groups
 from repeatlab.repetition.random_states import (
-    States,
     kept_process_states,
-    packed,
     parts_of,
-    process_states,
-    restore_process,
+    restore,
     restore_within,
+    states_of,
     states_within,
 )
-from repeatlab.repetition.skipping import Skipping, has_index_sampler
+from repeatlab.repetition.skipping import SkippingSampler, has_index_sampler
 
 _END = object()
 # Where iterators come from that cannot begin again. One of a class of the user's own may.
@@ -66,15 +61,15 @@ class EndlessLoader:
             raise ValueError(f"the loader must be an iterable of batches, not {loader!r}")
         self._loader = loader
         self._given = iterable  # else it is a function that gives what to read
-        # What holds its batches in order draws nothing, and so has no states to keep.
-        self._draws = kind not in (list, tuple, range, str, np.ndarray, torch.Tensor)
-        self._has_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        self._has_state &= not hasattr(loader, "iter_from")
+        self._anywhere = hasattr(loader, "iter_from")
+        self._has_state = not self._anywhere and hasattr(loader, "load_state_dict")
         self._state: Any = None  # the loader's own, from before the last batch
+        # A last group may be shorter.
+        slack = max(0, self._size - 1)
+        self._sampler = SkippingSampler(loader, slack) if has_index_sampler(loader) else None
+        self._over_it: Iterable[Any] | None = None  # the loader with that sampler
         self._iterator: Iterator[Any] | None = None
-        self._skipping: Skipping | None = None
-        self._over_it: Iterable[Any] | None = None  # the DataLoader with that sampler
-        self._start: States | None = None  # the random states that this pass began with
+        self._start: Any = None  # the random states that this pass began with
         self._resumed: dict[str, Any] | None = None  # a state that the next batch goes on from
         self._begun = 0  # passes, and those before a resume
         self.position = 0
@@ -109,22 +104,19 @@ class EndlessLoader:
         The next batch would come from a new one, at the same position.
         """
         self._resumed = self.state_dict()
-        self._iterator = self._skipping = self._over_it = None
+        self._iterator = self._over_it = None
 
     def state_dict(self, *, held: bool = False) -> dict[str, Any]:
         """Return the position; with `held`, the one before the batch taken last."""
-        state = self._resumed
-        if state is None:
-            drawn = self._draws and not hasattr(self._loader, "iter_from")
-            state = {
-                "epoch": self.epoch,
-                "position": self.position,
-                "held": False,
-                "passes": self._begun,
-                "start": packed(self._skipping.states if self._skipping else self._start),
-                "now": packed(states_within(self._loader)) if drawn else {},
-                "own": self._state,
-            }
+        state = self._resumed or {
+            "epoch": self.epoch,
+            "position": self.position,
+            "held": False,
+            "passes": self._begun,
+            "start": self._sampler.states if self._sampler else self._start,
+            "now": {} if self._anywhere else states_within(self._loader),
+            "own": self._state,
+        }
         return state | {"position": state["position"] - 1, "held": True} if held else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,9 +126,11 @@ class EndlessLoader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return a copy's contents: it goes on from here by an iterator of its own."""
-        dropped = {"_resumed": self.state_dict(), "_iterator": None}
-        dropped |= {"_skipping": None, "_over_it": None}
-        return self.__dict__ | dropped
+        return self.__dict__ | {
+            "_resumed": self.state_dict(),
+            "_iterator": None,
+            "_over_it": None,
+        }
 
     def _open(self) -> Iterator[Any]:
         """Begin the pass `epoch`, or go on in it from the resumed state."""
@@ -146,83 +140,71 @@ class EndlessLoader:
         for part in self._parts():
             if hasattr(part, "set_epoch"):
                 part.set_epoch(self.epoch)
-        if hasattr(self._loader, "iter_from"):
-            self._begun += 1
-            return self._grouped(self._loader.iter_from(self.position * (self._size or 1)))
-        if resumed is None or resumed["start"] is None:
-            if resumed is not None:
-                self._begun = resumed["passes"]
-                restore_within(self._loader, resumed["now"])
-            return self._grouped(self._begin())
-        with kept_process_states():
-            iterator = self._replay(resumed)
-            if resumed["held"]:
-                iterator = chain(list(islice(iterator, 1)), iterator)
-        # Without workers the sampler does, when its first index is asked for.
-        if self._skipping is None or self._loader.num_workers or resumed["held"]:
+        if resumed and resumed["start"]:
+            return self._replay(resumed)
+        if resumed:
+            self._begun = resumed["passes"]
             restore_within(self._loader, resumed["now"])
-        return iterator
-
-    def _begin(self) -> Iterator[Any]:
         self._begun += 1
-        if has_index_sampler(self._loader):
-            self._prepare_skipping()
-            return iter(self._over_it)
-        self._start = {}
-        if self._draws:
-            self._start = {"process": process_states(), "within": states_within(self._loader)}
+        if not self._sampler and not self._anywhere:
+            self._start = states_of(self._loader)
         return self._read()
 
     def _read(self) -> Iterator[Any]:
-        # What iterates may be no iterable itself.
-        return islice(self._loader if self._given else self._loader(), None)
+        """Return an iterator of the loader's next pass."""
+        if self._anywhere:
+            source = self._loader.iter_from(self.position * (self._size or 1))
+        elif self._sampler:
+            if self._over_it is None:
+                self._over_it = self._sampler.over_it()
+            source = self._over_it
+        else:
+            source = self._loader if self._given else self._loader()
+        iterator = islice(source, None)  # what iterates may be no iterable itself
+        return groups(iterator, self._size) if self._size else iterator
 
     def _replay(self, resumed: dict[str, Any]) -> Iterator[Any]:
         """Return an iterator at a pass's position, in the order it was drawn in."""
         first, self._begun = not self._begun, resumed["passes"]
-        self._start, position = resumed["start"], self.position
-        if has_index_sampler(self._loader):
-            self._prepare_skipping()
-            size = self._size or 1
-            held = size * resumed["held"]
-            self._skipping.replay = self._start, position * size, held, resumed["now"]
-            return self._grouped(iter(self._over_it))
-        if first and self._begun > 1 and self._workers_persist():
-            self._read()  # as then, the first iterator has drawn its workers' seed before
-        if self._draws:
-            restore_process(self._start["process"])
-            restore_within(self._loader, self._start["within"])
-        self._state = resumed["own"]
-        self._has_state = self._state is not None
-        if self._has_state:
-            return self._from_own_state(position + resumed["held"], resumed["held"])
-        iterator = self._grouped(self._read())
-        if sum(1 for _ in islice(iterator, position)) < position:
+        start, held, now = resumed["start"], resumed["held"], resumed["now"]
+        with kept_process_states():
+            if self._sampler:
+                size = self._size or 1
+                self._sampler.replay = start, self.position * size, held * size, now
+                iterator = self._read()
+            else:
+                if first and self._begun > 1 and self._workers_persist():
+                    self._read()  # as then, the first iterator has drawn its workers' seed before
+                restore(self._loader, start)
+                self._start, self._state = start, resumed["own"]
+                self._has_state = self._state is not None
+                iterator = self._from_own_state(held) if self._has_state else self._skipped()
+            if held:
+                iterator = chain(list(islice(iterator, 1)), iterator)
+        # Without workers the sampler does again, when its first index is asked for.
+        restore_within(self._loader, now)
+        return iterator
+
+    def _skipped(self) -> Iterator[Any]:
+        """Return an iterator at the position, up to which the pass is read again."""
+        iterator = self._read()
+        if sum(1 for _ in islice(iterator, self.position)) < self.position:
             raise ValueError(
                 f"the loader ended before batch {self.position} of epoch {self.epoch}, where "
                 "the saved state left off: resume with the loader it was saved with"
             )
         return iterator
 
-    def _from_own_state(self, taken: int, held: bool) -> Iterator[Any]:
-        """Return an iterator that follows batch number `taken` of a pass, or begins with it."""
-        if taken > 1 or self._begun > 1:  # else the loader is as it was made
+    def _from_own_state(self, held: bool) -> Iterator[Any]:
+        """Return an iterator that follows the batch taken last, or begins with it."""
+        if self.position + held > 1 or self._begun > 1:  # else the loader is as it was made
             self._loader.load_state_dict(self._state)
-        iterator = self._grouped(self._read())
+        iterator = self._read()
         last = list(islice(iterator, 1))
         if not last:  # a state from before the first batch may be the end of the pass before
-            iterator = self._grouped(self._read())
+            iterator = self._read()
             last = list(islice(iterator, 1))
         return chain(last, iterator) if held else iterator
-
-    def _prepare_skipping(self) -> None:
-        if self._skipping is None:
-            # A last group may be shorter.
-            self._skipping = Skipping(self._loader, slack=max(0, self._size - 1))
-            self._over_it = self._skipping.make()
-
-    def _grouped(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        return groups(iterator, self._size) if self._size else iterator
 
     def _own_state(self) -> Any:
         """Return the loader's own state, where it has one after all."""
@@ -233,8 +215,7 @@ class EndlessLoader:
             return None
 
     def _parts(self) -> list[Any]:
-        inner = self._draws and not hasattr(self._loader, "iter_from")
-        return list(parts_of(self._loader).values()) if inner else [self._loader]
+        return [self._loader] if self._anywhere else list(parts_of(self._loader).values())
 
     def _own_epoch(self) -> int:
         """Return the epoch that the loader's own parts are set to."""

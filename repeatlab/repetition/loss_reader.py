@@ -25,14 +25,12 @@ class LossReader:
 
     def __init__(self, reduce: Callable[[torch.Tensor], Any] | None = None) -> None:
         self._reduce = reduce
-        self._later: Callable[[], float] | None = None
-        self._tensor: torch.Tensor | None = None
-        self._work: Any = None
+        self._later: Callable[[], float] | None = None  # gives the value that was not there yet
         self._cuda: _PinnedCopy | None = None
         self.host_reads = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cuda": None}  # streams are a process's own
+        return self.__dict__ | {"_cuda": None, "_later": None}  # a process's own
 
     def start(self, loss: torch.Tensor | float) -> float | None:
         """Begin to read `loss`, a 0-d tensor or a float.
@@ -41,40 +39,42 @@ class LossReader:
             The value, where the host has it already; else None, and `wait` returns it.
         """
         if self._reduce is not None:
-            reduced = self._reduce(torch.as_tensor(loss).detach())
-            if callable(reduced):
-                self._later = reduced
-                return None
-            loss = reduced
+            loss = self._reduce(torch.as_tensor(loss).detach())
         elif in_process_group():
-            return self._start_all_reduce(loss)
-        if not isinstance(loss, torch.Tensor):
-            return loss
-        if not loss.is_cuda:
+            loss = self._mean_over_ranks(loss)
+        if isinstance(loss, torch.Tensor) and not loss.is_cuda:
             return loss.item()
-        self._cuda = self._cuda or _PinnedCopy(loss.device)
-        self._cuda.start(loss.detach())
+        if isinstance(loss, torch.Tensor):
+            self._cuda = self._cuda or _PinnedCopy(loss.device)
+            self._cuda.start(loss.detach())
+            self._later = self._copied
+        elif callable(loss):
+            self._later = loss
+        else:
+            return loss
         return None
 
     def wait(self) -> float:
         """Return the loss that `start` could not, averaged over the ranks."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-            self.host_reads += self._tensor.is_cuda
-            return self._tensor.item() / dist.get_world_size()
-        if self._later is not None:
-            later, self._later = self._later, None
-            return later()
+        return self._later()
+
+    def _copied(self) -> float:
         self.host_reads += 1
         return self._cuda.wait()
 
-    def _start_all_reduce(self, loss: torch.Tensor | float) -> None:
+    def _mean_over_ranks(self, loss: torch.Tensor | float) -> Callable[[], float]:
         # A copy, since the sum is written in place; NCCL reduces only CUDA tensors.
         device = "cuda" if dist.get_backend() == "nccl" else None
         tensor = loss.detach().clone() if isinstance(loss, torch.Tensor) else torch.tensor(loss)
-        self._tensor = tensor.to(device=device, dtype=torch.float32)
-        self._work = dist.all_reduce(self._tensor, async_op=True)
+        tensor = tensor.to(device=device, dtype=torch.float32)
+        work = dist.all_reduce(tensor, async_op=True)
+
+        def mean() -> float:
+            work.wait()
+            self.host_reads += tensor.is_cuda
+            return tensor.item() / dist.get_world_size()
+
+        return mean
 
 
 def in_process_group() -> bool:

@@ -79,42 +79,38 @@ def restore_within(loader: Any, states: States) -> None:
             continue
         if state is None or type(state) is int:
             values[name] = state
-            continue
-        if values[name] is None:
-            values[name] = _generator(state)
-        if isinstance(values[name], _kinds()):
+        else:
+            values[name] = values[name] or _generator(state)
             _set(values[name], state)
 
 
-def process_states(*, of_torch_alone: bool = False) -> States:
+def process_states() -> States:
     """Return the states of the process's own generators: torch's on the CPU, `random`, numpy's."""
-    states = {"torch": torch.get_rng_state(), "rank": _rank()}
-    if not of_torch_alone:
-        states["random"] = random.getstate()
-        states["numpy"] = np.random.get_state(legacy=False)  # noqa: NPY002 - that very state
-    return states
+    return {
+        "torch": torch.get_rng_state(),
+        "random": random.getstate(),
+        "numpy": _lists(np.random.get_state(legacy=False)),  # noqa: NPY002 - that very state
+        "rank": _rank(),
+    }
 
 
 def restore_process(states: States) -> None:
     """Restore `process_states`, unless another rank saved them: ranks draw apart."""
-    if states["rank"] != _rank():
-        return
-    torch.set_rng_state(states["torch"].cpu())
-    if "random" in states:
-        random.setstate(_python_state(states["random"]))
-        np.random.set_state(_arrays(states["numpy"]))  # noqa: NPY002
+    if states["rank"] == _rank():
+        torch.set_rng_state(states["torch"].cpu())
+        random.setstate(states["random"])
+        np.random.set_state(states["numpy"])  # noqa: NPY002
 
 
-def packed(state: Any) -> Any:
-    """Return states with tensors for arrays and long tuples, as a checkpoint holds them best."""
-    if isinstance(state, dict):
-        return {name: packed(value) for name, value in state.items()}
-    if isinstance(state, np.ndarray):
-        return torch.from_numpy(state.astype(np.int64))
-    if isinstance(state, (tuple, list)):
-        long = len(state) > _MOST_ITEMS
-        return torch.tensor(state) if long else type(state)(map(packed, state))
-    return state
+def states_of(loader: Any) -> States:
+    """Return all that the loader's order may be drawn from."""
+    return {"process": process_states(), "within": states_within(loader)}
+
+
+def restore(loader: Any, states: States) -> None:
+    """Restore `states_of`."""
+    restore_process(states["process"])
+    restore_within(loader, states["within"])
 
 
 @contextmanager
@@ -132,24 +128,25 @@ def _rank() -> int:
 
 
 def _state(generator: Any) -> Any:
+    """Return a generator's state in types that a checkpoint holds."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
         return generator.getstate()
     if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    return generator.bit_generator.state
+        return _lists(generator.get_state(legacy=False))
+    return _lists(generator.bit_generator.state)
 
 
 def _set(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
     elif isinstance(generator, np.random.RandomState):
-        generator.set_state(_arrays(state))
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = _arrays(state)
+        generator.set_state(state)
     else:
-        generator.setstate(_python_state(state))
+        generator.bit_generator.state = state
 
 
 def _generator(state: Any) -> Any:
@@ -163,13 +160,8 @@ def _generator(state: Any) -> Any:
     return np.random.Generator(getattr(np.random, state["bit_generator"])())
 
 
-def _arrays(state: Any) -> Any:
-    """Return a numpy state in its own types."""
+def _lists(state: Any) -> Any:
+    """Return a numpy state with lists for arrays."""
     if isinstance(state, dict):
-        return {name: _arrays(value) for name, value in state.items()}
-    return state.cpu().numpy().astype(np.uint64) if isinstance(state, torch.Tensor) else state
-
-
-def _python_state(state: tuple[Any, Any, Any]) -> tuple[Any, ...]:
-    version, numbers, gauss = state
-    return version, tuple(numbers.tolist() if torch.is_tensor(numbers) else numbers), gauss
+        return {name: _lists(value) for name, value in state.items()}
+    return state.tolist() if isinstance(state, np.ndarray) else state

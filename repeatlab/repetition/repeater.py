@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import inf, isfinite, nan
+from math import inf, nan
 from numbers import Integral
 from typing import Any, Self
 
@@ -16,8 +16,9 @@ from repeatlab.repetition.held_batch import changed, view
 from repeatlab.repetition.loss_reader import LossReader
 from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import Constant, as_count
-from repeatlab.repetition.random_states import packed, process_states, restore_process
-from repeatlab.repetition.visit_log import NonFiniteLoss, VisitLog
+from repeatlab.repetition.random_states import process_states, restore_process
+from repeatlab.repetition.visit_log import NonFiniteLoss as NonFiniteLoss
+from repeatlab.repetition.visit_log import VisitLog
 
 _FLOAT32 = torch.float32
 
@@ -66,7 +67,7 @@ class BatchRepeater:
         block: How many losses of repeats are gathered before they are fetched together, on CUDA
             or for `join`.
         history: How many of the latest visits `drain` can count on. Where twice as many wait for
-            it, about 80 MB, the older half is forgotten; half-way to that a warning says so.
+            it, about 80 MB, the older half is forgotten, with a warning.
 
     Attributes:
         max_updates: T.
@@ -127,7 +128,7 @@ class BatchRepeater:
         self._batch: Any = None  # the current one, held while visits to it are left
         self._versions: list[int] | None = None  # of its tensors, at the first visit here
         self._awaiting_report = False
-        self._asking = False  # the last visit's loss will tell whether there is another
+        self._waiting = False  # for the last visit's loss: N, or another visit, depends on it
 
     def __len__(self) -> int:
         """Return how many batches it yields in all; of a resumed one, from the resume on."""
@@ -191,8 +192,8 @@ class BatchRepeater:
     def _visits_until(self, end: float) -> Iterator[Any]:
         """Yield the batches of the updates that are left before number `end`."""
         while self.updates < self.max_updates and self.updates < end:
-            if self._asking or not self.repeats:
-                self._read_pending()
+            if self._waiting:
+                self._read()
             if self._batch is None or 0 < self.repeats <= self._done:
                 self._next_fresh_batch()
             self.repeat = self._done
@@ -268,10 +269,13 @@ class BatchRepeater:
                 loss = float(loss)
             except (TypeError, ValueError, OverflowError):
                 raise self._no_scalar(repr(loss), loss) from None
-        # What can fail comes before anything is counted: a refused loss can be reported again.
-        decides = not self.repeats
-        waits = decides or (self._asks_again and self._may_go_on)
+        waits = not self.repeats or (
+            self._asks_again
+            and self._done + 1 == self.repeats < self.mapping.most
+            and self.updates + 1 < self.max_updates
+        )
         defers = not waits and (self._joins or (on_device and loss.is_cuda))
+        # What can fail comes before anything is counted: a refused loss can be reported again.
         if waits:
             value = self._reader.start(loss)
         elif defers:
@@ -279,20 +283,16 @@ class BatchRepeater:
             value = loss.detach().clone() if is_tensor else torch.tensor(loss)
         else:
             value = loss.item() if is_tensor else loss
-        self._awaiting_report = False
+        self._awaiting_report, self._waiting = False, waits
         self.updates += 1
         self._done += 1
+        self._visits.losses.append(nan)
         if defers:
             self._visits.defer(value)
         elif not waits:
-            self._visits.losses.append(value)
-            if not isfinite(value):
-                raise NonFiniteLoss(value, self.updates - 1, self.fresh_batch)
-        else:
-            self._visits.losses.append(nan)
-            self._asking = not decides
-            if value is not None:
-                self._decide(value) if decides else self._ask(value)
+            self._visits.tell(value)
+        elif value is not None:
+            self._decide(value)
 
     def _expect_report(self, name: str) -> None:
         if not self._awaiting_report:
@@ -317,50 +317,31 @@ class BatchRepeater:
         """Whether all visits to the current batch are made."""
         return 0 < self.repeats <= self._done
 
-    @property
-    def _may_go_on(self) -> bool:
-        """Whether the visit under way, the last one planned, may be followed by another."""
-        left = self.updates + 1 < self.max_updates
-        return left and self._done + 1 == self.repeats < self.mapping.most
-
-    def _read_pending(self) -> None:
-        """Wait for the loss on which the current batch's N still depends."""
-        if self._done and not self.repeats:
-            self._decide(self._reader.wait())
-        elif self._asking:
-            self._ask(self._reader.wait())
-
-    def _ask(self, loss: float) -> None:
-        """Plan one more visit if the mapping wants it for the loss of the last one."""
-        self._asking = False
-        self._visits.losses[-1] = loss
-        if not isfinite(loss):
-            raise NonFiniteLoss(loss, self.updates - 1, self.fresh_batch)
-        if self.mapping(loss, self.stats) > 1:
-            self.repeats += 1
-            self._visits.counts[-1] = self.repeats
-
     def _decide(self, loss: float) -> None:
-        """Turn the first loss of the current batch into its N."""
-        self._visits.losses[-1] = loss
+        """Turn the loss of the last visit into N: all of it, or whether there is one visit more."""
+        self._waiting = False
+        if self.repeats:
+            self._visits.tell(loss)
+            if self.mapping(loss, self.stats) > 1:
+                self.repeats = self._visits.counts[-1] = self.repeats + 1
+            return
         # Should anything raise, this visit stays undecided and the batch's last one.
         self.repeats = self._done
         self._visits.counts.append(0)
-        if not isfinite(loss):
-            raise NonFiniteLoss(loss, self.updates - 1, self.fresh_batch)
-        self.repeats = self._visits.counts[-1] = self._count(self.mapping(loss, self.stats), 1)
+        self._visits.tell(loss)
+        self._plan(self.mapping(loss, self.stats))
         self.stats.observe(loss)
 
-    def _count(self, count: int, done: int) -> int:
-        """Return N, checked and cut to what is left of T; `done` visits are made already."""
+    def _plan(self, count: int) -> None:
+        """Set N to what the mapping asked for, cut to what is left of T."""
         repeats = int(count)
         if repeats < 1 or repeats != count:
             raise ValueError(
                 f"{self.mapping!r} asked for {count!r} updates on fresh batch {self.fresh_batch}: "
                 "a mapping must return an integer of at least 1"
             )
-        left = self.max_updates - self.updates + done
-        return repeats if repeats < left else left
+        left = self.max_updates - self.updates + self._done
+        self.repeats = self._visits.counts[-1] = min(repeats, left)
 
     def _next_fresh_batch(self) -> None:
         resumed = self._batch is None and self._done and not self._finished
@@ -374,12 +355,17 @@ class BatchRepeater:
         self._done = self.repeats = 0
         self._visits.trim()
         if self._planned is not None:
-            self.repeats = self._count(self._planned(0.0, self.stats), 0)
-            self._visits.counts.append(self.repeats)
+            self._visits.counts.append(0)
+            self._plan(self._planned(0.0, self.stats))
+
+    def _read(self) -> None:
+        """Wait for the loss on which the current batch's N still depends."""
+        if self._waiting:
+            self._decide(self._reader.wait())
 
     def _settle(self) -> None:
         """Decide what is undecided, and fetch the losses that are still on the device."""
-        self._read_pending()
+        self._read()
         self._visits.fetch()
 
     @property
@@ -421,7 +407,7 @@ class BatchRepeater:
             "loader": self._loader.state_dict(held=unfinished),
             "stats": self.stats.state_dict(),
             "held": self._visits.losses[len(self._visits.losses) - self.held :],
-            "random": packed(process_states()),
+            "random": process_states(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -436,6 +422,7 @@ class BatchRepeater:
         self._loader.load_state_dict(state["loader"])
         self.stats.load_state_dict(state["stats"])
         self._batch, self._versions, self._awaiting_report = None, None, False
+        self._waiting = False
         held = list(state["held"])
         if self.repeats:
             done = self._done - len(held)

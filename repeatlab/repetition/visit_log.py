@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from math import isfinite, nan
+from math import isfinite
 
 import numpy as np
 import torch
@@ -44,7 +44,6 @@ class VisitLog:
         history: int = 1_000_000,
     ) -> None:
         self.block, self.history = block, history
-        self._room = history  # visits until a word about them is due
         self._join = join  # from this rank's losses, (n,), to those of all
         self.fetches = 0
         self.restart(0, 0, 0, [])
@@ -63,10 +62,21 @@ class VisitLog:
         self.counts = counts
         self._deferred: list[tuple[int, torch.Tensor]] = []
 
+    def tell(self, loss: float, row: int | None = None) -> None:
+        """Fill in a visit's loss, by default the last one's.
+
+        Raises:
+            NonFiniteLoss: it is not finite; what came after has no meaning and is forgotten.
+        """
+        row = len(self.losses) - 1 if row is None else row
+        self.losses[row] = loss
+        if not isfinite(loss):
+            del self.losses[row + 1 :]
+            raise NonFiniteLoss(loss, self._first_update + row, int(self._expand()[0][row]))
+
     def defer(self, loss: torch.Tensor) -> None:
-        """Leave a visit's loss on the device until a block of them is full."""
-        self._deferred.append((len(self.losses), loss))
-        self.losses.append(nan)
+        """Leave the last visit's loss on the device until a block of them is full."""
+        self._deferred.append((len(self.losses) - 1, loss))
         if len(self._deferred) >= self.block:
             self.fetch()
 
@@ -81,24 +91,16 @@ class VisitLog:
         if self._join is not None:
             stacked = self._join(stacked)
         for row, loss in zip(rows, stacked.tolist(), strict=True):
-            self.losses[row] = loss
-            if not isfinite(loss):
-                # What came after has no meaning, and the first one is the one to name.
-                del self.losses[row + 1 :]
-                raise NonFiniteLoss(loss, self._first_update + row, int(self._expand()[0][row]))
+            self.tell(loss, row)
 
     def trim(self) -> None:
-        """Warn where more than `history` visits wait to be drained; forget what is beyond twice."""
-        if len(self.losses) <= self._room:
-            return
-        if self._room == self.history:
-            self._room *= 2
+        """Forget, with a warning, what lies before the last `history` of twice as many visits."""
+        if len(self.losses) > 2 * self.history:
             warnings.warn(
-                f"{self.history} visits have not been drained: call repeater.drain() now and then, "
-                f"or set history; from {self._room} on the oldest are forgotten",
+                f"{len(self.losses)} visits have not been drained, and the older half is "
+                "forgotten: call repeater.drain() now and then, or set history",
                 stacklevel=4,
             )
-        else:
             self.fetch()
             self.drain(held=self.history)
 

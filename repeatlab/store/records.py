@@ -41,7 +41,6 @@ from repeatlab.core.files import (
     StoreError,
     digest_of,
     not_whole,
-    not_written,
     read_bytes,
     read_json,
     remove_temporaries,
@@ -93,10 +92,8 @@ class Store:
         self.check_writable()
         attempts = run.environment.get("attempts", 0) + 1
         shutil.rmtree(run.path, ignore_errors=True)
-        try:
+        with writing(run.path):
             run.path.mkdir(parents=True)
-        except OSError as error:
-            raise not_written(run.path, error) from None
         write_json(run.path / "config.json", config, sealed=True)
         write_json(run.path / "environment.json", {**environment, "attempts": attempts})
         return RunWriter(run.path)
@@ -174,10 +171,8 @@ class Store:
     def write_study(self, name: str, study: Mapping[str, Any]) -> None:
         """Record which runs a study consists of."""
         directory = self.root / "studies"
-        try:
+        with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise not_written(directory, error) from None
         write_json(directory / f"{safe_name('study', name)}.json", study, sealed=True)
 
     def read_study(self, name: str) -> dict[str, Any]:
@@ -333,9 +328,8 @@ class Run:
         summary = self.summary
         if summary["run"] != self.path.name:
             raise StoreError(f"{self.path / 'summary.json'} is of the run {summary['run']}")
-        for name, digest in summary["files"].items():
-            if digest_of(self.path / name) != digest:
-                raise not_whole(self.path / name)
+        for name in summary["files"]:
+            self._file(name)
         _ = self.config  # it may have been damaged before the end
 
     def _file(self, name: str) -> Path | None:
@@ -443,7 +437,7 @@ class RunWriter:
         self._streams: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
         self._files: dict[str, IO[bytes]] = {}
         self._rows: dict[str, int] = {}
-        self._set_status("running")
+        Run(path).note("running")
 
     def updates(self, columns: Mapping[str, np.ndarray]) -> None:
         """Append rows: arrays of equal length for the columns of `UPDATES`."""
@@ -527,8 +521,9 @@ class RunWriter:
         for name in list(self._streams):
             with suppress(OSError):  # what is lost so was not recorded
                 self._close(name)
-        if not Run(self.path).done:
-            self._set_status(status, **details)
+        run = Run(self.path)
+        if not run.done:
+            run.note(status, **details)
 
     def _append(self, name: str, table: pa.Table) -> None:
         with writing(self.path / f"{name}.arrow"):
@@ -549,6 +544,3 @@ class RunWriter:
         stream, file = self._streams.pop(name), self._files.pop(name)
         with file:
             stream.close()
-
-    def _set_status(self, status: str, **details: Any) -> None:
-        Run(self.path).note(status, **details)

@@ -409,7 +409,7 @@ def test_visits_that_nobody_drains_take_bounded_memory_after_a_word():
         for _ in repeater:
             repeater.report(float(repeater.updates))
 
-    with pytest.warns(UserWarning, match=r"100 visits have not been drained: call repeater.drain"):
+    with pytest.warns(UserWarning, match=r"forgotten: call repeater.drain"):
         loop()
     rows = repeater.drain()
     kept = len(rows["update"])
