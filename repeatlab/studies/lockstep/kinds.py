@@ -98,17 +98,17 @@ class SingleIndexStack:
         self._errors = self._targets
 
     def stage(self, arm: int, batch: SingleIndexBatch) -> None:
-        """See `Stack`."""
+        """See `SupervisedStack`."""
         self._inputs[arm].copy_(batch.inputs)
         self._targets[arm].copy_(batch.targets)
 
     def losses(self) -> list[float]:
-        """See `Stack`."""
+        """See `SupervisedStack`."""
         self._errors = self._network(self._inputs).squeeze(2) - self._targets
         return torch.stack([errors.square().mean() for errors in self._errors]).tolist()
 
     def step(self) -> None:
-        """See `Stack`."""
+        """See `SupervisedStack`."""
         self._network.backward((self._errors * (2 / self._errors.shape[1])).unsqueeze(2))
         self._optimizer.step()
 
