@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
+from typing import TYPE_CHECKING
 
 import pytest
 
-from repeatlab.core.schema import ConfigError
-from repeatlab.studies.study import Study
+# The laboratory is imported where it is used: the primitive's tests pass without it.
+if TYPE_CHECKING:
+    from repeatlab.studies.study import Study
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test presses it in.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -18,6 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture
 def refused():
     """Return a function that sees a task's sizes refused: by its configuration and by itself."""
+    from repeatlab.core.schema import ConfigError
 
     def check(config, kind, message: str) -> None:
         for attempt in (config.prepare, lambda: kind(config, seed=0, device="cpu")):
@@ -30,6 +33,7 @@ def refused():
 @pytest.fixture
 def small_study():
     """Return a function that makes a study of seconds on digits, with the given fields changed."""
+    from repeatlab.studies.study import Study
 
     def make(**changes) -> Study:
         fields = {

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.integrate import quad
-from scipy.stats import chisquare
 
 from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import (
@@ -236,10 +234,11 @@ EXPECTED_AT_MU = [(Threshold, 1.367879), (Linear, 1.210176)]
 @pytest.mark.parametrize(("kind", "expected"), EXPECTED_AT_MU)
 @pytest.mark.parametrize("mu", [0.3, 2.0])
 def test_expected_count_of_exponential_losses_by_quadrature(kind, expected, mu):
+    integrate = pytest.importorskip("scipy.integrate")
     mapping, stats = kind(t=mu), LossStats()
     steps = [k * mu for k in range(6)]
     mean = sum(
-        quad(lambda loss: mapping(loss, stats) * math.exp(-loss / mu) / mu, low, high)[0]
+        integrate.quad(lambda loss: mapping(loss, stats) * math.exp(-loss / mu) / mu, low, high)[0]
         for low, high in zip(steps, [*steps[1:], 60 * mu], strict=True)
     )
     assert mean == pytest.approx(expected, abs=1e-6)
@@ -338,18 +337,20 @@ def test_constant():
 
 @pytest.mark.parametrize(("low", "high"), [(1, 5), (2, 3), (1, 7)])
 def test_uniform_is_uniform(low, high):
+    stats = pytest.importorskip("scipy.stats")
     draws = [Uniform(low=low, high=high, seed=3)(0.0, at(i)) for i in range(20_000)]
     observed = np.bincount(draws, minlength=high + 1)[low:]
     assert observed.sum() == 20_000
     assert len(observed) == high - low + 1
-    assert chisquare(observed).pvalue > 1e-3
+    assert stats.chisquare(observed).pvalue > 1e-3
 
 
 def test_uniform_draws_of_neighbours_and_of_seeds_are_unrelated():
+    stats = pytest.importorskip("scipy.stats")
     draws = np.array([[Uniform(seed=s)(0.0, at(i)) for i in range(5_000)] for s in (0, 1)])
     for a, b in ((draws[0, :-1], draws[0, 1:]), (draws[0], draws[1])):
         pairs = np.bincount((a - 1) * 5 + (b - 1), minlength=25)
-        assert chisquare(pairs).pvalue > 1e-3
+        assert stats.chisquare(pairs).pvalue > 1e-3
 
 
 def test_uniform_depends_on_seed_and_index_alone():
