@@ -10,32 +10,45 @@ from typing import Any
 import torch
 
 
-def view(batch: Any, versions: list[int]) -> Any:
+def view(batch: Any, found: list[torch.Tensor]) -> Any:
     """Return `batch` in containers of its own, so that a visit may pop, append and assign.
 
-    Dicts, lists and tuples are copied, and those within them; what they hold is shared.
+    Dicts, lists and tuples are copied, and those within them; what they hold is shared. A batch in
+    which nothing can be replaced is returned itself.
 
     Args:
         batch: What the loader yielded.
-        versions: Gets a number for each tensor, which an in-place change raises.
+        found: Gets its tensors.
     """
     kind = type(batch)
-    if isinstance(batch, torch.Tensor):
-        versions.append(_version(batch))
+    if kind is tuple:
+        if {type(item) for item in batch} == {torch.Tensor}:  # most are
+            found += batch
+            return batch
+    elif isinstance(batch, torch.Tensor):
+        found.append(batch)
         return batch
     if isinstance(batch, tuple):
-        items = [view(item, versions) for item in batch]
+        items = [view(item, found) for item in batch]
         if all(map(is_, items, batch)):
             return batch
         return kind(*items) if hasattr(batch, "_fields") else kind(items)
     if kind is list:
-        return [view(item, versions) for item in batch]
+        return [view(item, found) for item in batch]
     if kind is dict:
-        return {key: view(item, versions) for key, item in batch.items()}
+        return {key: view(item, found) for key, item in batch.items()}
     if isinstance(batch, (MutableMapping, list)):
-        versions += [_version(item) for _, item in tensors(batch)]
+        found += [tensor for _, tensor in tensors(batch)]
         return copy.copy(batch)
     return batch
+
+
+def versions(found: list[torch.Tensor]) -> list[int]:
+    """Return a number for each tensor, which an in-place change raises."""
+    try:
+        return [tensor._version for tensor in found]  # torch has no public name for it
+    except RuntimeError:  # a tensor made for inference keeps none
+        return [0 if tensor.is_inference() else tensor._version for tensor in found]
 
 
 def tensors(batch: Any, key: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -54,13 +67,6 @@ def tensors(batch: Any, key: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 def changed(batch: Any, before: list[int]) -> str:
     """Return where the first tensor is that has another version than `before`."""
     for (key, tensor), version in zip(tensors(batch), before, strict=False):
-        if _version(tensor) != version:
+        if versions([tensor]) != [version]:
             return f"batch{key}"
     return "batch"
-
-
-def _version(tensor: torch.Tensor) -> int:
-    try:
-        return tensor._version  # torch has no public name for it
-    except RuntimeError:  # a tensor made for inference keeps none
-        return 0

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from repeatlab.repetition.endless_loader import EndlessLoader
-from repeatlab.repetition.held_batch import changed, view
+from repeatlab.repetition.held_batch import changed, versions, view
 from repeatlab.repetition.loss_reader import LossReader
 from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import Constant, as_count
@@ -126,7 +126,9 @@ class BatchRepeater:
         self._first = 0  # updates that were made before this object came to be
         self._done = 0  # visits to the current batch whose loss is reported
         self._batch: Any = None  # the current one, held while visits to it are left
-        self._versions: list[int] | None = None  # of its tensors, at the first visit here
+        self._tensors: list[torch.Tensor] = []  # those in it
+        self._versions: list[int] | None = None  # of them, at the first visit here
+        self._copies = False  # whether every visit needs containers of its own
         self._awaiting_report = False
         self._waiting = False  # for the last visit's loss: N, or another visit, depends on it
 
@@ -161,7 +163,7 @@ class BatchRepeater:
     def __getstate__(self) -> dict[str, Any]:
         """Return a copy's contents; what was not reported comes again there."""
         self._settle()
-        return self.__dict__ | {"_awaiting_report": False, "_versions": None}
+        return self.__dict__ | {"_awaiting_report": False, "_versions": None, "_tensors": []}
 
     def __iter__(self) -> Iterator[Any]:
         if self.updates >= self.max_updates > self._first:
@@ -209,23 +211,25 @@ class BatchRepeater:
                     "repeater.skip() to make no update"
                 )
         if self.updates >= self.max_updates:
-            self._batch = None
+            self._batch, self._tensors = None, []
             self._settle()
             self._loader.release()
 
     def _view(self) -> Any:
         """Return the current batch as the loader gave it."""
-        versions: list[int] = []
-        batch = view(self._batch, versions)
         if not self._done or self._versions is None:
-            self._versions = versions
-        elif versions != self._versions:
+            self._tensors = []
+            batch = view(self._batch, self._tensors)
+            self._copies = batch is not self._batch
+            self._versions = versions(self._tensors)
+            return batch
+        if versions(self._tensors) != self._versions:
             raise RuntimeError(
                 f"{changed(self._batch, self._versions)} (fresh batch {self.fresh_batch}) was "
                 "changed in place between visits, so that repeats would see something else: "
                 "change a copy, x = x - 1 in place of x.sub_(1)"
             )
-        return batch
+        return view(self._batch, []) if self._copies else self._batch
 
     def stop(self) -> None:
         """Make the visit under way the last one; the current batch's N is cut to its visits.
