@@ -645,7 +645,7 @@ def trained_by(workers, configs: dict, root: Path, monkeypatch) -> dict[str, Out
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system sets no such limit")
 def test_a_run_that_finds_no_memory_fails_and_its_worker_trains_the_next(tmp_path, monkeypatch):
-    """An allocation that the system refuses: of weights and their moments, in a worker that may have 1 GB."""
+    """An allocation that the system refuses: of weights, in a worker that may have 1 GB."""
     small = {"name": "supervised", "width": 2, "batch_size": 16}
     large = small | {"model": "mlp", "width": 10_000}
     configs = planned(study(tasks={"large": large, "small": small}, updates=2))
