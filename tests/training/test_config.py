@@ -132,8 +132,8 @@ def test_the_identity_changes_with_the_declared_version_of_the_task(monkeypatch)
     assert after["unsupervised"] == before["unsupervised"]
 
 
-def test_every_task_of_the_package_has_a_declared_version():
-    assert VERSIONS.keys() == TASKS.keys()
+def test_versions_are_declared_for_tasks_that_there_are():
+    assert VERSIONS.keys() <= TASKS.keys()  # any other is known by its source
     assert all(type(number) is int and number >= 1 for number in VERSIONS.values())
 
 
