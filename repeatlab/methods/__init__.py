@@ -8,9 +8,18 @@ from importlib import import_module
 from typing import Any
 
 _SELECTION = (
-    "Chosen ImportanceSwitch LastScores draws hard_mining importance_sampling online_selection "
-    "rho_loss selective_backprop tau tau_threshold"
-).split()
+    "Chosen",
+    "ImportanceSwitch",
+    "LastScores",
+    "draws",
+    "hard_mining",
+    "importance_sampling",
+    "online_selection",
+    "rho_loss",
+    "selective_backprop",
+    "tau",
+    "tau_threshold",
+)
 
 
 def __getattr__(name: str) -> Any:
