@@ -113,8 +113,8 @@ def one_off_table(plan: PlanRecords, arms: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns task, arm, calibration and holdout (updates, mean over seeds), charge (their sum),
-        saved (share of T, as the estimate has it), runs (that pay the charge back: charge / (saved
-        T); infinite where the arm saves nothing).
+        saved (share of T, as the estimate has it), runs (that pay the charge back, each saving
+        the share / (1 - share) of T; infinite where the arm saves nothing).
     """
     done, found = plan.stages["own"].done, arms.set_index(["arm", "task"])["saved"]
     rows = []
@@ -125,7 +125,9 @@ def one_off_table(plan: PlanRecords, arms: pd.DataFrame) -> pd.DataFrame:
         }
         charge, gain = sum(parts.values()), float(found.get((arm, task), np.nan))
         if charge and arm != plan.declared.against:
-            due = charge / (gain * plan.declared.goals[task].updates) if gain > 0 else np.inf
+            # The share is of what the standard arm needs, T / (1 - share).
+            each = gain / (1 - gain) * plan.declared.goals[task].updates if gain < 1 else np.inf
+            due = charge / each if gain > 0 else np.inf
             rest = {"charge": charge, "saved": gain, "runs": due}
             rows.append({"task": task, "arm": arm} | parts | rest)
     return pd.DataFrame(rows, columns=ONE_OFF)

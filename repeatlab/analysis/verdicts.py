@@ -15,8 +15,9 @@ A verdict is *supported*, *refuted*, *equivalent*, *inconclusive*, *not tested* 
 question repeats on any task, or *interim* until every planned seed is there.
 
 H1 and H2 say that there is an arm which is better: one that is better supports them, and only that
-every arm is worse refutes them. H3 and H4 say something of every control and of every task: one
-that fails refutes them. H5 says that settings do not differ, which equivalence alone can support.
+every arm is worse, or no better than by the margin, refutes them. H3 and H4 say something of every
+control and of every task: one that fails refutes them. H5 says that settings do not differ, which
+equivalence alone can support.
 
 What keeps false verdicts rare. H1, H2 and H3 are one Holm family: an entry for each arm of H1 and
 of H2, and one for H3, two-sided. H4 and H5 are supported or refuted only where H2 is supported. So
@@ -37,7 +38,6 @@ from repeatlab.analysis.declaration import LARGER_STEP, LEAST_DOSE, Declaration
 from repeatlab.analysis.evidence import Dose, Evidence
 from repeatlab.analysis.statistics import ALPHA, holm
 from repeatlab.analysis.updates_saved import (
-    Paired,
     Saved,
     saved,
     saved_until,
@@ -143,25 +143,19 @@ class _Case:
 Ruling = tuple[str, str, dict[str, Comparison]]  # verdict, what is said first, what it rests on
 
 
-def state_of(effect: Saved, p: float, margin: float, tasks: Mapping[str, Any] | None = None) -> str:
-    """Return what `effect` is; `tasks` are what it pools."""
+def state_of(effect: Saved, p: float, margin: float, by_task: Iterable[Saved] | None = None) -> str:
+    """Return what an effect decides by its adjusted `p`; `by_task` are those that it pools.
+
+    Opposite effects cancel: tasks are not equivalent together where one of them lies beyond the
+    margin with all of its 90 % interval.
+    """
     direction = effect.direction(p)
     if direction:
         return BETTER if direction > 0 else WORSE
-    return EQUIVALENT if effect.equivalent(margin) and not _opposed(tasks or {}) else UNDECIDED
-
-
-def _opposed(tasks: Mapping[str, Any]) -> bool:
-    """Return whether one of several tasks shows a difference by itself (Holm over tasks)."""
-    if len(tasks) < 2:
-        return False
-    gains = [
-        part.differences(np.zeros(1))
-        if isinstance(part, Paired)
-        else (np.log(np.maximum(part[2], 1.0)) - np.log(np.maximum(part[1], 1.0)))[:, None]
-        for part in tasks.values()
-    ]
-    return bool((holm([float(sign_flips(gain)[0]) for gain in gains]) < ALPHA).any())
+    beyond = any(
+        one.within.low >= 1 / (1 - margin) or one.within.high <= 1 - margin for one in by_task or ()
+    )
+    return EQUIVALENT if effect.equivalent(margin) and not beyond else UNDECIDED
 
 
 def _repeating(found: Mapping[str, Any], doses: Mapping[str, Dose]) -> dict[str, Any]:
@@ -184,28 +178,36 @@ def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
     end = {a: saved(tasks, seed=seed) for a, tasks in at_end.items() if tasks}
     evidence = replace(evidence, **_of_real(evidence, declared))
     parts = {c: saved(found, seed=seed) for c, found in evidence.controls.items() if found}
-    mechanism_p = _mechanism_p(evidence, parts, seed)
-    family = [*(e.p for e in speed.values()), *(e.p for e in end.values()), mechanism_p]
-    adjusted = holm(family)
+    # What was declared keeps its place in the family, whether it was tested or not.
+    family = [found[a].p if a in found else np.nan for found in (speed, end) for a in declared.arms]
+    *adjusted, mechanism_p = holm([*family, _mechanism_p(evidence, parts, seed)])
+    arms = len(declared.arms)
 
     def decided(
-        effects: dict[str, Saved], p: Iterable[float], tasks: Mapping[str, Any]
+        effects: dict[str, Saved],
+        p: Mapping[str, float],
+        tasks: Mapping[str, Mapping[str, Any]],
+        alone: Callable[[dict[str, Any]], Saved] = saved,
     ) -> dict[str, Comparison]:
         found = {}
-        for (name, effect), q in zip(effects.items(), p, strict=True):
-            state = state_of(effect, q, declared.margin, tasks[name])
+        for name, effect in effects.items():
+            by_task = [alone({task: one}) for task, one in tasks[name].items()]
+            state = state_of(effect, p[name], declared.margin, by_task)
             doses = evidence.dose.get(name, {})
             dose = _mean_dose({task: doses[task] for task in tasks[name] if task in doses})
-            found[name] = Comparison(effect, float(q), state, dose, len(declared.goals))
+            found[name] = Comparison(effect, float(p[name]), state, dose, len(declared.goals))
         return found
+
+    def until_alone(tasks: dict[str, Any]) -> Saved:
+        return saved_until(tasks, limits=limits, seed=seed)
 
     return _Case(
         evidence,
         declared,
-        decided(speed, adjusted[: len(speed)], until),
-        decided(end, adjusted[len(speed) : -1], at_end),
-        decided(parts, [e.p for e in parts.values()], evidence.controls),
-        float(adjusted[-1]),
+        decided(speed, dict(zip(declared.arms, adjusted[:arms], strict=True)), until, until_alone),
+        decided(end, dict(zip(declared.arms, adjusted[arms:], strict=True)), at_end),
+        decided(parts, {name: e.p for name, e in parts.items()}, evidence.controls),
+        float(mechanism_p),
     )
 
 
@@ -249,26 +251,36 @@ def _hardness_test(evidence: Evidence, seed: int) -> tuple[float, float]:
 # --- hypotheses -------------------------------------------------------------------------------
 
 
-def _there_is_an_arm(found: dict[str, Comparison], better: str, worse: str) -> Ruling:
-    """Judge a claim that an arm is better: one supports it, all of them worse refute it."""
-    states = [comparison.state for comparison in found.values()]
+def _there_is_an_arm(case: _Case, found: dict[str, Comparison], better: str, worse: str) -> Ruling:
+    """Judge a claim that an arm is better: one supports it, and none that could be refutes it."""
+    states = {comparison.state for comparison in found.values()}
     if not states:
-        return NOT_TESTED, f"On no task an arm in question reaches a mean N of {LEAST_DOSE}", found
+        return (
+            NOT_TESTED,
+            f"No arm visits a batch {LEAST_DOSE} times on average, on any task",
+            found,
+        )
     if BETTER in states:
         return SUPPORTED, f"At least one arm {better}", found
-    if set(states) == {WORSE}:
+    if len(found) < len(case.declared.arms):
+        return INCONCLUSIVE, f"That an arm {better} is not shown, and some were not tested", found
+    if states == {EQUIVALENT}:
+        return EQUIVALENT, "No arm makes a difference above the margin", found
+    if states == {WORSE}:
         return REFUTED, f"Every arm {worse}", found
-    if set(states) <= {EQUIVALENT, WORSE}:
-        return EQUIVALENT, "No arm makes a difference above the margin, or it is worse", found
+    if states == {EQUIVALENT, WORSE}:
+        return REFUTED, f"No arm {better} by more than the margin, and some {worse}", found
     return INCONCLUSIVE, f"That an arm {better} is neither shown nor excluded", found
 
 
 def _h1(case: _Case) -> Ruling:
-    return _there_is_an_arm(case.speed, "reaches the target sooner", "reaches it later")
+    return _there_is_an_arm(
+        case, case.speed, "reaches the target sooner", "reaches the target later"
+    )
 
 
 def _h2(case: _Case) -> Ruling:
-    return _there_is_an_arm(case.end, "ends better", "ends worse")
+    return _there_is_an_arm(case, case.end, "ends better", "ends worse")
 
 
 def _h3(case: _Case) -> Ruling:
@@ -282,6 +294,9 @@ def _h3(case: _Case) -> Ruling:
     jointly = f"jointly p = {case.mechanism_p:.2g}, rank correlation of loss and N {hard:+.2f}"
     if case.mechanism_p < ALPHA:
         if hard > 0 and all(part.effect.ratio > 1 for part in parts.values()):
+            if real not in case.end or case.end[real].state != BETTER:
+                against = case.declared.against
+                return INCONCLUSIVE, f"{real} beats its controls, but not {against}", parts
             return SUPPORTED, f"{real} beats every control ({jointly})", parts
         return REFUTED, f"A part of the claim is reversed for {real} ({jointly})", parts
     if all(part.state == EQUIVALENT for part in parts.values()):
@@ -327,20 +342,24 @@ def _h5(case: _Case) -> Ruling:
     }
     effects = {name: saved(found) for name, found in tasks.items() if found}
     adjusted = holm([effect.p for effect in effects.values()]) if effects else []
-    found = {
-        name: Comparison(effect, float(q), state_of(effect, q, case.declared.margin, tasks[name]))
-        for (name, effect), q in zip(effects.items(), adjusted, strict=True)
-    }
+    margin, found, alike = case.declared.margin, {}, []
+    for (name, effect), q in zip(effects.items(), adjusted, strict=True):
+        by_task = [saved({task: one}) for task, one in tasks[name].items()]
+        state = state_of(effect, q, margin, by_task)
+        found[name] = Comparison(effect, float(q), state, planned=len(case.declared.goals))
+        alike.append(state_of(effect, 1.0, margin, by_task) == EQUIVALENT)
     if not found:
         return INCONCLUSIVE, "Runs are missing", found
     if _h2(case)[0] != SUPPORTED:
-        return INCONCLUSIVE, "H2 is not supported: there is no benefit to be insensitive", found
-    if all(
-        one.effect.equivalent(case.declared.margin) and not _opposed(tasks[name])
-        for name, one in found.items()
-    ):
+        return (
+            INCONCLUSIVE,
+            "H2 is not supported: there is no benefit whose sensitivity could be judged",
+            found,
+        )
+    if all(alike) and len(found) == len(tasks):
         return SUPPORTED, "No two settings differ by more than the margin", found
-    if any(one.state in (BETTER, WORSE) for one in found.values()):
+    states = zip(found.values(), alike, strict=True)
+    if any(one.state in (BETTER, WORSE) and not same for one, same in states):
         return REFUTED, "Some settings differ", found
     return INCONCLUSIVE, "That settings differ is neither shown nor excluded", found
 
@@ -360,17 +379,17 @@ HYPOTHESES = (
         "H1",
         "Loss-driven repetition reaches the target in fewer updates.",
         "Updates until the target, interpolated between evaluations, net of one-off charges; a run "
-        "that misses it or diverges counts as T. Supported if an arm is better than the standard "
-        "one over all tasks; refuted if every arm is worse; equivalent if none is better by more "
-        "than the margin.",
+        "that misses it, or diverges before, counts as T. Supported if an arm is better than the "
+        "standard one over all tasks; equivalent if all are, within the margin; refuted if every "
+        "arm is worse or equivalent, and one is worse.",
         _h1,
     ),
     Hypothesis(
         "H2",
         "Loss-driven repetition ends better at equal updates.",
         "The metric at T, as updates saved. Supported if an arm is better than the standard one "
-        "over all tasks; refuted if every arm is worse; equivalent if none is better by more than "
-        "the margin.",
+        "over all tasks; equivalent if all are, within the margin; refuted if every arm is worse "
+        "or equivalent, and one is worse.",
         _h2,
     ),
     Hypothesis(
@@ -378,9 +397,9 @@ HYPOTHESES = (
         "High-loss batches get the extra updates, and this, not timing, dispersion or a larger "
         "step, makes the difference.",
         "Supported if within windows of training N goes with the first loss, and the arm ends "
-        "better than each of its controls, each part by itself significant; refuted if a part is "
-        "reversed (Bonferroni over the parts), other than the larger step, which has seen more "
-        "fresh data; equivalent if the arm does as well as every control.",
+        "better than each of its controls, each part by itself significant, and H2 holds for it; "
+        "refuted if a part is reversed (Bonferroni over the parts), other than the larger step, "
+        "which has seen more fresh data; equivalent if the arm does as well as every control.",
         _h3,
     ),
     Hypothesis(

@@ -88,7 +88,7 @@ def verdict(name: str, plan: Declaration, **truth) -> str:
     [
         ("H1", {"sooner": {"linear": 1.5}}, "supported"),
         ("H1", {"sooner": {"linear": 0.6, "quantile": 1.5}}, "supported"),
-        ("H1", {"sooner": {"linear": 0.6}, "noise": 0.05}, "equivalent"),
+        ("H1", {"sooner": {"linear": 0.6}, "noise": 0.05}, "refuted"),
         ("H1", {"sooner": {"linear": 0.6, "quantile": 0.6}}, "refuted"),
         ("H1", {}, "equivalent"),
         ("H2", {"end": {"linear": 1.5}}, "supported"),
@@ -128,6 +128,32 @@ def test_h4_can_be_decided_with_six_tasks_and_eight_seeds_either_way():
     """V8: with 8 seeds a cell's p is 2/256 at best, times six tasks still below 0.05."""
     assert 6 * 2 / 2**8 < 0.05
     assert verdict("H4", declared(8), end={"linear": 1.6}, noise=0.05) == "supported"
+
+
+@pytest.mark.parametrize("n", [6, 7, 8])
+def test_effects_that_cancel_over_tasks_are_no_equivalence(n):
+    opposite = {(arm, t): 1.5 if t in "abc" else 1 / 1.5 for arm in ARMS for t in TASKS}
+    assert verdict("H2", declared(n), end=opposite, noise=0.05) == "inconclusive"
+
+
+def test_an_arm_that_beats_its_controls_but_not_standard_training_explains_nothing():
+    truth = {"end": {"linear": 0.8, **dict.fromkeys(CONTROLS, 0.6)}, "hard": 0.5, "noise": 0.05}
+    assert verdict("H3", declared(), **truth) == "inconclusive"
+
+
+def test_what_was_not_tested_of_the_declared_arms_is_not_refuted_with_the_others():
+    plan = declared()
+    seen = evidence(plan, end={"linear": 0.6, "quantile": 1.9}, noise=0.05)
+    hardly = {task: Dose(1.05, 0.05) for task in plan.goals}
+    found = judge(replace(seen, dose=seen.dose | {"quantile": hardly}), plan)
+    assert found[1].verdict == "inconclusive"
+    # The other arm's entry keeps its place in the family of five: 2 / 256 times 5.
+    assert found[1].comparisons["linear"].p == pytest.approx(5 * 2 / 2**8)
+
+
+def test_settings_that_differ_within_the_margin_do_not_refute_h5():
+    truth = {"end": {"linear": 1.5, "quantile": 1.53}, "noise": 0.01}
+    assert verdict("H5", declared(), **truth) == "supported"
 
 
 def test_an_arm_that_hardly_repeats_has_not_been_tested():

@@ -232,7 +232,8 @@ def test_a_charge_is_paid_back_after_so_many_runs_as_save_it(gathered):
     (row,) = gathered.tables["one_off"].to_dict("records")
     saved = 1 - 2 ** (-0.014 / 0.62)
     assert (row["arm"], row["calibration"], row["charge"]) == ("linear", 4, 4)
-    assert row["runs"] == pytest.approx(4 / (20 * saved), rel=1e-6)
+    # Of what the standard arm needs, T / (1 - saved).
+    assert row["runs"] == pytest.approx(4 * (1 - saved) / (20 * saved), rel=1e-6)
 
 
 def test_the_tuning_is_told_with_its_effort(gathered):

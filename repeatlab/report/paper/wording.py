@@ -24,11 +24,11 @@ from repeatlab.analysis.verdicts import (
 
 OPENINGS = {
     SUPPORTED: "The runs support this.",
-    REFUTED: "The runs show the opposite.",
+    REFUTED: "The runs contradict this.",
     EQUIVALENT: "The runs show no difference that would matter (by the margin of {margin}).",
     INCONCLUSIVE: "The runs neither show nor exclude this.",
     NOT_TESTED: f"This was not tested: an arm that visits a batch fewer than {LEAST_DOSE} times on "
-    "average is next to the standard one.",
+    "average is nearly the same as the standard one.",
     INTERIM: "This is not judged yet: runs that the plan asks for are missing.",
 }
 MOST_TOLD = 4  # comparisons of which a sentence tells each
@@ -121,10 +121,12 @@ def effect(one: Comparison) -> str:
     if share < 0:
         low, high = -high, -low
     limits = f"(95 %: {percent(low)} to {percent(high)})"
-    if one.effect.smallest_p >= ALPHA:
+    if one.effect.interval.low == 0 and isinf(one.effect.interval.high):
         limits = "(with so few seeds there are no limits)"
     if isinf(share):
-        return f"was worse than the standard arm at every budget {limits}"
+        return f"was worse than every budget that was tried {limits}"
+    if isinf(one.effect.ratio):
+        return f"was better than every budget that was tried {limits}"
     if share < 0:
         return f"cost {percent(-share)} more updates {limits}"
     return f"saved {percent(share)} of the updates {limits}"
