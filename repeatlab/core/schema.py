@@ -210,6 +210,8 @@ def _choice_model(name: str, target: type, without: tuple[str, ...]) -> type[Cho
 
 
 def _or_auto(value: Any, number: Callable[[Any], float]) -> float | str:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f"must be a number or 'auto'; not {shown(value)}")
     return value if value == "auto" else number(value)
 
 

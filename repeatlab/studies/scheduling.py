@@ -221,7 +221,8 @@ def train_runs(
         if len(found) == 1:
             train(found[0], runs, watch=watch, stop=stop)
         else:
-            failures = train_group(found, runs, watch=watch, stop=stop)
+            ended = train_group(found, runs, watch=watch, stop=stop)
+            failures = dict.fromkeys(trained) | ended  # first what they needed
     except Interrupted:
         failures = dict.fromkeys(ids, "interrupted")
     except Exception as error:

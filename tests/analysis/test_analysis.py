@@ -131,7 +131,7 @@ def mixed(small_study, tmp_path):
     study = small_study(
         tasks={
             "digits": {"name": "supervised", "lr": 0.05},
-            "wild": {"name": "supervised", "lr": 1e6},
+            "wild": {"name": "supervised", "lr": 1e12},
         },
         methods={"standard": {}, "linear": {"mapping": {"name": "linear", "t": 0.5}}},
     )

@@ -512,7 +512,7 @@ def test_choosing_leaves_networks_and_random_streams_as_they_were(task, name, mo
         assert (nn.Dropout in kinds) == (task == "supervised")
     running = start(CHOICES[name], chosen)
     if name == "rho_loss":
-        monkeypatch.setattr(running, "_rebuild", lambda stream: build(task))
+        monkeypatch.setattr(running, "rebuild", lambda stream: build(task))
         running.prepare()
     if isinstance(running.settings, Importance):
         running.switch.tau = 1e6
@@ -914,7 +914,7 @@ def test_the_most_reducible_samples_are_picked():
 def test_a_sample_s_irreducible_loss_is_that_of_a_model_that_never_saw_it():
     task = build("supervised", seed=3, **RHO_TASK)
     running = start(RhoLoss(holdout_updates=40), task, seed=3)
-    models, make = [], running._rebuild
+    models, make = [], running.rebuild
 
     class Noted:
         """A model that notes what it learns from and what it is asked about."""
@@ -935,7 +935,7 @@ def test_a_sample_s_irreducible_loss_is_that_of_a_model_that_never_saw_it():
         models.append(Noted(make(stream)))
         return models[-1]
 
-    running._rebuild = rebuild
+    running.rebuild = rebuild
     before = digest(task.state_dict())
     cost = running.prepare()
     assert digest(task.state_dict()) == before
@@ -996,7 +996,7 @@ def test_a_saved_sampler_goes_on_with_the_same_choices(task, name, monkeypatch):
     unbroken = build(task, **fields)
     running = start(CHOICES[name], unbroken, progress=lambda: index / 12)
     if name == "rho_loss":
-        running._rebuild = lambda stream: build(task, seed=derive(0, stream), **fields)
+        running.rebuild = lambda stream: build(task, seed=derive(0, stream), **fields)
         running.prepare()
     for index in range(5):
         selection = running.fresh_batch(index)

@@ -25,6 +25,7 @@ from repeatlab.report.notebooks import (
     execute,
     execute_profile,
     parameter_names,
+    plans_of,
     read_job,
     read_profile,
 )
@@ -361,7 +362,12 @@ def test_notebooks_can_be_named():
         read_profile("quick", ROOT, only=["10_supervized"])
 
 
-PARAMETER_FILES = [p for p in sorted(ROOT.glob("params/*/*.yaml")) if p.parent.name != SEARCHES]
+PLANS = [path for profile in ("quick", "paper") for path in plans_of(profile, ROOT)]
+PARAMETER_FILES = [
+    path
+    for path in sorted(ROOT.glob("params/*/*.yaml"))
+    if path.parent.name != SEARCHES and path not in PLANS
+]
 
 
 @pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
@@ -373,6 +379,13 @@ def test_every_parameter_file_fits_its_notebook_and_its_study_is_valid(path):
         study = Study.of(**job.parameters["study"])
         assert study.planned()
         assert study.name == f"{path.parent.name}-{path.stem}".replace("_", "-")
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.parent.name)
+def test_every_plan_is_valid(path):
+    from repeatlab.studies.plan import read_plan
+
+    assert read_plan(path).name == path.parent.name
 
 
 # What a study leaves out of the comparison though its task would take it, and why.

@@ -521,4 +521,4 @@ def test_nothing_is_unpickled_but_cifar_s_checked_originals_and_a_study_s_own_me
     # `test_data` holds it to the checksum, which comes first; what workers say comes over a socket
     # without a name, which nobody else can reach (`test_scheduling`).
     assert list(found) == ["data/datasets.py", "studies/processes.py"]
-    assert all(call.startswith("pickle.loads(contents[") for call in found["data/datasets.py"])
+    assert all("(folder / file).read_bytes()" in call for call in found["data/datasets.py"])

@@ -214,8 +214,8 @@ class LabelsRedrawn(Supervised):
     [
         (Supervised, set()),
         (WrongGradient, {"gradient"}),
-        (Maximizes, {"overfitting", "regularisation"}),
-        (NegatedLoss, {"initial loss", "overfitting", "regularisation"}),
+        (Maximizes, {"overfitting"}),
+        (NegatedLoss, {"initial loss", "overfitting"}),
         (ShuffledLabels, {"labels"}),
         (FrozenLayer, {"gradient"}),
         (ForgottenLayer, {"gradient"}),
@@ -662,12 +662,13 @@ def test_the_command_checks_every_task_of_a_parameter_file_as_it_is_configured(
         "    methods: {standard: {}}\n    tasks:\n      slow: {name: supervised, lr: 1.0e-7}\n"
         "      usual: {name: supervised, lr: 0.01}\n"
     )
-    monkeypatch.setattr(checks, "CHECKS", (gradient,))
+    monkeypatch.setattr(checks, "CHECKS", (overfitting,))
+    monkeypatch.setattr("repeatlab.studies.checks.learning.MEMORY_UPDATES", 150)
     code, out, _ = call("check", str(path))
     assert code == 1
     titles = [line for line in out.splitlines() if "supervised on digits" in line]
     assert titles == [
-        "slow: supervised on digits: failed: gradient",
+        "slow: supervised on digits: failed: overfitting",
         "usual: supervised on digits: no check failed",
     ]
     code, _, err = call("check", str(path), "--dataset", "digits")

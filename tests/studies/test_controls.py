@@ -13,7 +13,8 @@ import pytest
 
 from repeatlab.analysis.controls import CONTROLS, FINDS, controls_table, verdict
 from repeatlab.analysis.evidence import hardness
-from repeatlab.analysis.plans import arms_table, load_plan
+from repeatlab.analysis.plan_tables import arms_table
+from repeatlab.analysis.plans import load_plan
 from repeatlab.cli import ROOT
 from repeatlab.core.schema import parse
 from repeatlab.report.notebooks import read_job

@@ -498,8 +498,8 @@ def test_a_study_chooses_it_by_itself_unless_told_otherwise(tmp_path, workers):
     for planned in chosen.planned():
         run, other = (at(tmp_path / name, planned.config) for name in places)
         assert_same(run, other)
-        # The control needs another arm's run, and is alone in its round.
-        assert run.environment.get("lockstep") == (None if planned.method == "shuffled" else 4)
+        # The control needs another arm's run, which is alone in its round.
+        assert run.environment.get("lockstep") == (None if planned.method == "random" else 4)
         assert "lockstep" not in other.environment
     assert run_studies([chosen], tmp_path / "chosen").trained == 0
 
@@ -521,7 +521,9 @@ def test_what_one_study_trains_one_by_one_no_other_trains_in_step(tmp_path):
     run_studies([apart, chosen], tmp_path, places=Places(workers=0))
     for planned in apart.planned():
         assert "lockstep" not in at(tmp_path, planned.config).environment
-    others = [at(tmp_path, p.config) for p in chosen.planned() if p.method in ("cosine", "random")]
+    others = [
+        at(tmp_path, p.config) for p in chosen.planned() if p.method in ("cosine", "shuffled")
+    ]
     assert all("lockstep" in run.environment for run in others)
 
 
@@ -543,8 +545,10 @@ def test_the_command_line_can_refuse(tmp_path, monkeypatch):
         "repeatlab.studies.study.run_studies", lambda studies, runs, places: asked.append(places)
     )
     monkeypatch.setattr("repeatlab.cli._read_studies", lambda paths, **fields: [])
+    path = tmp_path / "x.yaml"
+    path.write_text("notebook: 10_supervised\nparameters: {}\n")
     for options in ([], ["--no-lockstep"]):
-        done = CliRunner().invoke(cli, ["run", "x.yaml", *options])
+        done = CliRunner().invoke(cli, ["run", str(path), *options])
         assert done.exit_code == 0, done.output
     assert [places.lockstep for places in asked] == [True, False]
 

@@ -207,8 +207,9 @@ def test_the_record_has_the_visits_to_false_labels(tmp_path):
         "max_updates": 6,
         "evaluation": {"every": 6},
     }
-    noise = train(parse(RunConfig, fields), tmp_path).summary["label_noise"]
-    task = build(batch_size=16)
+    config = parse(RunConfig, fields)
+    noise = train(config, tmp_path).summary["label_noise"]
+    task = build(config.stream_seed, batch_size=16)
     shares = [task.corrupted[task.fresh_batch(i).indices].double().mean().item() for i in range(3)]
     assert noise["corrupted_extra_visits"] == pytest.approx(np.mean(shares))
     assert noise["extra_visits"] == 3

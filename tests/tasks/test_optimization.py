@@ -158,7 +158,6 @@ def test_a_configuration_is_read_back_as_it_was_written(name):
     ("optimizer", "message"),
     [
         ({"name": "lbfgs"}, "unknown optimizer 'lbfgs'"),
-        ({"name": "L-BFGS"}, "hide forward and backward passes"),
         ({"name": "adm"}, "did you mean 'adam'?"),
         ("adam", "must be a mapping with the key 'name'"),
         ({"name": "sgd", "momentum": 0.9}, "momentum: unknown key"),

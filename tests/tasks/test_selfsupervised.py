@@ -164,7 +164,7 @@ def test_the_loop_makes_the_same_updates(tmp_path):
         },
     )
     run = train(config, tmp_path)
-    task = build(**fields)
+    task = build(config.stream_seed, **fields)
     reported = []
     for index in (0, 0, 1, 1, 2):
         task.step(task.fresh_batch(index), reported.append)

@@ -196,7 +196,7 @@ def test_the_loop_makes_the_same_updates(tmp_path):
         },
     )
     run = train(config, tmp_path)
-    task = build(**fields)
+    task = build(config.stream_seed, **fields)
     reported = []
     for index in (0, 0, 1, 1, 2):
         task.step(task.fresh_batch(index), reported.append)
@@ -415,7 +415,7 @@ def test_networks_have_the_parameters_of_their_layers():
 
 
 def test_an_unknown_network_is_refused():
-    with pytest.raises(ValueError, match=r"'norm_cnn', 'strided_cnn' or 'resnet18'; not 'vgg'"):
+    with pytest.raises(ValueError, match="norm_cnn, strided_cnn and resnet18; not 'vgg'"):
         build_classifier("vgg", 3, 10, side=32, width=1)
 
 
