@@ -159,7 +159,8 @@ class DaskWorkers:
         from distributed import KilledWorker, wait
         from distributed.client import FuturesCancelledError
 
-        with suppress(TimeoutError, FuturesCancelledError):
+        # Else it is the latest client of this process that waits.
+        with suppress(TimeoutError, FuturesCancelledError), self._client.as_current():
             wait(list(jobs), timeout=seconds, return_when="FIRST_COMPLETED")
         if any(job.cancelled() for job in jobs):
             raise ConnectionError(
@@ -176,7 +177,8 @@ class DaskWorkers:
 
         with suppress(Exception):  # a scheduler that is gone: leave at once
             self._event.set()
-            wait(list(jobs), timeout=LEAVE_SECONDS)
+            with self._client.as_current():
+                wait(list(jobs), timeout=LEAVE_SECONDS)
 
 
 Workers = Here | LocalWorkers | DaskWorkers
