@@ -414,7 +414,7 @@ def test_by_default_the_quick_tasks_are_measured(monkeypatch, command):
     jobs = [
         job.parameters["study"] for job in read_profile("quick", ROOT) if "study" in job.parameters
     ]
-    # Only a plan trains the single-index task, and a plan is no study.
+    # No study of the quick profile trains the single-index task.
     assert begins.keys() == TASKS.keys() - {"single_index"}
     assert set().union(*begins.values()) == {study["max_updates"] // 2 for study in jobs}
     assert {m.task["name"] for m in read_measurements(Store("runs")).values()} == begins.keys()
