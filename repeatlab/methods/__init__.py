@@ -18,11 +18,12 @@ _SELECTION = (
     "rho_loss",
     "selective_backprop",
     "tau",
-    "tau_threshold",
 )
 
 
 def __getattr__(name: str) -> Any:
     if name in _SELECTION:
         return getattr(import_module("repeatlab.methods.selection"), name)
+    if name == "tau_threshold":  # a formula of cost, which a switch needs
+        return getattr(import_module("repeatlab.cost"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
