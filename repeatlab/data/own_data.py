@@ -33,8 +33,13 @@ def is_path(dataset: str) -> bool:
     return any(sign in dataset for sign in ("/", "\\")) or dataset.endswith(".npz")
 
 
-def find(dataset: str, root: str | Path | None = None) -> Path:
-    """Return where the data are.
+def find(
+    dataset: str,
+    root: str | Path | None = None,
+    *,
+    what: str = "a folder of images by class or an .npz file",
+) -> Path:
+    """Return where the data, which are `what`, lie.
 
     Raises:
         DataError: nowhere.
@@ -43,8 +48,8 @@ def find(dataset: str, root: str | Path | None = None) -> Path:
     there = [place for place in (path, data_directory(root) / path) if place.exists()]
     if not there:
         raise DataError(
-            f"dataset {dataset!r} must be a folder of images by class or an .npz file; there is"
-            f" neither {path.absolute()} nor {data_directory(root) / path}."
+            f"dataset {dataset!r} must be {what}; there is neither {path.absolute()} nor"
+            f" {data_directory(root) / path}."
         )
     return there[0].resolve()
 

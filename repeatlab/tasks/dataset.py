@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -70,14 +70,14 @@ class DatasetTaskConfig(TaskConfig):
         return known_dataset(value)
 
 
-def known_dataset(name: str) -> str:
-    """Return the name of a dataset if it can be one; a path is looked at by `prepare`.
+def known_dataset(name: str, known: Collection[str] = DATASETS) -> str:
+    """Return the name of a dataset if it can be one of `known`, or a path, which `prepare` reads.
 
     Raises:
         ValueError: it cannot.
     """
-    if name not in DATASETS and not is_path(name):
-        hint = did_you_mean(name, DATASETS)
+    if name not in known and not is_path(name):
+        hint = did_you_mean(name, known)
         raise ValueError(f"unknown dataset {name!r}; {hint}; own data by a path: ./{name}")
     return name
 
