@@ -34,6 +34,7 @@ CHARGED = {
 LOWER_IS_BETTER = {
     "loss",
     "error",
+    "bits_per_character",
     "negative_elbo",
     "reconstruction",
     "fid_classifier",
