@@ -42,6 +42,8 @@ TASKS: dict[str, str] = {
     "co_teaching": "repeatlab.tasks.co_teaching:CoTeaching",
     # On which it is known beforehand what there is to find.
     "single_index": "repeatlab.tasks.single_index:SingleIndex",
+    # Where data may be seen once, or again and again.
+    "language": "repeatlab.tasks.language:Language",
 }
 
 
@@ -58,6 +60,7 @@ VERSIONS = {
     "noisy_labels": 1,
     "co_teaching": 1,
     "single_index": 1,
+    "language": 1,
 }
 
 
