@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
+from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from repeatlab.cli import main
 from repeatlab.core.schema import ConfigError
 from repeatlab.core.seeding import generator
 from repeatlab.data import ImageSet
+from repeatlab.data.sequences import load
 from repeatlab.studies import checks
 from repeatlab.studies.checks import EXPECTATIONS, Expectations, Report, Result, check
 from repeatlab.studies.checks.gradient import compare, gradient
@@ -80,6 +82,7 @@ def test_what_does_not_apply_says_why(name):
             "noisy_labels": set(),
             "co_teaching": set(),
             "single_index": {"labels"},
+            "language": {"inputs", "labels", "overfitting"},
         }[name]
     )
     assert all(report(name)[check].found for check in absent)
@@ -95,6 +98,7 @@ def test_what_does_not_apply_says_why(name):
         ("generative", {"D's loss": 1.386294, "G's loss": 0.693147}),
         ("noisy_labels", {"loss": 2.302585}),
         ("co_teaching", dict.fromkeys(NETWORKS, 2.302585)),
+        ("language", {"loss": log(load("english", context=64, numbers=10, base=10).classes)}),
     ],
 )
 def test_first_losses_are_held_against_theory(name, theory):
@@ -278,6 +282,7 @@ OTHERS = {
     "noisy_labels": "model",
     "co_teaching": "second",
     "single_index": "model",
+    "language": "model",
 }
 
 

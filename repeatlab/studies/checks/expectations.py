@@ -174,4 +174,8 @@ EXPECTATIONS: dict[str, Expectations] = {
         labelled="its targets are numbers, not classes",
         memory=lambda batch: batch,
     ),
+    "language": Expectations(
+        initial=_equal_classes,
+        memory="its least loss is not near zero: texts that begin alike go on differently",
+    ),
 }
