@@ -58,7 +58,7 @@ METHODS = {
 }
 # Tasks beyond the six are tried with methods that each ask something else of a task: all tasks with
 # all methods are the longest part of the suite.
-BEYOND = ("transfer", "continual", "noisy_labels", "co_teaching", "single_index")
+BEYOND = ("transfer", "continual", "noisy_labels", "co_teaching", "single_index", "language")
 SIX = tuple(name for name in TASKS if name not in BEYOND)
 REPRESENTATIVE = (
     "standard",
@@ -71,6 +71,8 @@ REPRESENTATIVE = (
     "spaced",
     "fresh_views",
 )
+# Of tasks that are not small by themselves.
+SMALL = {"language": {"context": 8, "width": 8, "samples": 48}}
 # What a task refuses, with a word of its reason.
 REFUSED = {
     ("semisupervised", "rho_loss"): "pseudo-labels",
@@ -95,6 +97,7 @@ REFUSED = {
     ("single_index", "online"): "one batch alone",
     ("single_index", "rho_loss"): "one batch alone",
     ("single_index", "fresh_views"): "not augmented",
+    ("language", "fresh_views"): "not augmented",
     **{(task, "fresh_samples"): "standard" for task in TASKS if task != "reinforcement"},
 }
 
@@ -105,14 +108,16 @@ def tried(methods: Iterable[str] = METHODS) -> list[tuple[str, str]]:
         (name, method)
         for name in TASKS
         for method in methods
-        if name in (*SIX, "single_index") or method in REPRESENTATIVE or (name, method) in REFUSED
+        if name in (*SIX, "single_index", "language")
+        or method in REPRESENTATIVE
+        or (name, method) in REFUSED
     ]
 
 
 def config(name: str, method: str | dict = "standard", seed: int = 0) -> RunConfig:
     """Return a run of a few updates at the task's defaults, without evaluation."""
     fields = {
-        "task": {"name": name, "batch_size": 16},
+        "task": {"name": name, "batch_size": 16} | SMALL.get(name, {}),
         "method": METHODS[method] if isinstance(method, str) else method,
         "max_updates": UPDATES,
         "seed": seed,

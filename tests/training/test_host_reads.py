@@ -101,6 +101,11 @@ def _addresses(values: Any) -> list[int]:
     return [tensor.untyped_storage().data_ptr() for tensor in tensors]
 
 
+def tensors(data: Any) -> list[torch.Tensor]:
+    """Return what a data set's samples lie in: images and labels, or sequences."""
+    return [data] if isinstance(data, torch.Tensor) else [data.images, data.labels]
+
+
 def run_config(
     task: str, method: dict[str, Any] | None = None, *, lr: float = 1e-3, **fields: Any
 ) -> RunConfig:
@@ -125,9 +130,9 @@ def counted(monkeypatch) -> Iterator[list[int]]:
         begin(self, state)
         weights = [t for n in networks(self.task).values() for t in n.state_dict().values()]
         data = getattr(self.task, "data", None)
-        splits = [] if data is None else [data.train.images, data.train.labels]
+        splits = [] if data is None else tensors(data.train)
         stream = getattr(self.task, "stream", None)
-        drawn = [] if stream is None else [stream.data.images, stream.data.labels]
+        drawn = [] if stream is None else tensors(stream.data)
         mode.begin([*weights, *splits, *drawn])
         within.enter_context(mode)
         within.enter_context(DeviceCopies(mode))
