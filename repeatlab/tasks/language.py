@@ -45,7 +45,7 @@ class LanguageConfig(TaskConfig, OptimizationConfig):
     most: ClassVar = TaskConfig.most | {
         "context": 10_000,
         "numbers": 1_000,
-        "base": 1_000,
+        "base": 10_000,
         "layers": 100,
         "heads": 1_000,
     }
