@@ -144,6 +144,9 @@ class SequenceStream:
 
     Attributes:
         data: (samples, length + 1): what is trained on.
+
+    Raises:
+        ValueError: the repeated set leaves none for the passes.
     """
 
     def __init__(self, rows: Tensor, config: Any, *, seed: int) -> None:
@@ -152,6 +155,8 @@ class SequenceStream:
         self.batch_size, self.seed = config.batch_size, seed
         self._repeated, self._share = config.repeated_set, config.repeated_share
         self._once = len(self.data) - self._repeated
+        if self._once < 1:
+            raise ValueError(f"samples must be more than the repeated set's {self._repeated}")
         self._pass: int | None = None
         self._order = torch.empty(0)
 

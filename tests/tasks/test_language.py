@@ -339,6 +339,8 @@ def test_sizes_that_the_data_do_not_have_are_named(fields, message):
     with pytest.raises(ConfigError, match=message):
         LanguageConfig(**fields).prepare()
     LanguageConfig().prepare()
+    with pytest.raises(ValueError, match="samples must be more than the repeated set's 20"):
+        build(samples=20, repeated_set=20, repeated_share=0.5)
 
 
 @pytest.mark.parametrize("sampler", ["hard_mining", "online", "rho_loss"])
