@@ -55,6 +55,18 @@ METHODS = {
         for control in get_args(Control)
     },
     "fresh_views": {"mapping": {"name": "constant", "repeats": 2}, "fresh_views": True},
+    # Opponents; the window is short so that the limit is exceeded.
+    "isgd": {
+        "mapping": {"name": "until_limit", "window": 2, "k": 0.1, "repeats": 3},
+        "apply": {"name": "conservative", "zeta": 0.1},
+    },
+    "proximal": {
+        "mapping": {"name": "constant", "repeats": 3},
+        "apply": {"name": "proximal", "strength": 2.0},
+    },
+    "multiplicity": {"sampler": {"name": "multiplicity", "views": 4}},
+    "decayed": {"mapping": {"name": "constant", "repeats": 2}, "weight_decay": 0.1},
+    "measured": {"mapping": {"name": "constant", "repeats": 2}, "gradient_norms": True},
 }
 # Tasks beyond the six are tried with methods that each ask something else of a task: all tasks with
 # all methods are the longest part of the suite.
@@ -98,6 +110,12 @@ REFUSED = {
     ("single_index", "rho_loss"): "one batch alone",
     ("single_index", "fresh_views"): "not augmented",
     ("language", "fresh_views"): "not augmented",
+    ("semisupervised", "multiplicity"): "without labels",
+    ("selfsupervised", "multiplicity"): "other images",
+    ("reinforcement", "multiplicity"): "not augmented",
+    ("unsupervised", "multiplicity"): "binarize",
+    ("generative", "multiplicity"): "not augmented",
+    ("single_index", "multiplicity"): "not augmented",
     **{(task, "fresh_samples"): "standard" for task in TASKS if task != "reinforcement"},
 }
 

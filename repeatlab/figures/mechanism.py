@@ -113,9 +113,7 @@ def repeats_distribution(
         _stacked(left, place, row, most)
         curve = timeline[timeline["method"] == method].sort_values("update")
         if len(curve):
-            right.plot(curve["update"], curve["mean"], label=label(method), **line(method))
-            limits = {"color": colour(method), "alpha": 0.15, "lw": 0}
-            right.fill_between(curve["update"], curve["low"], curve["high"], **limits)
+            _curve(right, curve, method)
     left.text(1.02, -0.9, "mean N", fontsize=7, va="center")
     rows_of(left, [label(method) for method in methods])
     left.set_xlim(0, 1)
@@ -187,6 +185,43 @@ def loss_ratios(ratios: pd.DataFrame, methods: Sequence[str], *, columns: int = 
     figure.supylabel("its loss / its first loss", fontsize=8)
     caption(figure, f"Mean and 95 % t-interval over seeds, {said_n(ratios['n'])}")
     return figure
+
+
+@style()
+def sharpness_over_updates(sharpness: pd.DataFrame, methods: Sequence[str]) -> Figure:
+    """Draw batch sharpness times the rate over training, beside the 2 below which a repeat helps.
+
+    Args:
+        sharpness: Rows with `method`, `update`, `mean` (of `mechanism.batch_sharpness`), `low`,
+            `high` and `n`.
+        methods: Which; one without a row is left out.
+    """
+    figure, ((axes,),) = panels(1, 1, width=FULL_WIDTH * 0.6, height=2.4)
+    axes.axhline(2, lw=0.6, color=GREY)
+    for method in in_order(methods):
+        curve = sharpness[sharpness["method"] == method].sort_values("update")
+        if len(curve):
+            _curve(axes, curve, method)
+    axes.set_xlabel("gradient updates")
+    axes.set_ylabel("batch sharpness x learning rate")
+    counts_axis(axes)
+    if not len(sharpness):
+        say(axes, "no run with gradient_norms")
+    else:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    caption(
+        figure,
+        f"Mean over seeds, {said_n(sharpness['n'])}; bands: 95 % t-intervals; below 2 a repeat "
+        "lowers its own batch's loss",
+    )
+    return figure
+
+
+def _curve(axes: Axes, curve: pd.DataFrame, method: str) -> None:
+    """Draw a method's mean over updates, with its limits as a band."""
+    axes.plot(curve["update"], curve["mean"], label=label(method), **line(method))
+    limits = {"color": colour(method), "alpha": 0.15, "lw": 0}
+    axes.fill_between(curve["update"], curve["low"], curve["high"], **limits)
 
 
 @style()

@@ -270,8 +270,8 @@ class ControlLimit(Mapping):
     """N = repeats if L > mean + k * std of the last `window` fresh-batch losses, else 1.
 
     The upper control limit of ISGD (Wang et al. 2016, arXiv 1603.05544), whose window is one epoch
-    and whose extra updates may end early; here the first loss alone decides. N = 1 until the window
-    is full.
+    and whose extra updates may end early (`UntilLimit`); here the first loss alone decides. N = 1
+    until the window is full.
     """
 
     k: float = 3.0
@@ -282,6 +282,29 @@ class ControlLimit(Mapping):
         if not stats.full:
             return 1
         return self.repeats if loss > stats.mean + self.k * stats.std else 1
+
+
+@dataclass(frozen=True)
+class UntilLimit(ControlLimit):
+    """Visit a batch above the control limit again until it is not, `repeats` times at most.
+
+    ISGD's own rule (Wang et al. 2016, arXiv 1603.05544, algorithms 1 and 2). The batch's first loss
+    is among the `window` whose mean and deviation make its limit, which all its visits are held to.
+    """
+
+    asks_again: ClassVar[bool] = True
+
+    def upper(self, loss: float, stats: LossStats) -> float:
+        """Return the limit of the batch `stats.index`; of its visits `loss` is the last one's."""
+        recent = stats.recent
+        if stats.count == stats.index:  # its first visit, whose loss takes the oldest one's place
+            recent = recent.copy()
+            recent[stats.count % self.window] = loss
+        return float(recent.mean() + self.k * recent.std())
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        again = self.repeats > 1 and stats.full and loss > self.upper(loss, stats)
+        return 2 if again else 1
 
 
 @dataclass(frozen=True)
@@ -368,6 +391,7 @@ MAPPINGS: dict[str, type[Mapping]] = {
     "cosine": CosineRepeats,
     "ramp": LinearRepeats,
     "control_limit": ControlLimit,
+    "until_limit": UntilLimit,
     "quantile": Quantile,
     "zscore": ZScore,
     "trace": Trace,

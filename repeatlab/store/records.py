@@ -63,6 +63,8 @@ UPDATES = pa.schema(
         "seconds": pa.float64(),
     }
 )
+# A column more, of runs whose method asks for `gradient_norms`: |g|^2.
+MEASURED = pa.field("squared_gradient", pa.float64())
 # What is left of a run that is done.
 LASTING = ("config.json", "environment.json", "*.parquet", "pictures.npz", "weights-*.pt")
 
@@ -440,8 +442,9 @@ class RunWriter:
         Run(path).note("running")
 
     def updates(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Append rows: arrays of equal length for the columns of `UPDATES`."""
-        self._append("updates", pa.table(dict(columns)).select(UPDATES.names).cast(UPDATES))
+        """Append rows: arrays of equal length for the columns of `UPDATES`, `MEASURED` or not."""
+        schema = UPDATES.append(MEASURED) if MEASURED.name in columns else UPDATES
+        self._append("updates", pa.table(dict(columns)).select(schema.names).cast(schema))
 
     def evals(
         self, update: int, metrics: Mapping[str, Mapping[str, float]], ledger: Mapping

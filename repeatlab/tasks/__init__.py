@@ -127,7 +127,7 @@ class TaskConfig(Model):
         """Return the parts of a method that mean nothing on this task, each with the reason.
 
         Parts are the names of samplers, "weighted" and "unweighted" (hard mining), "gradient_norm"
-        (scores), "step_size", "fresh_samples", "fresh_views" and "prefetch".
+        (scores), "step_size", "fresh_samples", "proximal", "fresh_views" and "prefetch".
         """
         return {}
 

@@ -106,10 +106,11 @@ class Learner(Saved):
     ) -> None:
         self.precision = Precision.of(config, device)
         self._decay, self._frozen = config.ema_decay if average else 0.0, frozen
+        own = average and config.optimizer.name == "schedule_free"
         for part in parts or (network,):
             place(part, config, device)
         self.network: Any = network
-        self.average: Any = averaged(network, self._decay)
+        self.average: Any = averaged(network, self._decay or own)
         if frozen is not None:
             frozen.requires_grad_(False)
         self._train(True)
@@ -130,7 +131,7 @@ class Learner(Saved):
         """Make one update along the gradient of a 0-d loss; the average follows unless told not."""
         self.optimizer_step(loss)
         if average:
-            move_average(self.average, self.network, self._decay)
+            move_average(self.average, self.network, self._decay, self.optimizer)
 
     def descend(
         self,

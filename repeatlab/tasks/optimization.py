@@ -20,15 +20,15 @@ once per update, and so N times on a batch repeated N times; BatchNorm's statist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from math import inf, nextafter
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -159,6 +159,113 @@ class AdamW(Adam):
     kind = torch.optim.AdamW
 
 
+class Together:
+    """Optimizers, each of weights of its own, as one."""
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of all parts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self) -> None:
+        """Move all weights."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parts' states."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        for part, its in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(its)
+
+
+@dataclass(frozen=True)
+class Muon(TorchOptimizer):
+    """Momentum whose step is made orthogonal, for matrices; AdamW for all other weights.
+
+    Jordan 2024 (kellerjordan.github.io/posts/muon); as torch's documentation has it, "other" means
+    not of two dimensions, so that convolutions are. Steps are scaled as AdamW's are (Liu et al.
+    2025, arXiv 2502.16982, section 2.2), so that both have one rate and one decay.
+    """
+
+    momentum: float = 0.95
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"muon needs torch 2.9 or later; not {torch.__version__}")
+
+    def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Any:
+        """See `TorchOptimizer`."""
+        weights = list(weights)
+        matrices = [weight for weight in weights if weight.ndim == 2]
+        others = [weight for weight in weights if weight.ndim != 2]
+        parts = []
+        if matrices:
+            scaled = asdict(self) | {"lr": lr, "adjust_lr_fn": "match_rms_adamw"}
+            parts.append(torch.optim.Muon(matrices, **scaled))
+        if others:
+            beside = AdamW(weight_decay=self.weight_decay)
+            parts.append(beside.make(others, lr=lr, device=device))
+        return Together(parts)
+
+
+class ScheduleFreeSGD(Optimizer):
+    """z -= lr g(y); x += c (z - x); y = momentum x + (1 - momentum) z, with y what is trained.
+
+    Of all updates so far c is this one's share, each counted by the square of the largest rate.
+    """
+
+    def __init__(self, weights: Any, *, lr: float, momentum: float, weight_decay: float) -> None:
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(weights, settings | {"lr_max": 0.0, "counted": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move all weights that have a gradient."""
+        for group in self.param_groups:
+            group["lr_max"] = max(group["lr_max"], group["lr"])
+            group["counted"] += group["lr_max"] ** 2
+            share = group["lr_max"] ** 2 / group["counted"]
+            for y in group["params"]:
+                if y.grad is None:
+                    continue
+                state = self.state[y]
+                if not state:
+                    state["x"], state["z"] = y.clone(), y.clone()
+                gradient = y.grad.add(y, alpha=group["weight_decay"])
+                state["z"].sub_(gradient, alpha=group["lr"])
+                state["x"].lerp_(state["z"], share)
+                y.copy_(state["z"].lerp(state["x"], group["momentum"]))
+
+
+@dataclass(frozen=True)
+class ScheduleFree(TorchOptimizer):
+    """SGD at a rate that stays, of which an average x is evaluated (Defazio et al. 2024).
+
+    arXiv 2405.15682, equations 3 to 5; meant for a method without a schedule. x takes the place of
+    `ema_decay`'s average. An agent acts, and is judged, with y.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+    kind = ScheduleFreeSGD
+    fused = None
+
+
 OPTIMIZERS: dict[str, type] = {
     "sgd": SGD,
     "momentum": Momentum,
@@ -167,6 +274,8 @@ OPTIMIZERS: dict[str, type] = {
     "rmsprop": RMSprop,
     "adam": Adam,
     "adamw": AdamW,
+    "muon": Muon,
+    "schedule_free": ScheduleFree,
 }
 _MODELS = choices(OPTIMIZERS)
 
@@ -187,6 +296,12 @@ class OptimizationConfig(PrecisionConfig):
     """Largest norm of an optimizer's gradients; null leaves them as they are."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the average of the weights that is evaluated; 0 evaluates the weights themselves."""
+
+    @model_validator(mode="after")
+    def _has_one_average(self) -> Self:
+        if self.ema_decay and self.optimizer.name == "schedule_free":
+            raise ValueError("ema_decay must be 0 with schedule_free, whose own average it is")
+        return self
 
 
 def _nobody(part: str) -> None:
@@ -217,11 +332,16 @@ class OptimizerStep:
         self._scaler = precision.scaler()
         self._one = torch.ones((), device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._watchers: list[Callable[[Any], None]] = []
 
     @property
     def skipped(self) -> int:
         """How many updates were skipped so far because gradients overflowed; waits for them."""
         return int(self._skipped) if self._scaler else 0
+
+    def watch(self, see: Callable[[Any], None]) -> None:
+        """Have `see` called with the optimizer at every update, between backward and clipping."""
+        self._watchers.append(see)
 
     def __call__(self, loss: Tensor) -> None:
         """Go backward from the 0-d loss, clip, and move the weights."""
@@ -240,7 +360,7 @@ class OptimizerStep:
     def _scaled(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
         scaler.scale(loss).backward()
         self.lap("backward")
-        if self._clip_norm is not None:
+        if self._clip_norm is not None or self._watchers:
             scaler.unscale_(self.optimizer)
             self._clip()
         before = scaler.scale(self._one)
@@ -250,6 +370,8 @@ class OptimizerStep:
         self._skipped += scaler.scale(self._one) < before
 
     def _clip(self) -> None:
+        for see in self._watchers:
+            see(self.optimizer)
         if self._clip_norm is not None:
             weights = [w for group in self.optimizer.param_groups for w in group["params"]]
             nn.utils.clip_grad_norm_(weights, self._clip_norm)
@@ -270,16 +392,24 @@ class OptimizerStep:
             self._skipped.fill_(state["skipped"])
 
 
-def averaged(network: N, decay: float) -> N | None:
+def averaged(network: N, decay: float | bool) -> N | None:
     """Return a copy of the network for the average of its weights; None where none is kept."""
     return deepcopy(network).requires_grad_(False).eval() if decay else None
 
 
 @torch.no_grad()
-def move_average(average: nn.Module | None, network: nn.Module, decay: float) -> None:
-    """Move an average to decay average + (1 - decay) network, with a copy of its buffers."""
+def move_average(
+    average: nn.Module | None, network: nn.Module, decay: float, optimizer: Any = None
+) -> None:
+    """Move an average to decay average + (1 - decay) network, with a copy of its buffers.
+
+    Of weights that `optimizer` averages by itself it takes those averages.
+    """
     if average is None:
         return
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    weights = list(network.parameters())
+    if isinstance(optimizer, ScheduleFreeSGD):
+        weights = [optimizer.state.get(weight, {}).get("x", weight) for weight in weights]
+    torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
     for copy, buffer in zip(average.buffers(), network.buffers(), strict=True):
         copy.copy_(buffer)

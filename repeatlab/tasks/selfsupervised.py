@@ -95,6 +95,7 @@ class SelfSupervisedConfig(ImageModelConfig):
             ),
             "gradient_norm": reason + "no image has a gradient of its own to bound",
             "rho_loss": reason + "it has no irreducible part",
+            "multiplicity": reason + "an image's other views would be taken for other images",
         }
 
 

@@ -96,7 +96,8 @@ class SemiSupervisedConfig(ImageModelConfig):
 
     def refusals(self) -> dict[str, str]:
         refused = {
-            "rho_loss": "pseudo-labels move with the network, so that no loss is irreducible"
+            "rho_loss": "pseudo-labels move with the network, so that no loss is irreducible",
+            "multiplicity": "images without labels, most of a batch, would keep one view each",
         }
         if self.labels is not None and self.labels < self.batch_size:
             few = f"its {self.labels} labels are fewer than the different samples of a batch"

@@ -7,10 +7,11 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WrapValidator, model_serializer, model_validator
 
-from repeatlab.core.schema import Model, choice, choices, named, parse
+from repeatlab.core.schema import Model, choice, choices, did_you_mean, named, parse, shown
 from repeatlab.core.seeding import derive
+from repeatlab.methods.pulling import PULLS
 from repeatlab.methods.sampling import SAMPLERS
 from repeatlab.methods.schedules import SCHEDULES
 from repeatlab.repetition.mappings import MAPPINGS, Trace
@@ -34,6 +35,17 @@ Control = Literal[
     "falling_linear",
     "falling_cosine",
 ]
+# What N does, without settings; see `MethodConfig.apply`.
+PLAIN = ("repeat", "step_size", "fresh_samples")
+
+
+def _plain_or_pull(value: Any, pull: Any) -> Any:
+    if isinstance(value, str) and value not in PLAIN:
+        hint = did_you_mean(value, (*PLAIN, *(f"{{name: {name}}}" for name in PULLS)))
+        raise ValueError(f"unknown apply {shown(value)}; {hint}")
+    return value if isinstance(value, str) else pull(value)
+
+
 TaskChoice = named("task", TASKS, lambda target: load_task(target).Config)
 
 
@@ -104,11 +116,29 @@ class MethodConfig(Model):
     `t: auto`, teachers and models that a sampler trains beforehand keep the task's own."""
     distillation: DistillationConfig | None = None
     """Of an ensemble into the run's network, on the supervised task."""
-    apply: Literal["repeat", "step_size", "fresh_samples"] = "repeat"
-    """What N does: N visits of the batch; one update at N times the learning rate; or N updates on
-    samples drawn anew each time (from the replay buffer, without another environment step)."""
+    apply: Annotated[choice("apply", PULLS), WrapValidator(_plain_or_pull)] = "repeat"
+    """What N does: N visits of the batch; one update at N times the learning rate (`step_size`); N
+    updates on samples drawn anew each time (`fresh_samples`: from the replay buffer, without
+    another environment step); or N visits, held near the weights of the first: `{name: proximal}`
+    and others of `repeatlab.methods.pulling`."""
     fresh_views: bool = False
     """Whether a repeat draws its augmentation anew; by default it sees the same view."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """The arm's, of all its optimizers; null keeps the task's own, as do those that `rate` spares.
+    """
+    gradient_norms: bool = False
+    """Whether |g|^2 of every update is recorded, inside the clock."""
+
+    @model_serializer(mode="wrap")
+    def _known_by_what_is_set(self, handler: Any) -> dict[str, Any]:
+        """Leave later fields out where they are not set: earlier runs keep their identity."""
+        unset = {"weight_decay": None, "gradient_norms": False}
+        return {k: v for k, v in handler(self).items() if k not in unset or v is not unset[k]}
+
+    @property
+    def way(self) -> str:
+        """The name of what N does."""
+        return self.apply if isinstance(self.apply, str) else self.apply.name
 
     @property
     def source(self) -> MethodConfig | None:
@@ -137,12 +167,17 @@ class MethodConfig(Model):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.apply != "repeat" and self.mapping is None:
-            raise ValueError(f"apply: {self.apply} needs a mapping, whose N it applies")
+            raise ValueError(f"apply: {self.way} needs a mapping, whose N it applies")
+        if self.way in PULLS and self.fresh_views:
+            raise ValueError(f"apply: {self.way} pulls on one view of a batch: no fresh_views")
+        if self.way == "conservative" and self.mapping.name != "until_limit":
+            raise ValueError("apply: conservative needs the mapping until_limit, for its limit")
         if self.apply == "fresh_samples" and self.fresh_views:
             raise ValueError("fresh_views has no effect with apply: fresh_samples")
         if self.apply == "fresh_samples" and self.sampler is not None:
             raise ValueError("apply: fresh_samples draws uniformly, so it takes no sampler")
-        if self.apply == "step_size" and self.mapping.name in ("trace", "until"):
+        kind = getattr(type(self.mapping), "target", Trace)
+        if self.apply == "step_size" and (kind is Trace or kind.asks_again):
             raise ValueError(f"apply: step_size has no visits for the mapping {self.mapping.name}")
         spaced = getattr(self.mapping, "control", None) == "spaced"
         if spaced and (self.sampler or self.apply != "repeat" or self.fresh_views):
@@ -267,7 +302,9 @@ class RunConfig(Common):
         method, refusals = self.method, self.task.refusals()
         if self.loader.prefetch and method.sampler is not None:
             raise ValueError("loader.prefetch: a sampler chooses by the latest losses")
-        parts = {f"method.apply: {method.apply}": method.apply}
+        # What a step is scaled by, a task has to know before it.
+        scaled = "step_size" if method.way == "conservative" else method.way
+        parts = {f"method.apply: {method.way}": scaled}
         parts["method.fresh_views"] = "fresh_views" if method.fresh_views else None
         parts["loader.prefetch"] = "prefetch" if self.loader.prefetch else None
         if method.sampler is not None:
@@ -275,6 +312,10 @@ class RunConfig(Common):
             weighted = "weighted" if getattr(method.sampler, "beta", 0) else "unweighted"
             parts[f"method.sampler: {name}"] = name
             parts[f"method.sampler.score: {score}"] = score
+            if name == "multiplicity":
+                parts[f"method.sampler: {name} of views"] = "fresh_views"
+                if self.task.batch_size % method.sampler.views:
+                    raise ValueError("method.sampler.views: it must divide task.batch_size")
             if name == "hard_mining":
                 parts[f"method.sampler: {weighted} {name}"] = weighted
         for path, part in parts.items():

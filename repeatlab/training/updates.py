@@ -13,13 +13,14 @@ from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.tasks import Task
 from repeatlab.training.config import RunConfig
 from repeatlab.training.fresh_batches import AsTheyCome, FreshBatches, SpacedBatches, start_sampler
+from repeatlab.training.gradients import GradientNorms
 from repeatlab.training.rates_and_budget import Budget, Rates
 from repeatlab.training.recorder import Recorder
 from repeatlab.training.stand_ins import SlowTask, StandIn
-from repeatlab.training.visits import KINDS, FreshViews, Source, build_mapping, is_spaced
+from repeatlab.training.visits import Source, build_mapping, is_spaced, kind_of
 
 # Those of its parts that have a state.
-PARTS = ("repeater", "batches", "rates", "sampler", "visits")
+PARTS = ("repeater", "batches", "rates", "sampler", "visits", "norms")
 
 
 class Updates:
@@ -38,6 +39,7 @@ class Updates:
         repeater: Which update comes next.
         report: What is called with the loss of every update, before its step.
         rates: The learning rates.
+        norms: Of the gradients, where the method asks for them.
         budget: What may be spent.
         seconds: Of training up to the end of each update since the last `drain`.
         elapsed: Seconds of training at the last pause.
@@ -64,8 +66,9 @@ class Updates:
             else FreshBatches(slow, self.sampler, **options)
         )
         mapping = build_mapping(config, t=t, source=source)
-        visits = FreshViews if method.fresh_views else KINDS[method.apply]
-        self.visits = visits(mapping, through, self.batches)
+        # Before what changes them.
+        self.norms = GradientNorms(through.optimizer_steps if method.gradient_norms else ())
+        self.visits = kind_of(method)(mapping, through, self.batches)
         # Under a budget a source may have made fewer updates: its trace ends there.
         most = config.max_updates if source is None else int(source.counts.sum())
         self.repeater = BatchRepeater(
@@ -89,6 +92,7 @@ class Updates:
     def ended(self, seconds: float) -> bool:
         """Take in that an update has ended after `seconds`; return whether the budget has, too."""
         self.seconds.append(seconds)
+        self.norms.ended()
         spent = self.config.budget is not None and self.spent(seconds) >= self.budget.limit
         if spent:
             self.repeater.stop()
@@ -142,6 +146,7 @@ class Updates:
         self.elapsed = max([self.elapsed, *self.seconds[: len(updates)][-1:]])
         del self.seconds[: len(updates)]
         rows["lr"] = self.rates.drain(updates)
+        rows |= self.norms.drain(len(updates))
         return rows | self.batches.rows(updates)
 
     def state_dict(self) -> dict[str, Any]:

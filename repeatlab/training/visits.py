@@ -1,22 +1,29 @@
-"""What N does: visits to one batch, to fresh views of it, to other samples, or one long step."""
+"""What N does: visits to one batch, to fresh views of it, to other samples, or one long step.
+
+Visits may be held near the weights of the first; see `repeatlab.methods.pulling`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from repeatlab.core.seeding import derive
 from repeatlab.methods import controls
+from repeatlab.methods.pulling import PULLS, Pull
 from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import Constant, Mapping, Trace
 from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.tasks import Task
-from repeatlab.training.config import RunConfig, TraceConfig
+from repeatlab.training.config import MethodConfig, RunConfig, TraceConfig
 from repeatlab.training.fresh_batches import FreshBatches
+from repeatlab.training.gradients import with_gradient
 from repeatlab.training.rates_and_budget import Rates
 
 
@@ -163,5 +170,60 @@ class LongSteps(Visits):
         self.stats.load_state_dict(state)
 
 
-# By a method's `apply`.
+class PulledVisits(Visits):
+    """N visits of which the repeats are held near the weights of the first one.
+
+    Args:
+        pull: How.
+        mapping: As of `Visits`, like the others.
+        task: Likewise.
+        batches: Likewise.
+    """
+
+    def __init__(self, pull: Pull, mapping: Mapping, task: Task, batches: FreshBatches) -> None:
+        super().__init__(mapping, task, batches)
+        self._pull, self._excess = pull, torch.zeros(())
+        self._first: list[list[Tensor]] = [[] for _ in task.optimizer_steps]
+
+    def reporter(self, repeater: BatchRepeater, rates: Rates) -> Callable[[Tensor | float], None]:
+        """See `Visits`."""
+        upper = getattr(self.repeats, "upper", None)
+        for place, step in enumerate(self.task.optimizer_steps):
+            step.watch(partial(self._see, place, repeater))
+
+        def report(loss: Tensor | float) -> None:
+            repeater.report(loss)
+            if upper is not None and repeater.repeat:
+                # Of a repeat it takes what the batch's first loss has left in `stats`.
+                self._excess = torch.as_tensor(loss).detach() - upper(0.0, repeater.stats)
+
+        return report
+
+    @torch.no_grad()
+    def _see(self, place: int, repeater: BatchRepeater, optimizer: Any) -> None:
+        """Keep the weights of a first visit, or pull to them."""
+        weights = list(with_gradient(optimizer))
+        if repeater.repeat == 0:
+            self._first[place] = [weight.clone() for weight in weights]
+            return
+        count = sum(weight.numel() for weight in weights)
+        for weight, first in zip(weights, self._first[place], strict=True):
+            self._pull.apply(weight, first.to(weight.device), self._excess, count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of the first visit."""
+        return {"first": self._first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self._first = state["first"]
+
+
 KINDS = {"repeat": Visits, "step_size": LongSteps, "fresh_samples": FreshSamples}
+
+
+def kind_of(method: MethodConfig) -> Callable[..., Visits]:
+    """Return what makes a method's visits, of the arguments of `Visits`."""
+    if method.way in PULLS:
+        return partial(PulledVisits, method.apply.build())
+    return FreshViews if method.fresh_views else KINDS[method.way]

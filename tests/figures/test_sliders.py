@@ -77,7 +77,7 @@ def test_counts_end_with_the_trace_where_the_budget_is_larger():
 
 
 def test_every_mapping_is_offered_but_those_that_a_trace_cannot_serve():
-    assert set(MAPPINGS) - set(offered()) == {"until", "trace"}
+    assert set(MAPPINGS) - set(offered()) == {"until", "until_limit", "trace"}
 
 
 def test_moving_t_redraws_n_at_once():

@@ -22,6 +22,7 @@ from repeatlab.repetition.mappings import (
     Trace,
     Uniform,
     Until,
+    UntilLimit,
     ZScore,
 )
 
@@ -34,6 +35,7 @@ EXAMPLES = {
     "cosine": [CosineRepeats(), CosineRepeats(high=4, low=2)],
     "ramp": [LinearRepeats(), LinearRepeats(high=3)],
     "control_limit": [ControlLimit(window=8), ControlLimit(k=0.5, repeats=3, window=5)],
+    "until_limit": [UntilLimit(k=1.5, window=8), UntilLimit(k=0.5, repeats=3, window=5)],
     "quantile": [Quantile(window=8), Quantile(levels=(0.2, 0.5, 0.9), window=5)],
     "zscore": [ZScore(window=8), ZScore(step=0.3, max_repeats=4, window=5)],
     "trace": [Trace(counts=(3, 1, 2, 5) * 10)],
@@ -270,7 +272,7 @@ def test_until_asks_for_one_more_while_the_loss_is_above_t(max_repeats):
     losses = [0.05, 0.1, np.float32(0.1), float(np.float32(0.1)), 0.1001, 9.0]
     assert [mapping(loss, LossStats()) for loss in losses] == [1, 1, 1, 1, above, above]
     assert (mapping.most, mapping.asks_again) == (max_repeats, True)
-    assert not any(kind.asks_again for name, kind in MAPPINGS.items() if name != "until")
+    assert {name for name, kind in MAPPINGS.items() if kind.asks_again} == {"until", "until_limit"}
 
 
 @pytest.mark.parametrize("kind", [CosineRepeats, LinearRepeats])

@@ -39,6 +39,10 @@ STATEFUL = (
     "step_size",
     "fresh_samples",
     "spaced",
+    "isgd",
+    "proximal",
+    "multiplicity",
+    "measured",
 )
 
 

@@ -10,6 +10,7 @@ To add one: write the class, its running part in a file of this folder, and name
 | `importance`  | by gradient bound, unbiased, of a presample    | `presample` b while it is on |
 | `selective`   | by the loss's percentile, of fresh samples     | b (beta + 1) on average      |
 | `rho_loss`    | the largest reducible losses, of a presample   | `presample` b; two models    |
+| `multiplicity`| b / M samples as they come, M views of each    | none                         |
 
 Scoring is done in evaluation mode, batch by batch, inside the clock, and charged in the ledger.
 This module never imports torch: a configuration is read without it.
@@ -220,10 +221,31 @@ class RhoLoss(Sampler):
         _check_count("holdout_updates", self.holdout_updates)
 
 
+@dataclass(frozen=True)
+class Multiplicity(Sampler):
+    """M views of each of b / M samples in a batch of b: augmentation multiplicity, at equal cost.
+
+    Hoffer et al. 2020 (batch augmentation, there on top of a batch); Fort et al. 2021, arXiv
+    2105.13343, with b kept. Each fresh batch of standard training is taken in M parts, so that
+    a pass over the data has M times as many updates, and the same samples in the same order.
+
+    Attributes:
+        views: M; it divides b.
+    """
+
+    views: int = 4
+
+    running = "views:RunningMultiplicity"
+
+    def __post_init__(self) -> None:
+        _check_count("views", self.views, 2)
+
+
 SAMPLERS: dict[str, type[Sampler]] = {
     "hard_mining": HardMining,
     "online": OnlineBatchSelection,
     "importance": Importance,
     "selective": SelectiveBackprop,
     "rho_loss": RhoLoss,
+    "multiplicity": Multiplicity,
 }

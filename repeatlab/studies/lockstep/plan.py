@@ -73,6 +73,7 @@ def can_go_in_step(config: RunConfig) -> bool:
         task.name in _TASKS
         and _is_default(config, but=_RUN)
         and _is_default(config.method, but=_METHOD)
+        and config.method.way == config.method.apply  # has no settings
         and _is_default(config.evaluation, but=_EVALUATION)
         and _is_default(task, but=_TASKS[task.name])
         and getattr(task, "model", "mlp") == "mlp"
