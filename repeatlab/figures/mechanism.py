@@ -209,11 +209,7 @@ def sharpness_over_updates(sharpness: pd.DataFrame, methods: Sequence[str]) -> F
         say(axes, "no run with gradient_norms")
     else:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-    caption(
-        figure,
-        f"Mean over seeds, {said_n(sharpness['n'])}; bands: 95 % t-intervals; below 2 a repeat "
-        "lowers its own batch's loss",
-    )
+    caption(figure, f"Mean and 95 % t-interval over seeds, {said_n(sharpness['n'])}")
     return figure
 
 

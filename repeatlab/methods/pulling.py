@@ -15,10 +15,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 
 class Pull:
@@ -40,12 +37,12 @@ class Proximal(Pull):
 
     strength: float = 1.0
 
-    def apply(self, weight: Tensor, first: Tensor, excess: Tensor, count: int) -> None:
+    def apply(self, weight: Any, first: Any, excess: Any, count: int) -> None:
         """Turn the gradient of L at a weight into that of what is descended.
 
         Args:
-            weight: With its gradient.
-            first: w_0.
+            weight: A tensor with its gradient.
+            first: w_0, likewise.
             excess: 0-d, L - limit, where the mapping has one.
             count: n.
         """
@@ -66,7 +63,7 @@ class Conservative(Pull):
     zeta: float = 0.01
     epsilon: float = 0.1
 
-    def apply(self, weight: Tensor, first: Tensor, excess: Tensor, count: int) -> None:
+    def apply(self, weight: Any, first: Any, excess: Any, count: int) -> None:
         """Move a weight, and leave nothing to the run's optimizer; see `Proximal`."""
         step = excess * weight.grad + self.epsilon / count * (weight - first)
         weight.sub_(self.zeta * (excess > 0) * step)

@@ -212,10 +212,8 @@ class Muon(TorchOptimizer):
         weights = list(weights)
         matrices = [weight for weight in weights if weight.ndim == 2]
         others = [weight for weight in weights if weight.ndim != 2]
-        parts = []
-        if matrices:
-            scaled = asdict(self) | {"lr": lr, "adjust_lr_fn": "match_rms_adamw"}
-            parts.append(torch.optim.Muon(matrices, **scaled))
+        scaled = asdict(self) | {"lr": lr, "adjust_lr_fn": "match_rms_adamw"}
+        parts = [torch.optim.Muon(matrices, **scaled)] if matrices else []
         if others:
             beside = AdamW(weight_decay=self.weight_decay)
             parts.append(beside.make(others, lr=lr, device=device))
@@ -239,9 +237,7 @@ class ScheduleFreeSGD(Optimizer):
             group["lr_max"] = max(group["lr_max"], group["lr"])
             group["counted"] += group["lr_max"] ** 2
             share = group["lr_max"] ** 2 / group["counted"]
-            for y in group["params"]:
-                if y.grad is None:
-                    continue
+            for y in (weight for weight in group["params"] if weight.grad is not None):
                 state = self.state[y]
                 if not state:
                     state["x"], state["z"] = y.clone(), y.clone()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from repeatlab.tasks.optimization import OptimizerStep
+from repeatlab.tasks.optimization import OptimizerStep
 
 
 def with_gradient(optimizer: Any) -> Iterator[Tensor]:

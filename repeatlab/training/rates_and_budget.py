@@ -33,11 +33,10 @@ class Rates:
         self.moving = bool(self._schedule or self._keep)
         rate = config.method.rate
         self._groups = [(g, rate * g["lr"]) for o in optimizers for g in o.param_groups]
-        decay = config.method.weight_decay
         for group, base in self._groups:
             group["lr"] = base
-            if decay is not None:
-                group["weight_decay"] = decay
+            if config.method.weight_decay is not None:
+                group["weight_decay"] = config.method.weight_decay
         self._factors: list[float] = []
 
     def set(self, position: int) -> None:

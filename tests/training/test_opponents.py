@@ -93,7 +93,7 @@ def isgd(
 
 @pytest.mark.parametrize(("zeta", "epsilon"), [(0.5, 0.1), (2.0, 200.0)])
 def test_isgd_is_the_published_algorithm(zeta, epsilon, tmp_path):
-    updates, k, n, stop = 90, 0.4, 6, 4
+    updates, k, n, stop = 60, 0.4, 6, 4
     method = {
         "mapping": {"name": "until_limit", "k": k, "window": n, "repeats": stop},
         "apply": {"name": "conservative", "zeta": zeta, "epsilon": epsilon},
@@ -144,9 +144,9 @@ def test_proximal_echo_is_its_plain_loop(optimizer, tmp_path):
 
 def test_many_visits_solve_the_proximal_step(tmp_path):
     """Where grad L(w) = strength (w_0 - w)."""
-    mapping = {"name": "constant", "repeats": 400}
-    method = {"mapping": mapping, "apply": {"name": "proximal", "strength": 2.0}}
-    settings = config(method, 400, lr=0.2, optimizer={"name": "sgd"})
+    mapping = {"name": "constant", "repeats": 60}
+    method = {"mapping": mapping, "apply": {"name": "proximal", "strength": 100.0}}
+    settings = config(method, 60, lr=0.005, optimizer={"name": "sgd"})
     task = build(settings)
     first = [p.detach().clone() for p in task.model.parameters()]
     end = end_of(train(settings, tmp_path))
@@ -155,7 +155,7 @@ def test_many_visits_solve_the_proximal_step(tmp_path):
         loss_of(task, task.fresh_batch(0)), list(task.model.parameters())
     )
     for gradient, w, w_0 in zip(gradients, end, first, strict=True):
-        torch.testing.assert_close(gradient, 2.0 * (w_0 - w), rtol=0, atol=1e-5)
+        torch.testing.assert_close(gradient, 100.0 * (w_0 - w), rtol=0, atol=1e-5)
 
 
 PULL = {"name": "proximal"}

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from repeatlab.methods.sampling.running import RunningSampler, Selection
-
-if TYPE_CHECKING:
-    from repeatlab.methods.sampling import Multiplicity
 
 
 class RunningMultiplicity(RunningSampler):
     """See `repeatlab.methods.sampling.Multiplicity`."""
-
-    settings: Multiplicity
 
     def fresh_batch(self, index: int) -> Selection:
         views = self.settings.views
