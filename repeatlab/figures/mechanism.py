@@ -205,10 +205,9 @@ def sharpness_over_updates(sharpness: pd.DataFrame, methods: Sequence[str]) -> F
     axes.set_xlabel("gradient updates")
     axes.set_ylabel("batch sharpness x learning rate")
     counts_axis(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     if not len(sharpness):
         say(axes, "no run with gradient_norms")
-    else:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     caption(figure, f"Mean and 95 % t-interval over seeds, {said_n(sharpness['n'])}")
     return figure
 

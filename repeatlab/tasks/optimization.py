@@ -1,9 +1,9 @@
 """How a task's networks follow their gradients: the optimizers, and one update with any of them.
 
-All are torch's, with the learning rate `lr` of the task, which the schedules scale; the classes
-here hold their other settings. Weight decay is an L2 penalty on the loss, except in AdamW, where it
-pulls the weights at the learning rate, apart from the gradient (Loshchilov and Hutter 2019, arXiv
-1711.05101). L-BFGS is not among them: it evaluates the loss several times in a step, and such
+All but Schedule-Free are torch's, with the learning rate `lr` of the task, which the schedules
+scale; the classes here hold their other settings. Weight decay is an L2 penalty on the loss, except
+in AdamW and Muon, where it pulls the weights at the learning rate, apart from the gradient
+(Loshchilov and Hutter 2019, arXiv 1711.05101). L-BFGS is not among them: it evaluates the loss several times in a step, and such
 forward and backward passes would not count against T.
 
 `clip_norm` scales an optimizer's gradients down to that norm where it is larger (Pascanu et al.

@@ -303,8 +303,10 @@ class RunConfig(Common):
         if self.loader.prefetch and method.sampler is not None:
             raise ValueError("loader.prefetch: a sampler chooses by the latest losses")
         # What a step is scaled by, a task has to know before it.
-        scaled = "step_size" if method.way == "conservative" else method.way
+        scaled = {"conservative": "step_size"}.get(method.way, method.way)
         parts = {f"method.apply: {method.way}": scaled}
+        if method.way == "conservative" and getattr(self.task, "precision", "") == "float16":
+            raise ValueError("method.apply: conservative cannot skip float16 steps that overflow")
         parts["method.fresh_views"] = "fresh_views" if method.fresh_views else None
         parts["loader.prefetch"] = "prefetch" if self.loader.prefetch else None
         if method.sampler is not None:
