@@ -3,8 +3,8 @@
 All but Schedule-Free are torch's, with the learning rate `lr` of the task, which the schedules
 scale; the classes here hold their other settings. Weight decay is an L2 penalty on the loss, except
 in AdamW and Muon, where it pulls the weights at the learning rate, apart from the gradient
-(Loshchilov and Hutter 2019, arXiv 1711.05101). L-BFGS is not among them: it evaluates the loss several times in a step, and such
-forward and backward passes would not count against T.
+(Loshchilov and Hutter 2019, arXiv 1711.05101). L-BFGS is not among them: it evaluates the loss
+several times in a step, and such forward and backward passes would not count against T.
 
 `clip_norm` scales an optimizer's gradients down to that norm where it is larger (Pascanu et al.
 2013, arXiv 1211.5063): the norm of all its weights together, for each optimizer of a task alone.
