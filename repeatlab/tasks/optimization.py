@@ -215,8 +215,7 @@ class Muon(TorchOptimizer):
         scaled = asdict(self) | {"lr": lr, "adjust_lr_fn": "match_rms_adamw"}
         parts = [torch.optim.Muon(matrices, **scaled)] if matrices else []
         if others:
-            beside = AdamW(weight_decay=self.weight_decay)
-            parts.append(beside.make(others, lr=lr, device=device))
+            parts.append(AdamW(weight_decay=self.weight_decay).make(others, lr=lr, device=device))
         return Together(parts)
 
 

@@ -27,6 +27,7 @@ from repeatlab.methods.sampling import (
     SAMPLERS,
     HardMining,
     Importance,
+    Multiplicity,
     OnlineBatchSelection,
     Progress,
     RhoLoss,
@@ -443,7 +444,10 @@ CHOICES: dict[str, Sampler] = {
     "importance by loss": Importance(score="loss", presample=2),
     "selective": SelectiveBackprop(history=50),
     "rho_loss": RhoLoss(presample=3, holdout_updates=3),
+    "multiplicity": Multiplicity(views=2),
 }
+# Which score nothing, and look at no more than they train on.
+UNSCORED = ("hard_mining", "prioritized", "online", "multiplicity")
 # What makes BatchNorm part of every image network.
 NETWORKS = {
     "supervised": {},
@@ -471,6 +475,8 @@ def allowed() -> Iterator[tuple[str, str]]:
             parts = {next(n for n, kind in SAMPLERS.items() if kind is type(settings))}
             if isinstance(settings, HardMining):
                 parts.add("weighted" if settings.beta else "unweighted")
+            if isinstance(settings, Multiplicity):
+                parts.add("fresh_views")
             parts.add(getattr(settings, "score", "loss"))
             if not parts & refused.keys():
                 yield task, name
@@ -482,11 +488,11 @@ every_choice = pytest.mark.parametrize(("task", "name"), list(allowed()))
 def test_every_sampler_is_tried():
     assert {type(settings) for settings in CHOICES.values()} == set(SAMPLERS.values())
     assert Counter(task for task, _ in allowed()) == {
-        "supervised": 7,
+        "supervised": 8,
         "semisupervised": 6,  # not rho_loss
         "selfsupervised": 3,  # neither that nor what needs weights or bounds
         "reinforcement": 5,  # neither that nor hard mining without weights
-        "unsupervised": 7,
+        "unsupervised": 7,  # not several views of what is not augmented
         "generative": 6,  # not rho_loss
     }
 
@@ -600,7 +606,7 @@ def test_the_ledger_counts_every_sample_that_was_scored(task, name, tmp_path, mo
     run = train(run_config(task, name), tmp_path)
     ledger = run.summary["ledger"]
     assert ledger["scoring_samples"] == total[0]
-    assert (total[0] > 0) == (name not in ("hard_mining", "prioritized", "online"))
+    assert (total[0] > 0) == (name not in UNSCORED)
     assert ledger["updates"] == 9
     if name == "rho_loss":
         samples = len(build(task).stream.data)
@@ -614,7 +620,7 @@ def test_the_ledger_counts_every_sample_that_was_scored(task, name, tmp_path, mo
         assert ledger["holdout_updates"] == ledger["holdout_forward_samples"] == 0
     # What asks for candidates has seen all their batches.
     assert ledger["passed_batches"] == max(9, kind.asked) - 9
-    assert (kind.asked > 9) == (name not in ("hard_mining", "prioritized", "online"))
+    assert (kind.asked > 9) == (name not in UNSCORED)
 
 
 def test_a_repeat_is_not_scored_again(tmp_path):

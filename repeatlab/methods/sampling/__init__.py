@@ -3,14 +3,14 @@
 A sampler is a frozen dataclass of its parameters; `start` gives the object that draws for one run.
 To add one: write the class, its running part in a file of this folder, and name it in `SAMPLERS`.
 
-| sampler       | draws                                          | extra forwards an update     |
-|---------------|------------------------------------------------|------------------------------|
-| `hard_mining` | by the last loss seen, all samples             | none                         |
-| `online`      | by the rank of the last loss seen, all samples | none                         |
-| `importance`  | by gradient bound, unbiased, of a presample    | `presample` b while it is on |
-| `selective`   | by the loss's percentile, of fresh samples     | b (beta + 1) on average      |
-| `rho_loss`    | the largest reducible losses, of a presample   | `presample` b; two models    |
-| `multiplicity`| b / M samples as they come, M views of each    | none                         |
+| sampler        | draws                                          | extra forwards an update     |
+|----------------|------------------------------------------------|------------------------------|
+| `hard_mining`  | by the last loss seen, all samples             | none                         |
+| `online`       | by the rank of the last loss seen, all samples | none                         |
+| `importance`   | by gradient bound, unbiased, of a presample    | `presample` b while it is on |
+| `selective`    | by the loss's percentile, of fresh samples     | b (beta + 1) on average      |
+| `rho_loss`     | the largest reducible losses, of a presample   | `presample` b; two models    |
+| `multiplicity` | b / M samples as they come, M views of each    | none                         |
 
 Scoring is done in evaluation mode, batch by batch, inside the clock, and charged in the ledger.
 This module never imports torch: a configuration is read without it.
