@@ -116,6 +116,7 @@ REFUSED = {
     ("unsupervised", "multiplicity"): "binarize",
     ("generative", "multiplicity"): "not augmented",
     ("single_index", "multiplicity"): "not augmented",
+    ("language", "multiplicity"): "not augmented",
     **{(task, "fresh_samples"): "standard" for task in TASKS if task != "reinforcement"},
 }
 
