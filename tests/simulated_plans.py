@@ -69,7 +69,7 @@ class Truth:
     rounded: float = 0.0
     ceiling: float = np.inf
     equal: bool = False
-    evaluations: int = 10
+    evaluations: int = 20
     hard: float = 1.0
 
 
@@ -142,19 +142,18 @@ def draw(truth: Truth, random: np.random.Generator) -> Simulated:
 def evidence(runs: Simulated) -> Evidence:
     """Return what the verdicts rest on, made here from the arrays."""
     seeds, names = np.arange(runs.truth.seeds), list(runs.declared.goals)
-    ends = {
-        key: np.where(np.isnan(value), runs.start[:, None], value)
-        for key, value in runs.values.items()
-    }
-    standard = np.stack([ends["standard", float(r)] for r in RATIOS], axis=-1)
+    budgets = np.stack([runs.values["standard", float(r)] for r in RATIOS], axis=-1)
     times = {arm: _times(runs, arm) for arm in ("standard", *ARMS)}
     tied = _rank_correlation(runs.losses, np.broadcast_to(SOMETIMES, runs.losses.shape))
 
     def compare(arm: str, other: str) -> dict[str, Paired]:
-        return {
-            name: Paired(ends[arm, 1.0][i], ends[other, 1.0][i], standard[i], RATIOS, seeds)
-            for i, name in enumerate(names)
-        }
+        found = {}
+        for i, name in enumerate(names):
+            ours, theirs = runs.values[arm, 1.0][i], runs.values[other, 1.0][i]
+            worst = np.nanmin(np.column_stack([ours, theirs, budgets[i]]))
+            ends = (np.where(np.isnan(v), worst, v) for v in (ours, theirs, budgets[i]))
+            found[name] = Paired(*ends, RATIOS, seeds)
+        return found
 
     return Evidence(
         at_end={arm: compare(arm, "standard") for arm in ARMS},
@@ -164,10 +163,23 @@ def evidence(runs: Simulated) -> Evidence:
         },
         controls={control: compare("linear", control) for control in CONTROLS},
         variants={ARMS: compare(*ARMS)},
-        hardness={name: tied[i] for i, name in enumerate(names)},
+        hardness={name: (seeds, tied[i]) for i, name in enumerate(names)},
         dose={arm: {name: Dose(2.0, 0.7) for name in names} for arm in ARMS},
         seeds=dict.fromkeys(names, runs.truth.seeds),
+        coarse=_coarse(runs),
     )
+
+
+def _coarse(runs: Simulated) -> dict[str, float]:
+    """Return of each task how much of the way to the target lies between two evaluations."""
+    at, found = runs.updates, {}
+    goal = next(iter(runs.declared.goals.values()))
+    for i, name in enumerate(runs.declared.goals):
+        over = [runs.curve(arm, 1.0, at)[i] >= goal.target for arm in ("standard", *ARMS)]
+        firsts = [int(np.argmax(run)) for arm in over for run in arm if run.any()]
+        if firsts:
+            found[name] = float(np.median([(at[k] - at[k - 1]) / at[k] for k in firsts]))
+    return found
 
 
 def _times(runs: Simulated, arm: str) -> np.ndarray:

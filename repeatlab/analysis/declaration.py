@@ -65,6 +65,12 @@ class Declaration:
     seeds_of: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    @property
+    def repeating(self) -> list[str]:
+        """The arms that are to repeat batches: those that a hypothesis is about, but controls."""
+        named = dict.fromkeys([*self.arms, self.real, *self.variants])
+        return [arm for arm in named if arm]
+
     def seeds_on(self, task: str) -> int:
         """Return how many seeds are planned on `task`."""
         return self.seeds_of.get(task, self.seeds)

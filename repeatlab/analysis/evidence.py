@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from repeatlab.analysis.declaration import Declaration, Goal
+from repeatlab.analysis.declaration import LEAST_DOSE, Declaration, Goal
 from repeatlab.analysis.frames import Records
 from repeatlab.analysis.updates_saved import Paired
 
@@ -38,20 +39,23 @@ class Evidence:
         until: Arm -> task -> seeds and both arms' updates until the target.
         controls: Control -> task -> the real arm against it at T.
         variants: Pair of variants -> task -> the first against the second at T.
-        hardness: Task -> rank correlation of first loss and N by seed, of the real arm.
+        hardness: Task -> seeds, and the real arm's rank correlation of first loss and N of each.
         dose: Arm -> task -> its dose.
         seeds: Task -> seeds that every arm in question has.
         lacking: What is planned and not there, a line each.
+        coarse: Task -> the share of the updates until the target that lies between the two
+            evaluations around it, median over runs: less than it, no time to the target tells.
     """
 
     at_end: dict[str, dict[str, Paired]]
     until: dict[str, dict[str, Times]]
     controls: dict[str, dict[str, Paired]]
     variants: dict[tuple[str, str], dict[str, Paired]]
-    hardness: dict[str, np.ndarray]
+    hardness: dict[str, tuple[np.ndarray, np.ndarray]]
     dose: dict[str, dict[str, Dose]]
     seeds: dict[str, int]
     lacking: list[str] = field(default_factory=list)
+    coarse: dict[str, float] = field(default_factory=dict)
 
 
 def gather(
@@ -78,14 +82,15 @@ def gather(
         return {task: paired for task, paired in found.items() if paired is not None}
 
     pairs = [(a, b) for i, a in enumerate(declared.variants) for b in declared.variants[i + 1 :]]
-    looked_at = dict.fromkeys([*declared.arms, declared.real, *declared.variants])
+    until, coarse = _until(declared, own)
     return Evidence(
-        at_end={arm: compare(arm, declared.against) for arm in looked_at if arm},
-        until={arm: _until(declared, own, arm) for arm in declared.arms},
+        at_end={arm: compare(arm, declared.against) for arm in declared.repeating},
+        until=until,
+        coarse=coarse,
         controls={control: compare(declared.real, control) for control in declared.controls},
         variants={pair: compare(*pair) for pair in pairs},
         hardness=_hardness(declared, own),
-        dose={arm: doses(own, arm) for arm in looked_at if arm},
+        dose={arm: doses(own, arm) for arm in declared.repeating},
         seeds={task: table.complete_seeds() for task, table in tables.items()},
         lacking=[line for table in tables.values() for line in table.lacking()],
     )
@@ -104,30 +109,33 @@ class TaskValues:
     ) -> None:
         self.declared, self.task = declared, task
         goal = declared.goals[task]
-        everything = [own, *budgets.values()]
-        worst = min((_worst(r, task, goal) for r in everything if len(r.runs)), default=np.nan)
-        self.arms = final_values(own, task, goal, split, worst)
+        self.arms = final_values(own, task, goal, split)
         self.standard = {
-            ratio: final_values(records, task, goal, split, worst).get(declared.against, {})
+            ratio: final_values(records, task, goal, split).get(declared.against, {})
             for ratio, records in budgets.items()
         }
         self.standard.setdefault(1.0, self.arms.get(declared.against, {}))
 
     def paired(self, arm: str, other: str) -> Paired | None:
-        """Return one arm against another at T; None with fewer than two common seeds."""
+        """Return one arm against another at T; None with fewer than two common seeds.
+
+        A diverged run is worth what the worst run of the comparison is that has come to its end, at
+        whatever budget: it ranks last, and by no more than others do. So one seed cannot outweigh
+        all others by the size of a number that nobody would have waited for, which would leave
+        nothing to be found on the task. Exchanging the runs of a pair changes no such value, so the
+        sign flip stays exact.
+        """
         ours, theirs = self.arms.get(arm, {}), self.arms.get(other, {})
         ratios = sorted(self.standard)
         known = [set(ours), set(theirs), *(set(self.standard[r]) for r in ratios)]
         seeds = sorted(set.intersection(*known))
         if len(seeds) < 2:
             return None
-        return Paired(
-            np.array([ours[s] for s in seeds]),
-            np.array([theirs[s] for s in seeds]),
-            np.array([[self.standard[r][s] for r in ratios] for s in seeds]),
-            np.array(ratios),
-            np.array(seeds),
-        )
+        columns = [ours, theirs, *(self.standard[r] for r in ratios)]
+        ends = np.array([[column[seed] for column in columns] for seed in seeds])
+        lost = np.isnan(ends)
+        ends[lost] = 0.0 if lost.all() else ends[~lost].min()
+        return Paired(ends[:, 0], ends[:, 1], ends[:, 2:], np.array(ratios), np.array(seeds))
 
     def needed(self) -> list[str]:
         """Return the arms that a hypothesis is about."""
@@ -155,44 +163,45 @@ class TaskValues:
 
 
 def final_values(
-    records: Records, task: str, goal: Goal, split: str, worst: float
+    records: Records, task: str, goal: Goal, split: str
 ) -> dict[str, dict[int, float]]:
-    """Return arm -> seed -> the metric at T, more being better; `worst` where a run diverged."""
-    runs = records.runs
-    column = f"{split}.{goal.metric}"
+    """Return arm -> seed -> the metric at T, more being better; NaN where a run diverged."""
+    runs, column = records.runs, f"{split}.{goal.metric}"
+    # Where nothing came to its end there is no such column.
+    ended = runs["status"].isin(DONE) if column in runs else runs["status"] == "diverged"
+    chosen = runs[(runs["task"] == task) & ended].reindex(
+        columns=["method", "seed", "status", column]
+    )
     found: dict[str, dict[int, float]] = {}
-    if not len(runs) or column not in runs:
-        return found
-    chosen = runs[(runs["task"] == task) & runs["status"].isin(DONE)]
-    for row in chosen[["method", "seed", "status", column]].itertuples(index=False):
-        value = goal.sign * row[3]
-        lost = row.status == "diverged" or not np.isfinite(value)
-        found.setdefault(row.method, {})[int(row.seed)] = worst if lost else float(value)
+    for method, seed, status, value in chosen.itertuples(index=False):
+        lost = status == "diverged" or not np.isfinite(value)
+        found.setdefault(method, {})[int(seed)] = np.nan if lost else goal.sign * value
     return found
-
-
-def _worst(records: Records, task: str, goal: Goal) -> float:
-    """Return the worst value that any run had at any time: what a diverged run is worth."""
-    rows = records.measured(goal.metric, "validation")
-    values = goal.sign * rows.loc[rows["task"] == task, "value"].to_numpy(float)
-    values = values[np.isfinite(values)]
-    return float(values.min()) if len(values) else np.nan
 
 
 def doses(records: Records, arm: str) -> dict[str, Dose]:
     """Return task -> how much `arm` repeated there."""
-    runs = records.done
-    found = {}
-    for task, group in runs[runs["method"] == arm].groupby("task", sort=False):
-        visits = records.updates
-        visits = visits[(visits["task"] == task) & (visits["method"] == arm)]
-        keys = ["seed", "fresh_batch"]
-        count = visits.groupby(keys)["repeat"].max() if len(visits) else None
-        found[task] = Dose(
+    runs, visits = records.done, records.updates
+    groups = runs[runs["method"] == arm].groupby("task", sort=False)
+    again: Mapping[str, float] = {}
+    if len(visits):
+        visits = visits[visits["method"] == arm]
+        last = visits.groupby(["task", "seed", "fresh_batch"])["repeat"].max()
+        again = (last > 0).groupby("task").mean()
+    return {
+        task: Dose(
             float(group["updates"].sum() / group["fresh_batches"].sum()),
-            float((count > 0).mean()) if count is not None else np.nan,
+            float(again.get(task, np.nan)),
         )
-    return found
+        for task, group in groups
+    }
+
+
+def repeating(found: Mapping[str, Any], doses: Mapping[str, Dose]) -> dict[str, Any]:
+    """Return what was found on the tasks on which an arm repeats, by its doses."""
+    return {
+        task: one for task, one in found.items() if task in doses and doses[task].mean >= LEAST_DOSE
+    }
 
 
 def updates_until(run: pd.DataFrame, goal: Goal, limit: float) -> float:
@@ -203,38 +212,50 @@ def updates_until(run: pd.DataFrame, goal: Goal, limit: float) -> float:
         goal: The metric's target.
         limit: The budget, which a run that misses the target counts as.
     """
+    return _crossing(run, goal, limit)[0]
+
+
+def _crossing(run: pd.DataFrame, goal: Goal, limit: float) -> tuple[float, float]:
+    """Return `updates_until`, and what share of them lies between the evaluations around it."""
     x = run["update"].to_numpy(float)
     y = goal.sign * (run["value"].to_numpy(float) - goal.target)
     hits = np.flatnonzero(y >= 0)
     if not len(hits):
-        return limit
+        return limit, np.nan
     first = int(hits[0])
     if first == 0:
-        return min(float(x[0]), limit)
-    before = y[first - 1]
-    if not np.isfinite(before):
-        return min(float(x[first]), limit)
-    crossing = x[first - 1] + (x[first] - x[first - 1]) * before / (before - y[first])
-    return min(float(crossing), limit)
+        return min(float(x[0]), limit), np.nan
+    before, apart = y[first - 1], x[first] - x[first - 1]
+    back = apart * y[first] / (y[first] - before) if np.isfinite(before) else 0.0
+    return min(float(x[first] - back), limit), float(apart / x[first])
 
 
-def _until(declared: Declaration, records: Records, arm: str) -> dict[str, Times]:
-    found = {}
+def _until(
+    declared: Declaration, records: Records
+) -> tuple[dict[str, dict[str, Times]], dict[str, float]]:
+    """Return `Evidence.until` and `Evidence.coarse`."""
+    found: dict[str, dict[str, Times]] = {arm: {} for arm in declared.arms}
+    coarse = {}
     for task, goal in declared.goals.items():
         rows = records.measured(goal.metric, "validation")
-        rows = rows[rows["task"] == task]
-        times = {
-            key: updates_until(run, goal, goal.updates)
+        rows = rows[(rows["task"] == task) & rows["method"].isin([declared.against, *found])]
+        crossings = {
+            key: _crossing(run, goal, goal.updates)
             for key, run in rows.groupby(["method", "seed"], sort=False)
         }
-        seeds = sorted(
-            {s for m, s in times if m == arm} & {s for m, s in times if m == declared.against}
-        )
-        if len(seeds) > 1:
-            ours = np.array([times[arm, s] for s in seeds])
-            theirs = np.array([times[declared.against, s] for s in seeds])
-            found[task] = np.array(seeds), ours, theirs
-    return found
+        shares = [share for _, share in crossings.values() if np.isfinite(share)]
+        coarse |= {task: float(np.median(shares))} if shares else {}
+        times: dict[str, dict[int, float]] = {}
+        for (arm, seed), (time, _) in crossings.items():
+            times.setdefault(arm, {})[seed] = time
+        theirs = times.get(declared.against, {})
+        for arm in found:
+            ours = times.get(arm, {})
+            seeds = sorted(ours.keys() & theirs.keys())
+            if len(seeds) > 1:
+                both = (np.array([of[s] for s in seeds]) for of in (ours, theirs))
+                found[arm][task] = np.array(seeds), *both
+    return found, coarse
 
 
 def hardness(updates: pd.DataFrame, *, window: int = 50) -> float:
@@ -255,11 +276,11 @@ def hardness(updates: pd.DataFrame, *, window: int = 50) -> float:
     return float(loss @ repeats / scale) if scale > 0 else 0.0
 
 
-def _hardness(declared: Declaration, own: Records) -> dict[str, np.ndarray]:
+def _hardness(declared: Declaration, own: Records) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     updates = own.updates
-    chosen = updates[updates["method"] == declared.real] if len(updates) else updates
-    found: dict[str, list[float]] = {}
-    if len(chosen):
-        for (task, _), run in chosen.groupby(["task", "seed"]):
-            found.setdefault(task, []).append(hardness(run, window=declared.window))
-    return {task: np.array(values) for task, values in found.items()}
+    found: dict[str, dict[int, float]] = {}
+    if len(updates):
+        chosen = updates[updates["method"] == declared.real]
+        for (task, seed), run in chosen.groupby(["task", "seed"]):
+            found.setdefault(task, {})[seed] = hardness(run, window=declared.window)
+    return {task: (np.array([*of]), np.array([*of.values()])) for task, of in found.items()}

@@ -127,15 +127,32 @@ def sign_flip(
     values = np.asarray(differences, dtype=float)
     if not len(values):
         return np.nan
-    values = values[values != 0]  # a zero has no sign to flip
-    seen = abs(values.sum()) - 1e-12 * np.abs(values).sum()  # another order rounds differently
-    if len(values) > exact_up_to:
-        sums = _random_signs(len(values), seed, resamples) @ values
-        return (np.count_nonzero(np.abs(sums) >= seen) + 1) / (resamples + 1)
-    sums = np.zeros(1)
-    for value in values[1:]:
-        sums = np.concatenate([sums + value, sums - value])
-    return float(np.mean(np.abs(sums + values[:1].sum()) >= seen))
+    values = values[values != 0][:, None]  # a zero has no sign to flip
+    options = {"seed": seed, "exact_up_to": exact_up_to, "resamples": resamples}
+    return float(sign_flips(values, **options)[0])
+
+
+def sign_flips(
+    differences: np.ndarray,
+    *,
+    seed: int = 0,
+    exact_up_to: int = EXACT_UP_TO,
+    resamples: int = RESAMPLES,
+) -> np.ndarray:
+    """Return the p of `sign_flip` of each column of `differences` (n, m), all with the same signs.
+
+    Rows of 0 stay, and change nothing but whether the signs are enumerated.
+    """
+    seen = np.abs(differences.sum(axis=0))  # but for what another order rounds
+    seen = seen - 1e-12 * np.abs(differences).sum(axis=0)
+    if len(differences) > exact_up_to:
+        sums = _random_signs(len(differences), seed, resamples) @ differences
+        return (np.count_nonzero(np.abs(sums) >= seen, axis=0) + 1) / (resamples + 1)
+    # Turning all signs leaves the size of the sum: the first one stays.
+    sums = differences[:1].sum(axis=0, keepdims=True)
+    for row in differences[1:]:
+        sums = np.concatenate([sums + row, sums - row])
+    return np.mean(np.abs(sums) >= seen, axis=0)
 
 
 @lru_cache(maxsize=4)

@@ -25,16 +25,15 @@ flipped as wholes, over all tasks at once, which holds whatever the correlation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-from repeatlab.analysis.statistics import ALPHA, Interval
+from repeatlab.analysis.statistics import ALPHA, Interval, sign_flips, smallest_p
 
-EXACT_UP_TO = 12  # seeds whose 2^n flips are enumerated; above it RESAMPLES random ones
-RESAMPLES = 4_999
+# Seeds whose 2^n flips are enumerated, and random ones above: of every ratio of the grid.
+FLIPS = {"exact_up_to": 12, "resamples": 4_999}
 STEPS = 30  # of the grid of ratios, on each side of 1; limits are found more finely
 FINE = 12  # steps between two ratios of the grid, where a limit is
 MOST_TIMES = 4.0  # sooner or later than so many times is beyond what is told
@@ -145,7 +144,7 @@ def saved(tasks: Mapping[str, Paired], *, seed: int = 0) -> Saved:
 
     Args:
         tasks: The comparison on each.
-        seed: Of the random flips above `EXACT_UP_TO` seeds.
+        seed: Of the random flips, which serve above 12 seeds.
     """
     parts = list(tasks.values())
     lowest = max(np.log(part.ratios[0]) for part in parts)
@@ -217,18 +216,13 @@ def _invert(
         at_one: Of every task the differences at the ratio 1, shape (n,).
         seed: Of the random flips.
     """
-    labels = sorted({label for seeds, _ in rows(grid[:1]) for label in seeds.tolist()})
-    place = {label: i for i, label in enumerate(labels)}
 
     def summed(ratios: np.ndarray) -> np.ndarray:
-        total = np.zeros((len(labels), len(ratios)))
-        for seeds, differences in rows(ratios):
-            where = [place[label] for label in seeds.tolist()]
-            total[where] += differences / (len(seeds) * len(at_one))
-        return total
+        parts = rows(ratios)
+        return by_seed(parts, len(at_one)) if parts else np.zeros((0, len(ratios)))
 
     def p_values(ratios: np.ndarray) -> np.ndarray:
-        return sign_flips(summed(ratios), seed=seed)
+        return sign_flips(summed(ratios), seed=seed, **FLIPS)
 
     values, p = summed(grid), p_values(grid)
     means, one = values.sum(axis=0), int(np.searchsorted(grid, 0.0))
@@ -238,41 +232,25 @@ def _invert(
         interval=_accepted(grid, p, means, p_values, 0.05),
         within=_accepted(grid, p, means, p_values, 0.10),
         p=float(p[one]),
-        smallest_p=max(min(1.0, 2.0 ** (1 - unlike)), _floor(unlike)),
+        smallest_p=smallest_p(unlike, **FLIPS),
         seeds=max(map(len, at_one)),
         tasks=len(at_one),
         equal=float(np.mean(np.concatenate(at_one) == 0)),
     )
 
 
-def sign_flips(differences: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Return the two-sided p of the sums of `differences` (n, m) under random signs, shape (m,).
+def by_seed(parts: Sequence[tuple[np.ndarray, np.ndarray]], tasks: int) -> np.ndarray:
+    """Return the means over `tasks`, tasks alike, in a row for each seed: (all seeds, m).
 
-    Exact by all 2^n signs up to `EXACT_UP_TO` rows. Differences of 0 have no sign: they leave the
-    sums as they are.
+    Args:
+        parts: Of each task that varies its seeds (n,) and its differences (n, m).
+        tasks: How many there are.
     """
-    signs = _signs(len(differences), seed)
-    seen = np.abs(differences.sum(axis=0)) - 1e-12 * np.abs(differences).sum(axis=0)
-    hits = np.zeros(differences.shape[1])
-    for block in np.array_split(signs, max(1, len(signs) // 4096)):
-        hits += np.count_nonzero(np.abs(block @ differences) >= seen, axis=0)
-    if len(differences) <= EXACT_UP_TO:
-        return hits / len(signs)
-    return (hits + 1) / (len(signs) + 1)
-
-
-@lru_cache(maxsize=8)
-def _signs(n: int, seed: int) -> np.ndarray:
-    """Return rows of signs (rows, n): all of them with the first sign fixed, or random ones."""
-    if n > EXACT_UP_TO:
-        return np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), size=(RESAMPLES, n))
-    # Turning all signs leaves the size of the sum: half of them are enough.
-    bits = (np.arange(2 ** max(0, n - 1))[:, None] >> np.arange(n)) & 1
-    return 1.0 - 2.0 * bits
-
-
-def _floor(n: int) -> float:
-    return 1 / (RESAMPLES + 1) if n > EXACT_UP_TO else 0.0
+    labels = np.unique(np.concatenate([seeds for seeds, _ in parts]))
+    total = np.zeros((len(labels), parts[0][1].shape[1]))
+    for seeds, differences in parts:
+        total[np.searchsorted(labels, seeds)] += differences / (len(seeds) * tasks)
+    return total
 
 
 def _crossing(grid: np.ndarray, means: np.ndarray) -> float:

@@ -35,15 +35,9 @@ from typing import Any
 import numpy as np
 
 from repeatlab.analysis.declaration import LARGER_STEP, LEAST_DOSE, Declaration
-from repeatlab.analysis.evidence import Dose, Evidence
-from repeatlab.analysis.statistics import ALPHA, holm
-from repeatlab.analysis.updates_saved import (
-    Saved,
-    saved,
-    saved_until,
-    share_saved,
-    sign_flips,
-)
+from repeatlab.analysis.evidence import Dose, Evidence, repeating
+from repeatlab.analysis.statistics import ALPHA, holm, sign_flips
+from repeatlab.analysis.updates_saved import Saved, by_seed, saved, saved_until, share_saved
 
 SUPPORTED, REFUTED, EQUIVALENT = "supported", "refuted", "equivalent"
 INCONCLUSIVE, NOT_TESTED, INTERIM = "inconclusive", "not tested", "interim"
@@ -60,6 +54,7 @@ class Comparison:
         state: "better", "worse", "equivalent" or "undecided".
         dose: Mean N of the arm over its tasks, NaN where it is none of repetition.
         planned: Tasks that there are; its effect may rest on fewer.
+        note: Why it is undecided though its interval lies within the margin.
     """
 
     effect: Saved
@@ -67,6 +62,7 @@ class Comparison:
     state: str
     dose: float = np.nan
     planned: int = 0
+    note: str = ""
 
     def numbers(self) -> dict[str, Any]:
         """Return what it rests on, as plain numbers."""
@@ -84,12 +80,14 @@ class Comparison:
             "equal_pairs": effect.equal,
             "mean_n": self.dose,
             "state": self.state,
+            "note": self.note,
         }
 
     def __str__(self) -> str:
         found, planned = self.effect.tasks, self.planned
         where = f" on {found} of {planned} tasks" if found < planned else ""
-        return f"{percent_saved(self.effect)}{where}, p = {self.p:.2g}: {self.state}"
+        why = f", since {self.note}" if self.note else ""
+        return f"{percent_saved(self.effect)}{where}, p = {self.p:.2g}: {self.state}{why}"
 
 
 def percent_saved(effect: Saved) -> str:
@@ -158,13 +156,6 @@ def state_of(effect: Saved, p: float, margin: float, by_task: Iterable[Saved] | 
     return EQUIVALENT if effect.equivalent(margin) and not beyond else UNDECIDED
 
 
-def _repeating(found: Mapping[str, Any], doses: Mapping[str, Dose]) -> dict[str, Any]:
-    """Return the comparisons of the tasks on which the arm repeats."""
-    return {
-        task: one for task, one in found.items() if task in doses and doses[task].mean >= LEAST_DOSE
-    }
-
-
 def _mean_dose(doses: Mapping[str, Dose]) -> float:
     """Return the mean over tasks of E[N], tasks alike."""
     return float(np.mean([dose.mean for dose in doses.values()])) if doses else np.nan
@@ -172,8 +163,8 @@ def _mean_dose(doses: Mapping[str, Dose]) -> float:
 
 def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
     limits = {task: float(goal.updates) for task, goal in declared.goals.items()}
-    until = {a: _repeating(evidence.until[a], evidence.dose.get(a, {})) for a in declared.arms}
-    at_end = {a: _repeating(evidence.at_end[a], evidence.dose.get(a, {})) for a in declared.arms}
+    until = {a: repeating(evidence.until[a], evidence.dose.get(a, {})) for a in declared.arms}
+    at_end = {a: repeating(evidence.at_end[a], evidence.dose.get(a, {})) for a in declared.arms}
     speed = {a: saved_until(t, limits=limits, seed=seed) for a, t in until.items() if t}
     end = {a: saved(tasks, seed=seed) for a, tasks in at_end.items() if tasks}
     evidence = replace(evidence, **_of_real(evidence, declared))
@@ -182,20 +173,27 @@ def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
     family = [found[a].p if a in found else np.nan for found in (speed, end) for a in declared.arms]
     *adjusted, mechanism_p = holm([*family, _mechanism_p(evidence, parts, seed)])
     arms = len(declared.arms)
+    p_speed = dict(zip(declared.arms, adjusted[:arms], strict=True))
+    p_end = dict(zip(declared.arms, adjusted[arms:], strict=True))
 
     def decided(
         effects: dict[str, Saved],
         p: Mapping[str, float],
         tasks: Mapping[str, Mapping[str, Any]],
         alone: Callable[[dict[str, Any]], Saved] = saved,
+        coarse: Mapping[str, float] | None = None,
     ) -> dict[str, Comparison]:
         found = {}
         for name, effect in effects.items():
             by_task = [alone({task: one}) for task, one in tasks[name].items()]
             state = state_of(effect, p[name], declared.margin, by_task)
+            told = state == EQUIVALENT and effect.equal < 1  # equal runs are equal at any grid
+            note = _blind(tasks[name], coarse or {}, declared.margin) if told else ""
+            state = UNDECIDED if note else state
             doses = evidence.dose.get(name, {})
             dose = _mean_dose({task: doses[task] for task in tasks[name] if task in doses})
-            found[name] = Comparison(effect, float(p[name]), state, dose, len(declared.goals))
+            planned = len(declared.goals)
+            found[name] = Comparison(effect, float(p[name]), state, dose, planned, note)
         return found
 
     def until_alone(tasks: dict[str, Any]) -> Saved:
@@ -204,19 +202,31 @@ def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
     return _Case(
         evidence,
         declared,
-        decided(speed, dict(zip(declared.arms, adjusted[:arms], strict=True)), until, until_alone),
-        decided(end, dict(zip(declared.arms, adjusted[arms:], strict=True)), at_end),
+        decided(speed, p_speed, until, until_alone, evidence.coarse),
+        decided(end, p_end, at_end),
         decided(parts, {name: e.p for name, e in parts.items()}, evidence.controls),
         float(mechanism_p),
     )
+
+
+def _blind(tasks: Iterable[str], coarse: Mapping[str, float], margin: float) -> str:
+    """Return on which tasks a time to the target cannot tell what is within the margin, and why.
+
+    Two runs that cross it between the same two evaluations may be as far apart as these are.
+    """
+    blind = [f"{coarse[t]:.0%} on {t}" for t in tasks if coarse.get(t, 0.0) >= margin]
+    if not blind:
+        return ""
+    shares = ", ".join(blind).replace("%", " %")
+    return f"evaluations are too far apart for equivalence ({shares} of the way to the target)"
 
 
 def _of_real(evidence: Evidence, declared: Declaration) -> dict[str, Any]:
     """Return what H3 rests on, of the tasks on which the real arm repeats."""
     doses = evidence.dose.get(declared.real, {})
     return {
-        "controls": {c: _repeating(found, doses) for c, found in evidence.controls.items()},
-        "hardness": _repeating(evidence.hardness, doses),
+        "controls": {c: repeating(found, doses) for c, found in evidence.controls.items()},
+        "hardness": repeating(evidence.hardness, doses),
     }
 
 
@@ -241,10 +251,8 @@ def _mechanism_p(evidence: Evidence, parts: Mapping[str, Saved], seed: int) -> f
 
 def _hardness_test(evidence: Evidence, seed: int) -> tuple[float, float]:
     """Return p and mean of the rank correlations between first loss and N, tasks alike."""
-    longest = max(map(len, evidence.hardness.values()))
-    rows = np.zeros((longest, 1))
-    for values in evidence.hardness.values():
-        rows[: len(values), 0] += values / (len(values) * len(evidence.hardness))
+    parts = [(seeds, values[:, None]) for seeds, values in evidence.hardness.values()]
+    rows = by_seed(parts, len(parts))
     return float(sign_flips(rows, seed=seed)[0]), float(rows.sum())
 
 
@@ -308,7 +316,7 @@ def _h4(case: _Case) -> Ruling:
     cells: dict[str, Comparison] = {}
     by_arm: dict[str, list[Comparison]] = {}
     for arm in case.end:
-        tested = _repeating(case.evidence.at_end[arm], case.evidence.dose[arm])
+        tested = repeating(case.evidence.at_end[arm], case.evidence.dose[arm])
         found = {t: saved({t: p}) for t, p in tested.items()}
         adjusted = holm([effect.p for effect in found.values()])
         for (task, effect), q in zip(found.items(), adjusted, strict=True):
@@ -337,7 +345,7 @@ def _h4(case: _Case) -> Ruling:
 def _h5(case: _Case) -> Ruling:
     dose = case.evidence.dose
     tasks = {  # on which one of the two repeats
-        f"{a} - {b}": _repeating(found, dose.get(b, {})) | _repeating(found, dose.get(a, {}))
+        f"{a} - {b}": repeating(found, dose.get(b, {})) | repeating(found, dose.get(a, {}))
         for (a, b), found in case.evidence.variants.items()
     }
     effects = {name: saved(found) for name, found in tasks.items() if found}

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repeatlab.analysis.updates_saved import Paired, saved, saved_until, share_saved, sign_flips
+from repeatlab.analysis.statistics import sign_flips
+from repeatlab.analysis.updates_saved import Paired, saved, saved_until, share_saved
 
 RATIOS = np.array([0.5, 0.7, 1.0, 1.4, 2.0])
 

@@ -73,7 +73,7 @@ def evidence(
         },
         controls={control: paired("linear", control) for control in plan.controls},
         variants={ARMS: paired(*ARMS)},
-        hardness={t: hard + 0.05 * random.normal(size=n) for t in plan.goals},
+        hardness={t: (seeds, hard + 0.05 * random.normal(size=n)) for t in plan.goals},
         dose={arm: {t: Dose(dose, 0.4) for t in plan.goals} for arm in ARMS},
         seeds=dict.fromkeys(plan.goals, n),
     )
