@@ -99,7 +99,14 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
     help="Whether small networks train as groups where that is faster; by default they do.",
 )
 @click.option("--amend", metavar="REASON", help="Why a registered plan has changed.")
-def run(parameters: tuple[Path, ...], runs: Path, amend: str | None, **places: Any) -> None:
+@click.option("--task", "only", multiple=True, help="Of a plan only this task; may be repeated.")
+def run(
+    parameters: tuple[Path, ...],
+    runs: Path,
+    amend: str | None,
+    only: tuple[str, ...],
+    **places: Any,
+) -> None:
     """Train the studies of parameter files, without their notebooks; a plan with all its stages."""
     from repeatlab.studies.cluster import Places
     from repeatlab.studies.plan import is_plan, read_plan, run_plan
@@ -108,8 +115,10 @@ def run(parameters: tuple[Path, ...], runs: Path, amend: str | None, **places: A
     plans, others = [], []
     for path in parameters:
         (plans if is_plan(path) else others).append(path)
-    for path in plans:
-        click.echo(str(run_plan(read_plan(path), runs, places=Places(**places), amend=amend)))
+    for plan in map(read_plan, plans):
+        for line in plan.cautions():
+            click.echo(f"Note: {line}", err=True)
+        click.echo(str(run_plan(plan, runs, places=Places(**places), amend=amend, only=only)))
     if others:
         click.echo(str(run_studies(_read_studies(others), runs, places=Places(**places))))
 
@@ -128,8 +137,9 @@ def power(name: str, runs: Path, share: float | None) -> None:
     from repeatlab.analysis.power import power_table
 
     plan = load_plan(runs, name)
-    family = 2 * len(plan.declared.arms) + 1
-    table = power_table(pilots(plan), margin=plan.declared.margin, share=share, family=family)
+    declared = plan.declared
+    options = {"margin": declared.margin, "share": share, "family": declared.family}
+    table = power_table(pilots(plan), once=plan.tuning_hours, **options)
     click.echo(table.to_string(index=False))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from repeatlab.analysis.frames import LOWER_IS_BETTER
+from repeatlab.analysis.statistics import smallest_p
 
 # The control of one larger step, which at equal updates goes further and sees more fresh data.
 LARGER_STEP = "step_size"
@@ -70,6 +71,21 @@ class Declaration:
         """The arms that are to repeat batches: those that a hypothesis is about, but controls."""
         named = dict.fromkeys([*self.arms, self.real, *self.variants])
         return [arm for arm in named if arm]
+
+    @property
+    def family(self) -> int:
+        """The comparisons that share 5 %: each arm in H1 and in H2, and H3."""
+        return 2 * len(self.arms) + 1
+
+    @property
+    def most_seeds(self) -> int:
+        """The seeds of the task that has most, whose signs are flipped as wholes over all tasks."""
+        return max(map(self.seeds_on, self.goals), default=self.seeds)
+
+    @property
+    def least_p(self) -> float:
+        """The smallest p, adjusted over the family, that the seeds can give."""
+        return min(1.0, self.family * smallest_p(self.most_seeds))
 
     def seeds_on(self, task: str) -> int:
         """Return how many seeds are planned on `task`."""

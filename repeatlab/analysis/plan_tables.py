@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from repeatlab.analysis.evidence import doses
-from repeatlab.analysis.plans import VIEWS, PlanRecords, arm_over_tasks
+from repeatlab.analysis.declaration import LEAST_DOSE
+from repeatlab.analysis.evidence import doses, repeating
+from repeatlab.analysis.plans import VIEWS, PlanRecords, arm_over_tasks, no_limits
 from repeatlab.analysis.statistics import holm
 from repeatlab.analysis.updates_saved import Saved, saved, share_saved
-from repeatlab.analysis.verdicts import state_of
+from repeatlab.analysis.verdicts import NOT_TESTED, state_of
 
 # fmt: off
 VERDICTS = ["hypothesis", "claim", *VIEWS]
 ARMS = ["task", "arm", "rate", "mean_n", "repeated", "seeds", "equal_pairs", "saved", "low", "high",
         "reuse", "reuse_low", "reuse_high", "p", "p_adjusted", "state"]
 OVER_TASKS = ["arm", "tasks", "mean_n", "saved", "low", "high", "p", "p_adjusted", "state", "mean",
-              "mean_low", "mean_high", "tau", "new_low", "new_high"]
+              "mean_low", "mean_high", "tau", "new_low", "new_high", "note"]
 ONE_OFF = ["task", "arm", "calibration", "holdout", "charge", "saved", "runs"]
 TUNING = ["task", "arm", "rate", "fields", "trials", "updates", "on_edge"]
 # fmt: on
@@ -43,7 +44,7 @@ def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validatio
     over those that the arm used), p, p_adjusted (Holm over the table), state by it and the margin.
     """
     records, values = plan.stages[stage], plan.values(stage, split)
-    rows, effects = [], []
+    rows, effects, by_task = [], [], []
     for arm in _arms(plan, stage):
         of_arm = doses(records, arm)
         for task, of_task in values.items():
@@ -54,7 +55,9 @@ def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validatio
             choice = plan.rates.get(task, {}).get(arm) if stage == "own" else None
             low, high, _ = effect.interval
             reuse = [ratio * dose.mean for ratio in (effect.ratio, low, high)]
+            tested = arm not in plan.declared.repeating or dose.mean >= LEAST_DOSE
             effects.append(effect)
+            by_task.append([] if tested else None)
             rows.append(
                 {
                     "task": task,
@@ -68,7 +71,7 @@ def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validatio
                     **dict(zip(["reuse", "reuse_low", "reuse_high"], reuse, strict=True)),
                 }
             )
-    return _decided(rows, effects, plan.declared.margin, ARMS)
+    return _decided(rows, effects, by_task, plan.declared.margin, ARMS)
 
 
 def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
@@ -77,20 +80,26 @@ def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
     Columns: arm, tasks, mean_n, saved, low, high, p, p_adjusted (Holm over arms) and state on these
     tasks; mean, mean_low, mean_high over tasks taken as drawn from many; tau (standard deviation of
     the log ratio of budgets between tasks); new_low and new_high, which hold a new task's effect in
-    95 %. All but p, tau and the counts are shares of updates.
+    95 %; note (on which tasks limits lie beyond the budgets, so that there is no such mean). All
+    but p, tau and the counts are shares of updates. An arm that is to repeat is told on the tasks
+    on which it does; where there is none, on all, and not tested.
     """
     values, records = plan.values("own", "validation"), plan.stages["own"]
-    rows, effects = [], []
+    rows, effects, by_task = [], [], []
     for arm in _arms(plan, "own"):
         pairs = {task: one.paired(arm, plan.declared.against) for task, one in values.items()}
         pairs = {task: paired for task, paired in pairs.items() if paired is not None}
+        of_arm = doses(records, arm)
+        tested = repeating(pairs, of_arm) if arm in plan.declared.repeating else pairs
+        pairs = tested or pairs
         if not pairs:
             continue
-        here, among = arm_over_tasks(pairs)
-        of_arm = doses(records, arm)
+        here, alone, among = arm_over_tasks(pairs)
         random = (among.mean, *among.interval[:2], *among.prediction[:2])
         names = ["mean", "mean_low", "mean_high", "new_low", "new_high"]
+        beyond = ", ".join(task for task, effect in alone.items() if no_limits(effect))
         effects.append(here)
+        by_task.append(list(alone.values()) if tested else None)
         rows.append(
             {
                 "arm": arm,
@@ -99,9 +108,10 @@ def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
                 **_shares(here),
                 "tau": among.tau,
                 **dict(zip(names, (1 - np.exp(-np.array(random))).tolist(), strict=True)),
+                "note": f"no mean: limits beyond the budgets on {beyond}" if beyond else "",
             }
         )
-    return _decided(rows, effects, plan.declared.margin, OVER_TASKS)
+    return _decided(rows, effects, by_task, plan.declared.margin, OVER_TASKS)
 
 
 def one_off_table(plan: PlanRecords, arms: pd.DataFrame) -> pd.DataFrame:
@@ -175,10 +185,18 @@ def _shares(effect: Saved) -> dict[str, float]:
 
 
 def _decided(
-    rows: list[dict[str, Any]], effects: list[Saved], margin: float, columns: list[str]
+    rows: list[dict[str, Any]],
+    effects: list[Saved],
+    by_task: list[list[Saved] | None],
+    margin: float,
+    columns: list[str],
 ) -> pd.DataFrame:
-    """Return the rows with p, p adjusted over all of them, and what that and the margin decide."""
+    """Return the rows with p, p adjusted over all of them, and what that and the margin decide.
+
+    By task are the effects that each of `effects` pools, None where it is not tested.
+    """
     adjusted = holm([effect.p for effect in effects])
-    for row, effect, p in zip(rows, effects, adjusted, strict=True):
-        row |= {"p": effect.p, "p_adjusted": float(p), "state": state_of(effect, p, margin)}
+    for row, effect, p, pooled in zip(rows, effects, adjusted, by_task, strict=True):
+        state = NOT_TESTED if pooled is None else state_of(effect, p, margin, pooled)
+        row |= {"p": effect.p, "p_adjusted": float(p), "state": state}
     return pd.DataFrame(rows, columns=columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,8 @@ VIEWS = {
     "own rates, test": ("own", "test"),
     "shared rate, validation": ("shared", "validation"),
 }
+# Of runs of which none has begun.
+COLUMNS = ["task", "method", "seed", "status", "path", "id", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PlanRecords:
         changes: What was amended since, with reasons.
         declared: What the verdicts follow.
         rates: Task -> arm -> what tuning chose.
-        stages: "own" and "shared" -> the arms' runs.
+        stages: "own" and "shared" -> the arms' runs; "tuning" -> those that chose the rates.
         budgets: Ratio -> the runs with the standard arm, at its own rate, at that many T.
     """
 
@@ -59,6 +61,11 @@ class PlanRecords:
     def evidence(self, stage: str, split: str) -> Evidence:
         """Return the comparisons of a stage on a split."""
         return gather(self.declared, self.stages[stage], self.budgets, split=split)
+
+    @property
+    def tuning_hours(self) -> float:
+        """Training time of the stage that chose the rates, which more seeds do not lengthen."""
+        return _hours([self.stages["tuning"]], *self.declared.goals)
 
     @cached_property
     def views(self) -> dict[str, tuple[Evidence, list[Verdict]]]:
@@ -80,14 +87,14 @@ def load_plan(runs: str | Path, name: str) -> PlanRecords:
     content = store.read_plan(name)
     if content is None:
         raise StoreError(f"{runs}: no plan {name!r} is registered; `repeatlab run PLAN.yaml` does")
-    declared = Declaration.from_json(content["declaration"])
+    declared, known = Declaration.from_json(content["declaration"]), set(store.studies())
 
     def stage(suffix: str) -> Records:
-        parts = [_records(runs, f"{name}-{task}-{suffix}") for task in declared.goals]
-        known = [part.runs for part in parts if len(part.runs)]
-        return Records(pd.concat(known, ignore_index=True)) if known else parts[0]
+        names = [f"{name}-{task}-{suffix}" for task in declared.goals]
+        begun = [study for study in names if study in known]
+        return load(runs, begun) if begun else Records(pd.DataFrame(columns=COLUMNS))
 
-    stages = {"own": stage("own"), "shared": stage("shared")}
+    stages = {which: stage(which) for which in ("own", "shared", "tuning")}
     others = {r: stage(f"budget-{r:g}") for r in declared.budgets if r != 1.0}
     return PlanRecords(
         name,
@@ -98,13 +105,6 @@ def load_plan(runs: str | Path, name: str) -> PlanRecords:
         stages,
         others | {1.0: stages["own"]},
     )
-
-
-def _records(runs: str | Path, study: str) -> Records:
-    try:
-        return load(runs, study)
-    except StoreError:  # this stage has not begun
-        return Records(pd.DataFrame(columns=["task", "method", "seed", "status", "path", "id"]))
 
 
 def pilots(plan: PlanRecords) -> dict[str, Pilot]:
@@ -119,24 +119,41 @@ def pilots(plan: PlanRecords) -> dict[str, Pilot]:
         paired = values.paired(against, against)
         if paired is None:
             raise StoreError(f"plan {plan.name}: a pilot needs two seeds of {against} on {task}")
-        runs = [records.done for records in plan.budgets.values()]
-        spent = sum(r.loc[r["task"] == task, "seconds"].sum() for r in runs if len(r))
-        found[task] = pilot_of(paired, float(spent) / 3600 / len(paired.seeds))
+        spent = _hours([plan.stages["shared"], *plan.budgets.values()], task)
+        found[task] = pilot_of(paired, spent / len(paired.seeds))
     return found
 
 
-def arm_over_tasks(found: Mapping[str, Paired]) -> tuple[Saved, OverTasks]:
-    """Return an arm's effect on these tasks, and on tasks like them (in log ratios of budgets).
+def _hours(parts: Iterable[Records], *tasks: str) -> float:
+    """Return the training time of these runs; one that several of the parts have counts once."""
+    runs = pd.concat(
+        [part.done for part in parts if len(part.done)] or [pd.DataFrame(columns=COLUMNS)]
+    )
+    chosen = runs[runs["task"].isin(tasks)].drop_duplicates("id")
+    return float(chosen["seconds"].sum()) / 3600
+
+
+def arm_over_tasks(found: Mapping[str, Paired]) -> tuple[Saved, dict[str, Saved], OverTasks]:
+    """Return an arm's effect on these tasks, on each, and on tasks like them (in log ratios).
 
     A task's standard error is that of the normal whose 68 % limits its test gives: half the width
-    of the 95 % interval over 1.96.
+    of the 95 % interval over 1.96. Where the limits of one lie beyond the budgets, there is no
+    estimate over tasks: without the task, which is one that differs most, it would be another.
     """
-    effects, errors = [], []
-    for task, paired in found.items():
-        effect = saved({task: paired})
-        with np.errstate(divide="ignore"):
-            low, high, middle = np.log([effect.interval.low, effect.interval.high, effect.ratio])
-        known = np.isfinite([low, high, middle]).all() and high > low
-        effects.append(middle if known else np.nan)
-        errors.append((high - low) / (2 * 1.96) if known else np.nan)
-    return saved(found), over_tasks(np.array(effects), np.array(errors))
+    alone = {task: saved({task: paired}) for task, paired in found.items()}
+    limits = np.array([[e.interval.low, e.interval.high, e.ratio] for e in alone.values()])
+    with np.errstate(divide="ignore"):
+        low, high, middle = np.log(limits).T
+    if any(no_limits(effect) for effect in alone.values()):
+        middle = np.full(len(alone), np.nan)
+    return (
+        saved(found),
+        alone,
+        over_tasks(middle, np.where(np.isnan(middle), 1.0, (high - low) / 3.92)),
+    )
+
+
+def no_limits(effect: Saved) -> bool:
+    """Return whether estimate or a limit lies beyond the budgets, or nothing varies."""
+    low, high, _ = effect.interval
+    return not (0 < low < high < np.inf and 0 < effect.ratio < np.inf)

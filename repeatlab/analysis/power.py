@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from repeatlab.analysis.updates_saved import Paired, saved
+from repeatlab.core.schema import ConfigError
 
 SEEDS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 STUDIES = 200
@@ -28,7 +29,8 @@ class Pilot:
         ratios: Shape (budgets,), in units of T.
         means: Shape (budgets,), of the standard arm's metric, more being better.
         spread: Standard deviation over seeds within a budget.
-        hours: Training time of one seed of the whole comparison on this task, all arms and budgets.
+        hours: Training time of one seed of the whole comparison on this task: every arm, at its own
+            rate and at the shared one, and every budget.
     """
 
     ratios: np.ndarray
@@ -43,7 +45,17 @@ def pilot_of(paired: Paired, hours: float) -> Pilot:
 
 
 def draw(pilot: Pilot, n: int, share: float, random: np.random.Generator) -> Paired:
-    """Return a comparison of `n` seeds on which the arm saves `share` of the updates."""
+    """Return a comparison of `n` seeds on which the arm saves `share` of the updates.
+
+    Raises:
+        ConfigError: no budget of the pilot is so large that it would show this share.
+    """
+    most = 1 - 1 / pilot.ratios[-1]
+    if share > most:
+        raise ConfigError(
+            f"share must be at most {most:.2g}, which the largest budget, {pilot.ratios[-1]:g} T, "
+            f"shows; not {share:g}"
+        )
     noise = pilot.spread * random.normal(size=(n, len(pilot.ratios) + 1))
     reached = np.interp(-np.log1p(-share), np.log(pilot.ratios), pilot.means)
     standard = pilot.means + noise[:, 1:]
@@ -58,6 +70,7 @@ def power_table(
     margin: float,
     share: float | None = None,
     family: int = 1,
+    once: float = 0.0,
     seeds: Sequence[int] = SEEDS,
     studies: int = STUDIES,
     seed: int = 0,
@@ -69,6 +82,7 @@ def power_table(
         margin: The share of updates saved below which an effect is none.
         share: The effect to be found; by default the margin.
         family: Comparisons that share the 5 %: each has to be found at 0.05 / `family`.
+        once: Hours that are spent whatever the number of seeds: on tuning.
         seeds: Which numbers.
         studies: Simulated for each.
         seed: Of the simulation.
@@ -85,7 +99,7 @@ def power_table(
         real = [_study(tasks, n, effect, random) for _ in range(studies)]
         equivalence = np.mean([one.equivalent(margin) for one in null])
         power = np.mean([one.direction(one.p * family) > 0 for one in real])
-        hours = n * sum(pilot.hours for pilot in tasks.values())
+        hours = once + n * sum(pilot.hours for pilot in tasks.values())
         enough = min(equivalence, power) >= ENOUGH
         rows.append((n, float(equivalence), float(power), hours, bool(enough)))
     return pd.DataFrame(rows, columns=["seeds", "equivalence", "power", "hours", "enough"])

@@ -449,8 +449,13 @@ def judge(evidence: Evidence, declared: Declaration, *, seed: int = 0) -> list[V
 
 
 def _progress(evidence: Evidence, declared: Declaration) -> str:
-    made = min(evidence.seeds.values(), default=0)
-    return f"{made} of {declared.seeds} seeds are complete ({len(evidence.lacking)} arms lack some)"
+    made, n = evidence.seeds, declared.seeds_on
+    complete = sum(made.get(task, 0) >= n(task) for task in declared.goals)
+    fewest = min(declared.goals, key=lambda task: made.get(task, 0))
+    return (
+        f"{complete} of {len(declared.goals)} tasks are complete, and of {fewest} "
+        f"{made.get(fewest, 0)} of {n(fewest)} seeds"
+    )
 
 
 def _details(rests: dict[str, Comparison]) -> str:

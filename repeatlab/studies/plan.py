@@ -4,7 +4,7 @@
     seeds: 8                          # counted from 0, of every arm on every task
     margin: 0.1                       # share of updates saved below which an effect is none
     budgets: [0.5, 0.7, 1, 1.4, 2]    # of the standard arm, in units of T
-    tuning: {rates: [0.25, 0.5, 1, 2, 4], seeds: 2}
+    tuning: {rates: [0.25, 0.5, 1, 2, 4], seeds: 3}
     methods: {include: [../methods.yaml]}
     tasks:
       digits:
@@ -12,13 +12,20 @@
         max_updates: 400
         metric: accuracy
         target: 0.9
+        methods: {windowed: null}   # is not run on this task
     judged: {arms: [linear, quantile], real: linear, controls: [windowed], variants: [linear]}
 
 Four stages, each an ordinary study of the store (`NAME-TASK-STAGE`): *tuning*, on seeds that are
 used nowhere else, gives every arm that changes N, the step or the data the same grid, trials and
 seeds, judged on the validation split; a best rate on the grid's edge widens it. *own* trains every
-arm at the rate that was best for it, a control at that of the arm whose counts it replays;
-*shared* trains them all at the task's rate; *budget-R* trains the standard arm for R T updates.
+arm at the rate that was chosen for it, a control at that of the arm whose counts it replays;
+*shared* trains them all at the task's rate; *budget-R* trains the standard arm for R T updates, at
+the rate that was chosen for it at T.
+
+The test that follows takes the chosen rates as they are. Two equal arms for which noise has chosen
+different rates do differ: with one tuning seed a test of 5 % calls one of them better or worse in
+about 15 % of comparisons. From two seeds on, settings that are within noise of an arm's best are
+ties, and ties go to one rate for all arms (`choose`): then it is 5 to 6 %.
 
 The plan's digest is registered in the store before the first run. A plan that has changed since is
 refused, unless the change is amended with a reason, which every verdict then shows.
@@ -28,7 +35,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -40,6 +47,7 @@ from pydantic import Field, model_validator
 from repeatlab.analysis.declaration import Declaration, Goal
 from repeatlab.analysis.evidence import final_values
 from repeatlab.analysis.frames import Records, load
+from repeatlab.analysis.statistics import ALPHA
 from repeatlab.core.files import safe_name
 from repeatlab.core.schema import ConfigError, Model, did_you_mean, parse, read_yaml
 from repeatlab.store.records import Store
@@ -67,6 +75,9 @@ class Tuning(Model):
     rates: Numbers = (0.25, 0.5, 1.0, 2.0, 4.0)
     """In units of the task's own rate."""
     seeds: PositiveInt = 2
+    tie: Annotated[float, Field(ge=0)] = 1.0
+    """So many standard errors of a difference below an arm's best a setting ties with it; 0 takes
+    the best one. With one seed there is no error to go by."""
     first_seed: PositiveInt = 1000
     """Tuning's seeds count from here: none of them is a seed of the comparison."""
     widen: Annotated[int, Field(ge=0, le=8)] = 2
@@ -91,6 +102,11 @@ class PlannedTask(Model):
     """Arms that differ on this task; null leaves one out."""
     grids: dict[str, dict[str, list[Any]]] = Field(default_factory=dict)
     """Arm -> field of its method ("mapping.t") -> values that are tried with every rate."""
+
+    @property
+    def goal(self) -> Goal:
+        """What it is judged by."""
+        return Goal(self.metric, self.target, self.max_updates)
 
 
 class Judged(Model):
@@ -120,25 +136,53 @@ class Plan(Model):
     def _names_what_it_has(self) -> Self:
         safe_name("plan name", self.name)
         judged = self.judged
-        named = [judged.against, *judged.arms, judged.real, *judged.controls, *judged.variants]
-        for name in named:
-            if name not in self.methods:
-                hint = did_you_mean(name, self.methods)
-                raise ValueError(f"judged: unknown method {name!r}; {hint}")
+        for field, value in judged.model_dump(exclude={"window"}).items():
+            for name in (value,) if isinstance(value, str) else value:
+                if name not in self.methods:
+                    hint = did_you_mean(name, self.methods)
+                    raise ValueError(f"judged.{field}: unknown method {name!r}; {hint}")
         if 1.0 not in self.budgets or not min(self.budgets) < 1.0 < max(self.budgets):
             raise ValueError(
                 "budgets must hold 1.0, the budget of all arms, and both less and more"
             )
         for label, task in self.tasks.items():
-            if max(self.tuning.first_seed, 0) < (task.seeds or self.seeds):
-                raise ValueError(f"tuning.first_seed must be above the seeds of tasks.{label}")
-            if judged.against not in self.arms(label):
-                raise ValueError(f"tasks.{label}.methods: {judged.against!r} cannot be left out")
-            for arm in task.grids:
-                if arm not in self.arms(label):
-                    raise ValueError(f"tasks.{label}.grids: {arm!r} is no arm of this task")
+            self._check_task(f"tasks.{label}", task, self.arms(label))
             self.study(label, "shared", self.arms(label))
         return self
+
+    def _check_task(self, where: str, task: PlannedTask, arms: Mapping[str, MethodConfig]) -> None:
+        judged, seeds = self.judged, task.seeds or self.seeds
+        if self.tuning.first_seed < seeds:
+            raise ValueError(
+                f"tuning.first_seed must be above the seeds of {where}, {seeds}; "
+                f"not {self.tuning.first_seed}"
+            )
+        if judged.against not in arms:
+            raise ValueError(f"{where}.methods: {judged.against!r} cannot be left out")
+        for name, method in task.methods.items():
+            if method is None and name not in self.methods:
+                hint = did_you_mean(name, self.methods)
+                raise ValueError(f"{where}.methods: unknown method {name!r}; {hint}")
+        for name in task.grids:
+            if name not in arms:
+                raise ValueError(f"{where}.grids: {name!r} is no arm of this task")
+        if "accuracy" in task.metric and not 0 < task.target <= 1:
+            raise ValueError(f"{where}.target must be a share, as accuracy is; not {task.target}")
+        for name in judged.controls:
+            if judged.real in arms and name in arms:
+                self._check_control(f"{where}: judged.controls: {name!r}", name, task, arms)
+
+    def _check_control(
+        self, where: str, name: str, task: PlannedTask, arms: Mapping[str, MethodConfig]
+    ) -> None:
+        """Raise unless the control is of the arm that H3 is about: its trace, or its mapping."""
+        real, control = self.judged.real, arms[name]
+        if _source(control) not in (None, real):
+            raise ValueError(f"{where} replays {_source(control)!r}, not judged.real, {real!r}")
+        if _source(control) is None and (
+            control.mapping != arms[real].mapping or task.grids.get(name) != task.grids.get(real)
+        ):
+            raise ValueError(f"{where} must have the mapping and the grid of judged.real, {real!r}")
 
     def arms(self, label: str) -> dict[str, MethodConfig]:
         """Return the methods of one task."""
@@ -159,18 +203,18 @@ class Plan(Model):
         planned = self.tasks[label]
         updates = max(1, round(ratio * planned.max_updates))
         every = min(planned.evaluation.every, updates)
+        shared = {name: value for name, value in planned if name in Study.model_fields}
         return Study(
-            name=f"{self.name}-{label}-{stage}",
-            tasks={label: planned.task},
-            methods=dict(methods),
-            seeds=seeds or planned.seeds or self.seeds,
-            max_updates=updates,
-            evaluation=planned.evaluation.model_copy(update={"every": every}),
-            calibration=planned.calibration,
-            loader=planned.loader,
-            device=planned.device,
-            lockstep=planned.lockstep,
-            plan=self.digest,
+            **shared
+            | {
+                "name": f"{self.name}-{label}-{stage}",
+                "tasks": {label: planned.task},
+                "methods": dict(methods),
+                "seeds": seeds or planned.seeds or self.seeds,
+                "max_updates": updates,
+                "evaluation": planned.evaluation.model_copy(update={"every": every}),
+                "plan": self.digest,
+            }
         )
 
     @property
@@ -181,10 +225,7 @@ class Plan(Model):
 
     def declaration(self) -> Declaration:
         """Return the part that the verdicts follow."""
-        goals = {
-            label: Goal(task.metric, task.target, task.max_updates)
-            for label, task in self.tasks.items()
-        }
+        goals = {label: task.goal for label, task in self.tasks.items()}
         own = {label: task.seeds for label, task in self.tasks.items() if task.seeds}
         left_out = {
             label: tuple(name for name, method in task.methods.items() if method is None)
@@ -199,6 +240,27 @@ class Plan(Model):
             left_out=left_out,
             **self.judged.model_dump(),
         )
+
+    def cautions(self) -> list[str]:
+        """Return what the plan cannot decide, however its runs end, a line each."""
+        declared, lines = self.declaration(), []
+        if declared.least_p >= ALPHA:
+            lines.append(
+                f"seeds: with {declared.most_seeds}, p among the {declared.family} comparisons of "
+                f"H1 to H3 is never below {declared.least_p:.2g}: no arm can be better or worse"
+            )
+        if self.tuning.seeds == 1:
+            lines.append(
+                "tuning.seeds: with 1, noise chooses the rates of equal arms, and about 15 % of "
+                "comparisons call one of them better or worse"
+            )
+        lines += [
+            f"tasks.{label}.evaluation.every: {task.evaluation.every} of {task.max_updates} is not "
+            f"below the margin, {self.margin:g}: times to the target cannot be equivalent"
+            for label, task in self.tasks.items()
+            if task.evaluation.every >= self.margin * task.max_updates
+        ]
+        return lines
 
 
 def is_plan(path: Path) -> bool:
@@ -279,11 +341,6 @@ class Choice:
     updates: int
 
 
-def tuned_arms(plan: Plan, label: str) -> list[str]:
-    """Return the arms that are tuned: all but controls, which take their source's rate."""
-    return [name for name, method in plan.arms(label).items() if not _source(method)]
-
-
 def _source(method: MethodConfig) -> str | None:
     return method.source if isinstance(method.source, str) else None
 
@@ -328,25 +385,56 @@ def tuning_study(plan: Plan, label: str, rates: Mapping[str, tuple[float, ...]])
 def choose(
     plan: Plan, label: str, rates: Mapping[str, tuple[float, ...]], records: Records
 ) -> dict[str, Choice]:
-    """Return the best setting of every arm: the best mean metric on validation, over its seeds.
+    """Return the setting of every arm by its mean metric on validation, over tuning's seeds.
 
-    A setting of which a run diverged is worse than any that ended.
+    Settings within `tuning.tie` standard errors of an arm's best tie with it; the error is that of
+    a difference of two means, from the spread over seeds at the arms' best settings. Of those that
+    tie an arm gets the one whose rate is nearest to the one that is best for the arms together (by
+    their median), so that without evidence to the contrary all have the same. A setting of which a
+    run diverged is worse than any that ended.
     """
-    planned = plan.tasks[label]
-    goal = Goal(planned.metric, planned.target, planned.max_updates)
-    values = final_values(records, label, goal, "validation", worst=-np.inf)
-    found = {}
-    for arm, grid in rates.items():
-        known = settings(plan, label, arm, grid)
-        means = {name: np.mean(list(values[name].values())) for name in known if name in values}
-        if not means:
+    planned, tuning = plan.tasks[label], plan.tuning
+    ends = {
+        name: np.array([*of_seeds.values()])
+        for name, of_seeds in final_values(records, label, planned.goal, "validation").items()
+    }
+    means = {name: -np.inf if np.isnan(v).any() else float(v.mean()) for name, v in ends.items()}
+    known = {arm: settings(plan, label, arm, grid) for arm, grid in rates.items()}
+    best = {}
+    for arm, tried in known.items():
+        if not tried.keys() & means.keys():
             raise ConfigError(f"tasks.{label}: no run of {arm} has ended, so no rate can be chosen")
-        best = max(means, key=means.get)
-        rate, fields = known[best]
-        on_edge = len(grid) > 1 and rate in (min(grid), max(grid))
-        cost = len(known) * plan.tuning.seeds * planned.max_updates
-        found[arm] = Choice(rate, fields, len(known), on_edge, cost)
+        best[arm] = max(tried.keys() & means.keys(), key=means.get)
+    several = [n for n in best.values() if means[n] > -np.inf and len(ends[n]) > 1]
+    squares = [np.var(ends[n], ddof=1) / len(ends[n]) for n in several]
+    error = tuning.tie * np.sqrt(2 * np.mean(squares)) if several else 0.0
+    together = _best_together(tuning.rates, known, means)
+    found = {}
+    for arm, tried in known.items():
+        near = [n for n in tried if means.get(n, np.nan) >= means[best[arm]] - error]
+        chosen = min(near, key=lambda n: (abs(np.log(known[arm][n][0] / together)), -means[n]))
+        rate, fields = tried[chosen]
+        on_edge = len(rates[arm]) > 1 and rate in (min(rates[arm]), max(rates[arm]))
+        cost = len(tried) * tuning.seeds * planned.max_updates
+        found[arm] = Choice(rate, fields, len(tried), on_edge, cost)
     return found
+
+
+def _best_together(
+    rates: Iterable[float],
+    known: Mapping[str, Mapping[str, tuple]],
+    means: Mapping[str, float],
+) -> float:
+    """Return the rate at which the median arm does best, each at its best other fields."""
+
+    def median(rate: float) -> float:
+        of_rate = [
+            max((means.get(n, -np.inf) for n, setting in tried.items() if setting[0] == rate))
+            for tried in known.values()
+        ]
+        return float(np.median(of_rate))
+
+    return max(rates, key=median)
 
 
 def wider(grid: tuple[float, ...], rate: float) -> tuple[float, ...]:
@@ -365,20 +453,40 @@ def wider(grid: tuple[float, ...], rate: float) -> tuple[float, ...]:
 
 
 def run_plan(
-    plan: Plan, runs: str | Path, *, places: Places | None = None, amend: str | None = None
+    plan: Plan,
+    runs: str | Path,
+    *,
+    places: Places | None = None,
+    amend: str | None = None,
+    only: Sequence[str] = (),
 ) -> Report:
     """Register the plan and make what the store lacks of its stages.
 
     A plan that was killed goes on where it stopped: rates are chosen anew from the same records.
 
+    Args:
+        plan: The plan, registered as a whole.
+        runs: Directory of the run store.
+        places: Where runs are made.
+        amend: Why it has changed since it was registered.
+        only: The tasks to run now, by default all; the others may follow.
+
     Raises:
-        ConfigError: the plan has changed since it was registered.
+        ConfigError: the plan has changed since it was registered, or has no such task or metric.
         StudyError: some runs failed.
     """
     store = Store(runs)
-    registered = register(plan, store, amend=amend)
-    choices = tune(plan, runs, places=places)
-    registered["rates"] = {
+    for label in only:
+        if label not in plan.tasks:
+            raise ConfigError(f"unknown task {label!r}; {did_you_mean(label, plan.tasks)}")
+    labels = list(dict.fromkeys(only)) or list(plan.tasks)
+    for label in labels:
+        if f"{plan.name}-{label}-tuning" not in store.studies():
+            check_goal(plan, label)
+    register(plan, store, amend=amend)
+    choices = tune(plan, runs, labels, places=places)
+    registered = store.read_plan(plan.name)
+    registered["rates"] = registered.get("rates", {}) | {
         label: {arm: asdict(choice) for arm, choice in of_every_arm(plan, label, found).items()}
         for label, found in choices.items()
     }
@@ -386,12 +494,35 @@ def run_plan(
     return run_studies(compared(plan, choices), runs, places=places)
 
 
+def check_goal(plan: Plan, label: str) -> None:
+    """Raise a ConfigError unless a run of the task can reach its target, and has not before it."""
+    from repeatlab.training.loop import build_task  # which loads torch
+
+    planned, where = plan.tasks[label], f"tasks.{label}"
+    goal = planned.goal
+    planned.task.prepare()
+    run = plan.study(label, "own", plan.arms(label)).planned()[0]
+    metrics = build_task(run.config, "cpu").evaluate("validation")
+    if goal.metric not in metrics:
+        hint = did_you_mean(goal.metric, metrics)
+        raise ConfigError(f"{where}.metric: unknown metric {goal.metric!r}; {hint}")
+    start = metrics[goal.metric]
+    if goal.sign * (start - goal.target) >= 0:
+        raise ConfigError(
+            f"{where}.target must take training: {goal.metric} is {start:.4g} without; "
+            f"not {goal.target}"
+        )
+
+
 def tune(
-    plan: Plan, runs: str | Path, *, places: Places | None = None
+    plan: Plan, runs: str | Path, labels: Sequence[str], *, places: Places | None = None
 ) -> dict[str, dict[str, Choice]]:
-    """Train the grids of all tasks, widened where the best rate lies on an edge; return choices."""
-    rates = {
-        label: dict.fromkeys(tuned_arms(plan, label), plan.tuning.rates) for label in plan.tasks
+    """Train the grids of tasks, widened where the chosen rate lies on an edge; return choices."""
+    rates = {  # controls take their source's
+        label: {
+            k: plan.tuning.rates for k, method in plan.arms(label).items() if not _source(method)
+        }
+        for label in labels
     }
     choices: dict[str, dict[str, Choice]] = {}
     for _ in range(plan.tuning.widen + 1):
@@ -399,7 +530,7 @@ def tune(
         run_studies(studies, runs, places=places)
         choices = {
             label: choose(plan, label, rates[label], load(runs, f"{plan.name}-{label}-tuning"))
-            for label in plan.tasks
+            for label in labels
         }
         edges = [(k, arm) for k, found in choices.items() for arm in found if found[arm].on_edge]
         if not edges:
@@ -430,8 +561,8 @@ def at_own_rates(plan: Plan, label: str, choices: Mapping[str, Choice]) -> dict[
 def compared(plan: Plan, choices: Mapping[str, Mapping[str, Choice]]) -> list[Study]:
     """Return the studies after tuning: at own rates, at the shared one, and the budgets."""
     studies = []
-    for label in plan.tasks:
-        own = at_own_rates(plan, label, choices[label])
+    for label, of_task in choices.items():
+        own = at_own_rates(plan, label, of_task)
         studies.append(plan.study(label, "own", own))
         studies.append(plan.study(label, "shared", plan.arms(label)))
         against = {plan.judged.against: own[plan.judged.against]}

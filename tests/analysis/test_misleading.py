@@ -143,7 +143,7 @@ def test_times_between_two_evaluations_are_equivalent_to_nothing_but_themselves(
 
 def lost_once(runs, *, arm: str = "linear"):
     """Return the runs with one of them diverged, having had a number of any size before."""
-    runs.values[arm, 1.0][0, 0] = np.nan
+    vars(runs)["values"][arm, 1.0][0, 0] = np.nan
     return replace(runs, start=runs.start - 1e6)
 
 
@@ -166,7 +166,7 @@ def test_a_diverged_run_ranks_last_and_both_of_a_pair_tie(tmp_path):
     both = values.paired("linear", "quantile")
     assert both.arm[0] == both.other[0]
     for key in [*((arm, 1.0) for arm in EVERY_ARM), *(("standard", r) for r in RATIOS if r != 1)]:
-        runs.values[key][:] = np.nan
+        vars(runs)["values"][key][:] = np.nan
     write(runs, tmp_path / "all")
     plan = load_plan(tmp_path / "all", "simulated")
     assert {v.verdict for v in plan.views["own rates, validation"][1]} <= {

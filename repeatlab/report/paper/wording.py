@@ -157,14 +157,14 @@ def rate_words(arms: Sequence[Mapping[str, Any]]) -> str:
 def what_can_be_decided(plan: PlanRecords) -> str:
     """Return what so many seeds can decide at all, whatever the runs show."""
     declared = plan.declared
-    n = max((declared.seeds_on(task) for task in declared.goals), default=declared.seeds)
-    least, family = smallest_p(n), 2 * len(declared.arms) + 1
+    n, family = declared.most_seeds, declared.family
+    least = smallest_p(n)
     start = f"With {n} seeds, flipped as wholes over all tasks, p cannot fall below {least:.2g}"
     if least >= 2 * ALPHA:
         return f"{start}: at this scale nothing can be decided, whatever the runs show."
-    if least * family >= ALPHA:
+    if declared.least_p >= ALPHA:
         return (
-            f"{start}, or {min(1.0, least * family):.2g} among the {family} comparisons of H1 to "
+            f"{start}, or {declared.least_p:.2g} among the {family} comparisons of H1 to "
             "H3: equivalence can be shown at this scale, a difference cannot."
         )
     return f"{start}: at this scale a verdict can go either way."
