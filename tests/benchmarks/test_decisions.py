@@ -29,13 +29,14 @@ import pytest
 from scipy import stats
 from simulated_plans import DRAWS, RATIOS, Truth, draw, evidence, write
 
-from repeatlab.analysis.frames import load
+from repeatlab.analysis.frames import Records, load
 from repeatlab.analysis.plans import load_plan
 from repeatlab.analysis.power import Pilot, pilot_of, power_table
-from repeatlab.analysis.statistics import flip_interval
+from repeatlab.analysis.statistics import flip_interval, sign_flip
 from repeatlab.analysis.updates_saved import Paired
 from repeatlab.analysis.verdicts import Verdict, judge
 from repeatlab.core.environment import processor
+from repeatlab.studies.plan import Plan, choose
 
 RESULTS = Path(__file__).parent / "results" / "decisions.csv"
 STUDIES = 250
@@ -128,6 +129,61 @@ def test_tasks_that_correlate_make_no_more_false_verdicts(correlation, capsys, r
     scale = "no effect: 6 tasks, 8 seeds"
     keep(capsys, record, [row(data, scale, key, hits[key], STUDIES) for key in hits])
     assert hits["any of both"] <= most(STUDIES, 0.06)
+
+
+# --- tuning -----------------------------------------------------------------------------------
+
+TUNED_ARMS = [f"arm{i}" for i in range(10)]
+
+
+def tuning_plan(seeds: int, tie: float) -> Plan:
+    arms = {name: {} for name in ("standard", *TUNED_ARMS[1:])}
+    task = {"task": {"name": "supervised"}, "max_updates": 10, "metric": "accuracy", "target": 0.9}
+    return Plan.model_validate(
+        {
+            "name": "tuning",
+            "seeds": 8,
+            "tuning": {"seeds": seeds, "tie": tie},
+            "methods": arms,
+            "tasks": {"task": task},
+            "judged": {"arms": ["arm1"], "real": "arm1"},
+        }
+    )
+
+
+def false_direction(plan: Plan, random: np.random.Generator) -> bool:
+    """Return whether two of ten equal arms differ by p < 0.05 over 8 seeds at the rates chosen.
+
+    The metric falls by one spread over seeds at half and at twice the best rate, which lies within
+    a factor of two of the task's; the arms' runs are independent.
+    """
+    best = random.uniform(-1, 1)
+
+    def metric(rate: float, n: int) -> np.ndarray:
+        return -((np.log2(rate) - best) ** 2) + random.normal(size=n)
+
+    arms, seeds = list(plan.arms("task")), plan.tuning.seeds
+    values = {(a, r): metric(r, seeds) for a in arms for r in plan.tuning.rates}
+    columns = [
+        (f"{a} rate={r:g}", 1000 + s, v) for (a, r), of in values.items() for s, v in enumerate(of)
+    ]
+    runs = pd.DataFrame(columns, columns=["method", "seed", "validation.accuracy"])
+    records = Records(runs.assign(task="task", status="complete"))
+    choices = choose(plan, "task", dict.fromkeys(arms, plan.tuning.rates), records)
+    ends = [metric(choices[arm].rate, 8) for arm in ("arm1", "standard")]
+    return sign_flip(ends[0] - ends[1]) < 0.05
+
+
+@pytest.mark.parametrize("tie", [0.0, 1.0])
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_how_often_tuning_makes_equal_arms_differ(seeds, tie, capsys, record):
+    studies, random, plan = 600, np.random.default_rng(8), tuning_plan(seeds, tie)
+    hits = sum(false_direction(plan, random) for _ in range(studies))
+    data = f"{seeds} tuning seeds, ties within {tie:g} standard errors"
+    scale = "ten equal arms at chosen rates, 8 seeds"
+    keep(capsys, record, [row(data, scale, "better or worse", hits, studies)])
+    if tie and seeds > 1:
+        assert hits <= most(studies, 0.065)
 
 
 # --- through the store ------------------------------------------------------------------------
