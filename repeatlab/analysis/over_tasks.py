@@ -27,7 +27,6 @@ class OverTasks:
         tau: Standard deviation of the effects between tasks.
         prediction: 95 % limits of the effect on a new task of the same kind.
         tasks: How many the estimate rests on.
-        shrunk: Each task's effect, drawn towards the mean by how little is known of it.
     """
 
     mean: float
@@ -35,7 +34,6 @@ class OverTasks:
     tau: float
     prediction: Interval
     tasks: int
-    shrunk: np.ndarray
 
 
 def over_tasks(effects: np.ndarray, errors: np.ndarray, *, level: float = 0.95) -> OverTasks:
@@ -54,14 +52,12 @@ def over_tasks(effects: np.ndarray, errors: np.ndarray, *, level: float = 0.95) 
     y, v = effects[usable], errors[usable] ** 2
     k = len(y)
     if not k:
-        return OverTasks(np.nan, NO_INTERVAL, np.nan, NO_INTERVAL, 0, effects)
+        return OverTasks(np.nan, NO_INTERVAL, np.nan, NO_INTERVAL, 0)
     tau2 = _paule_mandel(y, v)
     w = 1 / (v + tau2)
     mean = float(w @ y / w.sum())
-    shrunk = effects.copy()
-    shrunk[usable] = (tau2 * y + v * mean) / (tau2 + v)
     if k == 1:
-        return OverTasks(mean, NO_INTERVAL, np.nan, NO_INTERVAL, 1, shrunk)
+        return OverTasks(mean, NO_INTERVAL, np.nan, NO_INTERVAL, 1)
     # Hartung and Knapp's factor below 1 would make the interval narrower than the tasks' own errors
     # allow: it is not used then (Roever, Knapp and Friede 2015).
     factor = max(1.0, float(w @ (y - mean) ** 2 / (k - 1)))
@@ -72,7 +68,7 @@ def over_tasks(effects: np.ndarray, errors: np.ndarray, *, level: float = 0.95) 
         wide = stdtrit(k - 2, (1 + level) / 2) * np.sqrt(tau2 + variance)
         prediction = Interval(mean - wide, mean + wide, "prediction")
     limits = Interval(mean - half, mean + half, "Hartung-Knapp")
-    return OverTasks(mean, limits, float(np.sqrt(tau2)), prediction, k, shrunk)
+    return OverTasks(mean, limits, float(np.sqrt(tau2)), prediction, k)
 
 
 def _paule_mandel(y: np.ndarray, v: np.ndarray) -> float:

@@ -16,12 +16,14 @@ from repeatlab.analysis.verdicts import NOT_TESTED, state_of
 
 # fmt: off
 VERDICTS = ["hypothesis", "claim", *VIEWS]
-ARMS = ["task", "arm", "rate", "mean_n", "repeated", "seeds", "equal_pairs", "saved", "low", "high",
-        "reuse", "reuse_low", "reuse_high", "p", "p_adjusted", "state"]
+ARMS = ["task", "arm", "rate", "mean_n", "repeated", "seeds", "diverged", "equal_pairs", "saved",
+        "low", "high", "reuse", "reuse_low", "reuse_high", "p", "p_adjusted", "state"]
 OVER_TASKS = ["arm", "tasks", "mean_n", "saved", "low", "high", "p", "p_adjusted", "state", "mean",
               "mean_low", "mean_high", "tau", "new_low", "new_high", "note"]
 ONE_OFF = ["task", "arm", "calibration", "holdout", "charge", "saved", "runs"]
 TUNING = ["task", "arm", "rate", "fields", "trials", "updates", "on_edge"]
+TABLES = {"verdicts": VERDICTS, "arms": ARMS, "over_tasks": OVER_TASKS, "one_off": ONE_OFF,
+          "tuning": TUNING}
 # fmt: on
 
 
@@ -39,12 +41,13 @@ def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validatio
     """Return one row per arm and task: dose, rate, updates saved and fresh data saved.
 
     Columns: task, arm, rate (in units of the task's), mean_n, repeated (share of batches visited
-    more than once), seeds, equal_pairs, saved, low, high (share of updates, 95 %), reuse,
-    reuse_low, reuse_high (E(N): fresh batches that the standard arm needs for the arm's metric,
-    over those that the arm used), p, p_adjusted (Holm over the table), state by it and the margin.
+    more than once), seeds, diverged (of the arm's runs), equal_pairs, saved, low, high (share of
+    updates, 95 %), reuse, reuse_low, reuse_high (E(N): fresh batches that the standard arm needs
+    for the arm's metric, over those that the arm used), p, p_adjusted (Holm over the table), state
+    by it and the margin; "not tested" where an arm that is to repeat does not.
     """
     records, values = plan.stages[stage], plan.values(stage, split)
-    rows, effects, by_task = [], [], []
+    rows = []
     for arm in _arms(plan, stage):
         of_arm = doses(records, arm)
         for task, of_task in values.items():
@@ -56,22 +59,23 @@ def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validatio
             low, high, _ = effect.interval
             reuse = [ratio * dose.mean for ratio in (effect.ratio, low, high)]
             tested = arm not in plan.declared.repeating or dose.mean >= LEAST_DOSE
-            effects.append(effect)
-            by_task.append([] if tested else None)
             rows.append(
                 {
+                    "effect": effect,
+                    "pooled": [] if tested else None,
                     "task": task,
                     "arm": arm,
                     "rate": choice["rate"] if choice else 1.0,
                     "mean_n": dose.mean,
                     "repeated": dose.repeated,
                     "seeds": effect.seeds,
+                    "diverged": int(np.isnan([*of_task.arms[arm].values()]).sum()),
                     "equal_pairs": effect.equal,
                     **_shares(effect),
                     **dict(zip(["reuse", "reuse_low", "reuse_high"], reuse, strict=True)),
                 }
             )
-    return _decided(rows, effects, by_task, plan.declared.margin, ARMS)
+    return _decided(rows, plan.declared.margin, ARMS)
 
 
 def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
@@ -85,7 +89,7 @@ def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
     on which it does; where there is none, on all, and not tested.
     """
     values, records = plan.values("own", "validation"), plan.stages["own"]
-    rows, effects, by_task = [], [], []
+    rows = []
     for arm in _arms(plan, "own"):
         pairs = {task: one.paired(arm, plan.declared.against) for task, one in values.items()}
         pairs = {task: paired for task, paired in pairs.items() if paired is not None}
@@ -98,10 +102,10 @@ def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
         random = (among.mean, *among.interval[:2], *among.prediction[:2])
         names = ["mean", "mean_low", "mean_high", "new_low", "new_high"]
         beyond = ", ".join(task for task, effect in alone.items() if no_limits(effect))
-        effects.append(here)
-        by_task.append(list(alone.values()) if tested else None)
         rows.append(
             {
+                "effect": here,
+                "pooled": alone.values() if tested else None,
                 "arm": arm,
                 "tasks": here.tasks,
                 "mean_n": float(np.mean([of_arm[task].mean for task in pairs])),
@@ -111,7 +115,7 @@ def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
                 "note": f"no mean: limits beyond the budgets on {beyond}" if beyond else "",
             }
         )
-    return _decided(rows, effects, by_task, plan.declared.margin, OVER_TASKS)
+    return _decided(rows, plan.declared.margin, OVER_TASKS)
 
 
 def one_off_table(plan: PlanRecords, arms: pd.DataFrame) -> pd.DataFrame:
@@ -161,9 +165,7 @@ def tuning_table(plan: PlanRecords) -> pd.DataFrame:
 def plan_tables(plan: PlanRecords | None) -> dict[str, pd.DataFrame]:
     """Return every table of a plan by its name; without a plan they are empty."""
     if plan is None:
-        names = ("verdicts", "arms", "over_tasks", "one_off", "tuning")
-        columns = (VERDICTS, ARMS, OVER_TASKS, ONE_OFF, TUNING)
-        return {n: pd.DataFrame(columns=c) for n, c in zip(names, columns, strict=True)}
+        return {name: pd.DataFrame(columns=columns) for name, columns in TABLES.items()}
     arms = arms_table(plan)
     return {
         "verdicts": verdicts_side_by_side(plan),
@@ -184,19 +186,14 @@ def _shares(effect: Saved) -> dict[str, float]:
     return dict(zip(["saved", "low", "high"], map(share_saved, ratios), strict=True))
 
 
-def _decided(
-    rows: list[dict[str, Any]],
-    effects: list[Saved],
-    by_task: list[list[Saved] | None],
-    margin: float,
-    columns: list[str],
-) -> pd.DataFrame:
+def _decided(rows: list[dict[str, Any]], margin: float, columns: list[str]) -> pd.DataFrame:
     """Return the rows with p, p adjusted over all of them, and what that and the margin decide.
 
-    By task are the effects that each of `effects` pools, None where it is not tested.
+    Each has its `effect`, and the effects that are `pooled` in it; None where it is not tested.
     """
-    adjusted = holm([effect.p for effect in effects])
-    for row, effect, p, pooled in zip(rows, effects, adjusted, by_task, strict=True):
+    adjusted = holm([row["effect"].p for row in rows])
+    for row, p in zip(rows, adjusted, strict=True):
+        effect, pooled = row["effect"], row["pooled"]
         state = NOT_TESTED if pooled is None else state_of(effect, p, margin, pooled)
         row |= {"p": effect.p, "p_adjusted": float(p), "state": state}
     return pd.DataFrame(rows, columns=columns)

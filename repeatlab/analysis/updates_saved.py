@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from repeatlab.analysis.statistics import ALPHA, Interval, sign_flips, smallest_p
+from repeatlab.analysis.statistics import ALPHA, Interval, sign_flips
 
 # Seeds whose 2^n flips are enumerated, and random ones above: of every ratio of the grid.
 FLIPS = {"exact_up_to": 12, "resamples": 4_999}
@@ -98,7 +98,6 @@ class Saved:
         interval: Its 95 % limits.
         within: Its 90 % limits, by which two one-sided tests of 5 % decide on equivalence.
         p: Two-sided, of r = 1.
-        smallest_p: The least that so many seeds could give.
         seeds: How many.
         tasks: How many.
         equal: The share of pairs that are equal, to rounding.
@@ -108,7 +107,6 @@ class Saved:
     interval: Interval
     within: Interval
     p: float
-    smallest_p: float
     seeds: int
     tasks: int
     equal: float
@@ -226,13 +224,11 @@ def _invert(
 
     values, p = summed(grid), p_values(grid)
     means, one = values.sum(axis=0), int(np.searchsorted(grid, 0.0))
-    unlike = int(np.count_nonzero(values[:, one]))
     return Saved(
         ratio=_crossing(grid, means),
         interval=_accepted(grid, p, means, p_values, 0.05),
         within=_accepted(grid, p, means, p_values, 0.10),
         p=float(p[one]),
-        smallest_p=smallest_p(unlike, **FLIPS),
         seeds=max(map(len, at_one)),
         tasks=len(at_one),
         equal=float(np.mean(np.concatenate(at_one) == 0)),

@@ -19,6 +19,9 @@ every arm is worse, or no better than by the margin, refutes them. H3 and H4 say
 control and of every task: one that fails refutes them. H5 says that settings do not differ, which
 equivalence alone can support.
 
+Levels hold given the rates that tuning chose, and the standard arm at other budgets has the rate
+that was chosen for it at T: what tuning missed is in no p.
+
 What keeps false verdicts rare. H1, H2 and H3 are one Holm family: an entry for each arm of H1 and
 of H2, and one for H3, two-sided. H4 and H5 are supported or refuted only where H2 is supported. So
 where no arm differs from another, the table says supported or refuted anywhere in at most 5 % of
@@ -388,16 +391,17 @@ HYPOTHESES = (
         "Loss-driven repetition reaches the target in fewer updates.",
         "Updates until the target, interpolated between evaluations, net of one-off charges; a run "
         "that misses it, or diverges before, counts as T. Supported if an arm is better than the "
-        "standard one over all tasks; equivalent if all are, within the margin; refuted if every "
-        "arm is worse or equivalent, and one is worse.",
+        "standard one over all tasks; equivalent if all are, within the margin, and evaluations "
+        "are closer than it; refuted if every arm is worse or equivalent, and one is worse.",
         _h1,
     ),
     Hypothesis(
         "H2",
         "Loss-driven repetition ends better at equal updates.",
-        "The metric at T, as updates saved. Supported if an arm is better than the standard one "
-        "over all tasks; equivalent if all are, within the margin; refuted if every arm is worse "
-        "or equivalent, and one is worse.",
+        "The metric at T, as updates saved: those of the standard arm's budget that ends as well, "
+        "at the rate tuned for it at T. Every p is given the rates that tuning chose. Supported if "
+        "an arm is better than the standard one over all tasks; equivalent if all are, within the "
+        "margin; refuted if every arm is worse or equivalent, and one is worse.",
         _h2,
     ),
     Hypothesis(

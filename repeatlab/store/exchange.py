@@ -128,11 +128,12 @@ def import_runs(store: Store, source: str | Path) -> int:
     """Put the runs of an export into `store`, done; return how many it did not have.
 
     Raises:
-        StoreError: the directory is no export, or a file of it is damaged; nothing is imported
-            then, and the message names the file.
+        StoreError: the directory is no export, a file of it is damaged, or the store has a plan of
+            this name with other content; nothing is imported then, and the message says which.
     """
     source = Path(source)
     _check(source)
+    plans = {name: _joined(store, name, p) for name, p in read_json(source / "plans.json").items()}
     store.check_writable()
     described = pq.read_table(source / "runs.parquet").to_pylist()
     tables = {
@@ -160,9 +161,20 @@ def import_runs(store: Store, source: str | Path) -> int:
             new += 1
     for name, study in read_json(source / "studies.json").items():
         store.write_study(name, study)
-    for name, plan in read_json(source / "plans.json").items():
+    for name, plan in plans.items():
         store.write_plan(name, plan)
     return new
+
+
+def _joined(store: Store, name: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return a plan with the rates that the store has of other tasks of it."""
+    known = store.read_plan(name) or plan
+    if known["digest"] != plan["digest"]:
+        raise StoreError(
+            f"plan {name}: must be {known['digest']}, as it is registered in {store.root}; not "
+            f"{plan['digest']}: import it into a store of its own"
+        )
+    return plan | {"rates": known.get("rates", {}) | plan.get("rates", {})}
 
 
 def _check(source: Path) -> None:

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -120,6 +120,11 @@ class Judged(Model):
     window: PositiveInt = 50
 
 
+def _known(field: str, what: str, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        raise ConfigError(f"{field}: unknown {what} {name!r}; {did_you_mean(name, names)}")
+
+
 class Plan(Model):
     """See the module."""
 
@@ -138,51 +143,45 @@ class Plan(Model):
         judged = self.judged
         for field, value in judged.model_dump(exclude={"window"}).items():
             for name in (value,) if isinstance(value, str) else value:
-                if name not in self.methods:
-                    hint = did_you_mean(name, self.methods)
-                    raise ValueError(f"judged.{field}: unknown method {name!r}; {hint}")
+                _known(f"judged.{field}", "method", name, self.methods)
         if 1.0 not in self.budgets or not min(self.budgets) < 1.0 < max(self.budgets):
             raise ValueError(
                 "budgets must hold 1.0, the budget of all arms, and both less and more"
             )
-        for label, task in self.tasks.items():
-            self._check_task(f"tasks.{label}", task, self.arms(label))
+        for label in self.tasks:
+            self._check_task(label, self.arms(label))
             self.study(label, "shared", self.arms(label))
         return self
 
-    def _check_task(self, where: str, task: PlannedTask, arms: Mapping[str, MethodConfig]) -> None:
-        judged, seeds = self.judged, task.seeds or self.seeds
-        if self.tuning.first_seed < seeds:
+    def _check_task(self, label: str, arms: Mapping[str, MethodConfig]) -> None:
+        task, where, judged = self.tasks[label], f"tasks.{label}", self.judged
+        first, seeds = self.tuning.first_seed, task.seeds or self.seeds
+        if first < seeds:
             raise ValueError(
-                f"tuning.first_seed must be above the seeds of {where}, {seeds}; "
-                f"not {self.tuning.first_seed}"
+                f"tuning.first_seed must be above the seeds of {where}, {seeds}; not {first}"
             )
         if judged.against not in arms:
             raise ValueError(f"{where}.methods: {judged.against!r} cannot be left out")
-        for name, method in task.methods.items():
-            if method is None and name not in self.methods:
-                hint = did_you_mean(name, self.methods)
-                raise ValueError(f"{where}.methods: unknown method {name!r}; {hint}")
+        for name in self._left_out(task):
+            _known(f"{where}.methods", "method", name, self.methods)
         for name in task.grids:
-            if name not in arms:
-                raise ValueError(f"{where}.grids: {name!r} is no arm of this task")
+            _known(f"{where}.grids", "method", name, arms)
         if "accuracy" in task.metric and not 0 < task.target <= 1:
             raise ValueError(f"{where}.target must be a share, as accuracy is; not {task.target}")
-        for name in judged.controls:
-            if judged.real in arms and name in arms:
-                self._check_control(f"{where}: judged.controls: {name!r}", name, task, arms)
+        here = [n for n in judged.controls if n in arms and judged.real in arms]
+        for name in here:
+            source, real = _source(arms[name]), arms[judged.real]
+            same = arms[name].mapping == real.mapping
+            same = same and task.grids.get(name) == task.grids.get(judged.real)
+            if not (source == judged.real if source else same):
+                raise ValueError(
+                    f"{where}: judged.controls: {name!r} must replay judged.real, {judged.real!r}, "
+                    "or have its mapping and grid"
+                )
 
-    def _check_control(
-        self, where: str, name: str, task: PlannedTask, arms: Mapping[str, MethodConfig]
-    ) -> None:
-        """Raise unless the control is of the arm that H3 is about: its trace, or its mapping."""
-        real, control = self.judged.real, arms[name]
-        if _source(control) not in (None, real):
-            raise ValueError(f"{where} replays {_source(control)!r}, not judged.real, {real!r}")
-        if _source(control) is None and (
-            control.mapping != arms[real].mapping or task.grids.get(name) != task.grids.get(real)
-        ):
-            raise ValueError(f"{where} must have the mapping and the grid of judged.real, {real!r}")
+    @staticmethod
+    def _left_out(task: PlannedTask) -> tuple[str, ...]:
+        return tuple(name for name, method in task.methods.items() if method is None)
 
     def arms(self, label: str) -> dict[str, MethodConfig]:
         """Return the methods of one task."""
@@ -227,17 +226,13 @@ class Plan(Model):
         """Return the part that the verdicts follow."""
         goals = {label: task.goal for label, task in self.tasks.items()}
         own = {label: task.seeds for label, task in self.tasks.items() if task.seeds}
-        left_out = {
-            label: tuple(name for name, method in task.methods.items() if method is None)
-            for label, task in self.tasks.items()
-        }
         return Declaration(
             goals=goals,
             seeds=self.seeds,
             margin=self.margin,
             budgets=self.budgets,
             seeds_of=own,
-            left_out=left_out,
+            left_out={label: self._left_out(task) for label, task in self.tasks.items()},
             **self.judged.model_dump(),
         )
 
@@ -330,7 +325,7 @@ class Choice:
         rate: In units of the task's.
         fields: Of its method, besides.
         trials: Settings tried, all with the same seeds.
-        on_edge: Whether the best rate is still the grid's first or last.
+        on_edge: Whether it is still the grid's first or last.
         updates: Gradient updates that the choice has cost.
     """
 
@@ -409,7 +404,14 @@ def choose(
     several = [n for n in best.values() if means[n] > -np.inf and len(ends[n]) > 1]
     squares = [np.var(ends[n], ddof=1) / len(ends[n]) for n in several]
     error = tuning.tie * np.sqrt(2 * np.mean(squares)) if several else 0.0
-    together = _best_together(tuning.rates, known, means)
+    of_rate = {
+        rate: [
+            max(means.get(n, -np.inf) for n, setting in tried.items() if setting[0] == rate)
+            for tried in known.values()
+        ]
+        for rate in tuning.rates
+    }
+    together = max(of_rate, key=lambda rate: np.median(of_rate[rate]))
     found = {}
     for arm, tried in known.items():
         near = [n for n in tried if means.get(n, np.nan) >= means[best[arm]] - error]
@@ -419,23 +421,6 @@ def choose(
         cost = len(tried) * tuning.seeds * planned.max_updates
         found[arm] = Choice(rate, fields, len(tried), on_edge, cost)
     return found
-
-
-def _best_together(
-    rates: Iterable[float],
-    known: Mapping[str, Mapping[str, tuple]],
-    means: Mapping[str, float],
-) -> float:
-    """Return the rate at which the median arm does best, each at its best other fields."""
-
-    def median(rate: float) -> float:
-        of_rate = [
-            max((means.get(n, -np.inf) for n, setting in tried.items() if setting[0] == rate))
-            for tried in known.values()
-        ]
-        return float(np.median(of_rate))
-
-    return max(rates, key=median)
 
 
 def wider(grid: tuple[float, ...], rate: float) -> tuple[float, ...]:
@@ -478,8 +463,7 @@ def run_plan(
     """
     store = Store(runs)
     for label in only:
-        if label not in plan.tasks:
-            raise ConfigError(f"unknown task {label!r}; {did_you_mean(label, plan.tasks)}")
+        _known("tasks", "task", label, plan.tasks)
     labels = list(dict.fromkeys(only)) or list(plan.tasks)
     for label in labels:
         if f"{plan.name}-{label}-tuning" not in store.studies():
@@ -499,18 +483,15 @@ def check_goal(plan: Plan, label: str) -> None:
     """Raise a ConfigError unless a run of the task can reach its target, and has not before it."""
     from repeatlab.training.loop import build_task  # which loads torch
 
-    planned, where = plan.tasks[label], f"tasks.{label}"
-    goal = planned.goal
-    planned.task.prepare()
+    goal, where = plan.tasks[label].goal, f"tasks.{label}"
+    plan.tasks[label].task.prepare()
     run = plan.study(label, "own", plan.arms(label)).planned()[0]
     metrics = build_task(run.config, "cpu").evaluate("validation")
-    if goal.metric not in metrics:
-        hint = did_you_mean(goal.metric, metrics)
-        raise ConfigError(f"{where}.metric: unknown metric {goal.metric!r}; {hint}")
+    _known(f"{where}.metric", "metric", goal.metric, metrics)
     start = metrics[goal.metric]
     if goal.sign * (start - goal.target) >= 0:
         raise ConfigError(
-            f"{where}.target must take training: {goal.metric} is {start:.4g} without; "
+            f"{where}.target must take training, without which {goal.metric} is {start:.4g}; "
             f"not {goal.target}"
         )
 
@@ -550,22 +531,15 @@ def of_every_arm(plan: Plan, label: str, choices: Mapping[str, Choice]) -> dict[
     return found
 
 
-def at_own_rates(plan: Plan, label: str, choices: Mapping[str, Choice]) -> dict[str, MethodConfig]:
-    """Return every arm of a task at the rate that was chosen for it, or for its source."""
-    arms = plan.arms(label)
-    return {
-        name: with_fields(arms[name], choice.rate, choice.fields)
-        for name, choice in of_every_arm(plan, label, choices).items()
-    }
-
-
 def compared(plan: Plan, choices: Mapping[str, Mapping[str, Choice]]) -> list[Study]:
     """Return the studies after tuning: at own rates, at the shared one, and the budgets."""
     studies = []
     for label, of_task in choices.items():
-        own = at_own_rates(plan, label, of_task)
+        every = of_every_arm(plan, label, of_task)
+        arms = plan.arms(label)
+        own = {name: with_fields(arms[name], one.rate, one.fields) for name, one in every.items()}
         studies.append(plan.study(label, "own", own))
-        studies.append(plan.study(label, "shared", plan.arms(label)))
+        studies.append(plan.study(label, "shared", arms))
         against = {plan.judged.against: own[plan.judged.against]}
         studies += [
             plan.study(label, f"budget-{ratio:g}", against, ratio=ratio)

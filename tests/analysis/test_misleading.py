@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from simulated_plans import ARMS, EVERY_ARM, RATIOS, Truth, draw, evidence, write
+from simulated_plans import ARMS, CONTROLS, EVERY_ARM, RATIOS, Truth, draw, evidence, write
 
 from repeatlab.analysis.evidence import Dose, Evidence, gather
 from repeatlab.analysis.frames import Records
+from repeatlab.analysis.plan_tables import plan_tables
 from repeatlab.analysis.plans import load_plan
 from repeatlab.analysis.updates_saved import Paired, saved, saved_until
 from repeatlab.analysis.verdicts import judge
@@ -228,6 +229,35 @@ def test_an_arm_that_the_plan_leaves_out_on_a_task_is_not_awaited_there(tmp_path
     assert seen.lacking == []
     found = {v.hypothesis: v for v in judge(seen, planned)}
     assert "quantile ∞ % [+50, ∞] on 1 of 2 tasks" in found["H2"].sentence
+
+
+def test_the_table_over_tasks_says_what_the_verdicts_say(tmp_path):
+    """Effects that cancel are not equivalent, and one beyond the budgets has no place in a mean."""
+    runs = draw(Truth(tasks=2, seeds=12, slope=40.0), np.random.default_rng(0))
+    for task, gain in enumerate((12.0, -12.0)):
+        vars(runs)["values"]["linear", 1.0][task] += gain
+    vars(runs)["values"]["quantile", 1.0][1] += 200.0
+    write(runs, tmp_path)
+    plan = load_plan(tmp_path, "simulated")
+    table = plan_tables(plan)["over_tasks"].set_index("arm")
+    assert saved(plan.evidence("own", "validation").at_end["linear"]).equivalent(0.1)
+    assert table.loc["linear", "state"] == "undecided"
+    assert (table.loc["linear", "note"], np.isfinite(table.loc["linear", "mean"])) == ("", True)
+    assert table.loc["quantile", "note"] == "no mean: limits beyond the budgets on task1"
+    assert np.isnan(table.loc["quantile", ["mean", "tau", "new_low"]].astype(float)).all()
+    # Where N is 1, an arm that is to repeat says nothing; a control has no need to.
+    once = plan.stages["own"].runs.copy()
+    once.loc[once["task"] == "task1", "fresh_batches"] = once["updates"]
+    stages = {**plan.stages, "own": Records(once)}
+    hardly = plan_tables(replace(plan, stages=stages))
+    table = hardly["over_tasks"].set_index("arm")
+    assert table["tasks"].to_dict() == {"linear": 1, "quantile": 1} | dict.fromkeys(CONTROLS, 2)
+    state = hardly["arms"].set_index(["arm", "task"])["state"]
+    assert state["linear", "task0"] == "better"
+    assert state["linear", "task1"] == "not tested"
+    once["fresh_batches"] = once["updates"]
+    table = plan_tables(replace(plan, stages=stages))["over_tasks"].set_index("arm")
+    assert table.loc["linear", ["state", "tasks"]].to_list() == ["not tested", 2]
 
 
 def test_seeds_that_only_some_tasks_have_are_flipped_where_they_are():

@@ -88,7 +88,7 @@ def test_what_no_budget_reaches_lies_beyond_them():
 
 def test_few_seeds_decide_nothing():
     found = saved({"a": task(1.9, n=3, noise=0.01)})
-    assert found.p == found.smallest_p == 0.25
+    assert found.p == 0.25
     assert found.direction() == 0
     assert (found.interval.low, found.interval.high) == (0, np.inf)
 

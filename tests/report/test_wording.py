@@ -21,7 +21,7 @@ def plan(n: int, arms: tuple[str, ...] = ("linear", "quantile")) -> PlanRecords:
 
 def comparison(ratio: float, low: float, high: float, *, equal: float = 0.0, n: int = 8):
     limits = Interval(low, high, "sign flip")
-    return Comparison(Saved(ratio, limits, limits, 0.01, 2.0 ** (1 - n), n, 1, equal), 0.02, "-")
+    return Comparison(Saved(ratio, limits, limits, 0.01, n, 1, equal), 0.02, "-")
 
 
 @pytest.mark.parametrize(

@@ -211,11 +211,11 @@ def test_a_pilot_says_what_more_seeds_would_find(done):
         ({"judged": CONTENT["judged"] | {"arms": ["fixed"]}}, "judged.arms: unknown .*'fixed2'"),
         (
             {"judged": CONTENT["judged"] | {"real": "fixed2"}},
-            "judged.controls: 'windowed' replays 'quantile', not judged.real, 'fixed2'",
+            "tasks.digits: judged.controls: 'windowed' must replay judged.real, 'fixed2'",
         ),
         (
             {"judged": CONTENT["judged"] | {"controls": ["fixed2"]}},
-            "judged.controls: 'fixed2' must have the mapping and the grid of judged.real",
+            "judged.controls: 'fixed2' must replay judged.real, 'quantile', or have its mapping",
         ),
         (with_task(methods={"fixed": None}), r"tasks.digits.methods: unknown .*'fixed2'"),
         (with_task(methods={"standard": None}), "tasks.digits.methods: 'standard' cannot be left"),
@@ -232,7 +232,10 @@ def test_a_wrong_plan_is_refused_by_its_field(tmp_path, changes, said):
     ("changes", "said"),
     [
         ({"metric": "acuracy"}, "tasks.digits.metric: unknown metric 'acuracy'; .*'accuracy'"),
-        ({"target": 0.01}, "tasks.digits.target must take training: accuracy is .* not 0.01"),
+        (
+            {"target": 0.01},
+            "tasks.digits.target must take training, without .* accuracy is .* not 0.01",
+        ),
     ],
 )
 def test_a_goal_that_means_nothing_is_refused_before_anything_is_trained(tmp_path, changes, said):
@@ -399,6 +402,26 @@ def test_an_export_brings_everything_back_without_one_update_trained(done, tmp_p
     assert report.trained == 0
     verified = CliRunner().invoke(cli, ["verify", "--runs", str(tmp_path / "other")])
     assert verified.exit_code == 0, verified.output
+
+
+def test_exports_of_a_plan_task_by_task_come_together_whatever_their_order(done, tmp_path):
+    store, other = Store(done), Store(tmp_path / "other")
+    plan = store.read_plan("tiny")
+    export(store, store.studies(), tmp_path / "out")
+    elsewhere = {"another": {"standard": {"rate": 2.0}}}
+    other.write_plan("tiny", plan | {"rates": elsewhere})
+    import_runs(other, tmp_path / "out")
+    assert other.read_plan("tiny")["rates"] == plan["rates"] | elsewhere
+
+
+def test_an_import_does_not_replace_a_plan_that_is_registered_otherwise(done, tmp_path):
+    export(Store(done), ["tiny-digits-own"], tmp_path / "out")
+    other = Store(tmp_path / "other")
+    mine = register(read_plan(written(tmp_path, margin=0.2)), other)
+    with pytest.raises(StoreError, match=f"plan tiny: must be {mine['digest']}, as it is regis"):
+        import_runs(other, tmp_path / "out")
+    assert other.studies() == []
+    assert other.read_plan("tiny")["digest"] == mine["digest"]
 
 
 @pytest.mark.parametrize("name", ["runs.parquet", "updates.parquet", "studies.json"])
