@@ -234,8 +234,9 @@ def test_an_arm_that_the_plan_leaves_out_on_a_task_is_not_awaited_there(tmp_path
 def test_the_table_over_tasks_says_what_the_verdicts_say(tmp_path):
     """Effects that cancel are not equivalent, and one beyond the budgets has no place in a mean."""
     runs = draw(Truth(tasks=2, seeds=12, slope=40.0), np.random.default_rng(0))
+    before = evidence(runs).at_end["linear"]
     for task, gain in enumerate((12.0, -12.0)):
-        vars(runs)["values"]["linear", 1.0][task] += gain
+        vars(runs)["values"]["linear", 1.0][task] += gain * before[f"task{task}"].scale
     vars(runs)["values"]["quantile", 1.0][1] += 200.0
     write(runs, tmp_path)
     plan = load_plan(tmp_path, "simulated")
