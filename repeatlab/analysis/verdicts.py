@@ -94,16 +94,15 @@ class Comparison:
 
 
 def percent_saved(effect: Saved) -> str:
-    """Return the updates saved in words: "+4 % [-3, +10]", with limits beyond the budgets open."""
-    limits = [_percent(r) for r in (effect.interval.low, effect.interval.high)]
-    return f"{_percent(effect.ratio)} % [{', '.join(limits)}]"
+    """Return an effect in words: "+4 % of updates saved [-3, +10]"; beyond the budgets "open"."""
+    beyond = {np.inf: "better than at every budget", 0.0: "worse than at every budget"}
+    said = beyond.get(effect.ratio, f"{_percent(effect.ratio)} % of updates saved")
+    return f"{said} [{', '.join(map(_percent, effect.interval[:2]))}]"
 
 
 def _percent(ratio: float) -> str:
-    if ratio == 0:
-        return "-∞"
-    if not isfinite(ratio):
-        return "∞"
+    if ratio == 0 or not isfinite(ratio):
+        return "open"
     rounded = round(100 * share_saved(ratio))
     return f"{rounded:+d}" if rounded else "0"
 
@@ -445,8 +444,8 @@ def judge(evidence: Evidence, declared: Declaration, *, seed: int = 0) -> list[V
     for hypothesis in HYPOTHESES:
         verdict, lead, rests = hypothesis.rule(case)
         if evidence.lacking:
-            verdict, lead = INTERIM, f"{_progress(evidence, declared)}; so far: {lead.lower()}"
-        sentence = f"{lead}{_details(rests)}."
+            verdict, lead = INTERIM, f"{_progress(evidence, declared)}; so far: {lead}"
+        sentence = f"{lead}{_details(rests, 'against ' * (hypothesis.rule is _h3))}."
         texts = hypothesis.name, hypothesis.claim, hypothesis.criterion
         verdicts.append(Verdict(*texts, verdict, sentence, rests))
     return verdicts
@@ -462,13 +461,13 @@ def _progress(evidence: Evidence, declared: Declaration) -> str:
     )
 
 
-def _details(rests: dict[str, Comparison]) -> str:
+def _details(rests: dict[str, Comparison], before: str) -> str:
     """Return what a verdict rests on: each comparison where they are few, else their states."""
     if not rests:
         return ""
     if len(rests) <= 4:
-        return ": " + "; ".join(f"{name} {one}" for name, one in rests.items())
+        return ": " + "; ".join(f"{before}{name} {one}" for name, one in rests.items())
     states = [one.state for one in rests.values()]
     counts = [f"{states.count(s)} {s}" for s in (BETTER, WORSE, EQUIVALENT, UNDECIDED)]
-    weakest = max(rests, key=lambda name: rests[name].p)
-    return f": {', '.join(counts)} of {len(rests)}; the weakest {weakest} {rests[weakest]}"
+    last = max(rests, key=lambda name: rests[name].p)
+    return f": {', '.join(counts)} of {len(rests)}; the largest p: {before}{last} {rests[last]}"

@@ -228,7 +228,9 @@ def test_an_arm_that_the_plan_leaves_out_on_a_task_is_not_awaited_there(tmp_path
     seen = gather(planned, without, plan.budgets)
     assert seen.lacking == []
     found = {v.hypothesis: v for v in judge(seen, planned)}
-    assert "quantile ∞ % [+50, ∞] on 1 of 2 tasks" in found["H2"].sentence
+    assert (
+        "quantile better than at every budget [+50, open] on 1 of 2 tasks" in found["H2"].sentence
+    )
 
 
 def test_the_table_over_tasks_says_what_the_verdicts_say(tmp_path):

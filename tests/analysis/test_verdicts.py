@@ -172,6 +172,16 @@ def test_before_every_seed_is_there_nothing_is_decided():
     assert all("so far" in v.sentence for v in found)
 
 
+def test_a_sentence_says_of_whom_and_of_what_it_tells():
+    """H3 is about the real arm against its controls: their names alone would turn the sign round."""
+    plan = declared()
+    found = judge(evidence(plan, end={"linear": 1.5}, noise=0.01), plan)
+    assert re.search(
+        r": linear \+33 % of updates saved \[\+3[23], \+3[34]\], p = ", found[1].sentence
+    )
+    assert "against windowed +33 % of updates saved" in found[2].sentence
+
+
 def test_three_seeds_decide_nothing():
     found = judge(evidence(declared(3), end={"linear": 1.9}, hard=0.9, noise=0.01), declared(3))
     assert not {v.verdict for v in found} & {"supported", "refuted", "equivalent"}
