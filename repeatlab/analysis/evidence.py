@@ -91,7 +91,7 @@ def gather(
         variants={pair: compare(*pair) for pair in pairs},
         hardness=_hardness(declared, own),
         dose={arm: doses(own, arm) for arm in declared.repeating},
-        seeds={task: table.complete_seeds() for task, table in tables.items()},
+        seeds={task: min(table.made.values()) for task, table in tables.items()},
         lacking=[line for table in tables.values() for line in table.lacking()],
     )
 
@@ -137,27 +137,21 @@ class TaskValues:
         ends[lost] = 0.0 if lost.all() else ends[~lost].min()
         return Paired(ends[:, 0], ends[:, 1], ends[:, 2:], np.array(ratios), np.array(seeds))
 
-    def needed(self) -> list[str]:
-        """Return the arms that a hypothesis is about."""
+    @property
+    def made(self) -> dict[str, int]:
+        """The seeds of every arm that a hypothesis is about, and of the standard one by budget."""
         declared = self.declared
-        names = [*declared.arms, declared.real, *declared.controls, *declared.variants]
+        named = [declared.against, *declared.repeating, *declared.controls]
         absent = declared.left_out.get(self.task, ())
-        known = dict.fromkeys([declared.against, *names])
-        return [name for name in known if name and name not in absent]
-
-    def complete_seeds(self) -> int:
-        """Return how many seeds every needed arm has, and the standard one at every budget."""
-        counts = [len(self.arms.get(arm, {})) for arm in self.needed()]
-        return min([*counts, *map(len, self.standard.values())])
+        found = {arm: len(self.arms.get(arm, {})) for arm in named if arm not in absent}
+        return found | {f"{declared.against} at {r:g} T": len(v) for r, v in self.standard.items()}
 
     def lacking(self) -> list[str]:
         """Return what is planned and not there, a line each."""
         planned = self.declared.seeds_on(self.task)
-        made = {arm: len(self.arms.get(arm, {})) for arm in self.needed()}
-        made |= {f"{self.declared.against} at {r:g} T": len(v) for r, v in self.standard.items()}
         return [
             f"{self.task}, {name}: {count} of {planned} seeds"
-            for name, count in made.items()
+            for name, count in self.made.items()
             if count < planned
         ]
 

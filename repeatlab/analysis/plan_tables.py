@@ -9,7 +9,7 @@ import pandas as pd
 
 from repeatlab.analysis.declaration import LEAST_DOSE
 from repeatlab.analysis.evidence import doses, repeating
-from repeatlab.analysis.plans import VIEWS, PlanRecords, arm_over_tasks, no_limits
+from repeatlab.analysis.plans import VIEWS, PlanRecords, arm_over_tasks
 from repeatlab.analysis.statistics import holm
 from repeatlab.analysis.updates_saved import Saved, saved, share_saved
 from repeatlab.analysis.verdicts import NOT_TESTED, state_of
@@ -98,10 +98,9 @@ def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
         pairs = tested or pairs
         if not pairs:
             continue
-        here, alone, among = arm_over_tasks(pairs)
+        here, alone, among, beyond = arm_over_tasks(pairs)
         random = (among.mean, *among.interval[:2], *among.prediction[:2])
         names = ["mean", "mean_low", "mean_high", "new_low", "new_high"]
-        beyond = ", ".join(task for task, effect in alone.items() if no_limits(effect))
         rows.append(
             {
                 "effect": here,
@@ -112,7 +111,7 @@ def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
                 **_shares(here),
                 "tau": among.tau,
                 **dict(zip(names, (1 - np.exp(-np.array(random))).tolist(), strict=True)),
-                "note": f"no mean: limits beyond the budgets on {beyond}" if beyond else "",
+                "note": "no mean: limits beyond the budgets on " * bool(beyond) + ", ".join(beyond),
             }
         )
     return _decided(rows, plan.declared.margin, OVER_TASKS)

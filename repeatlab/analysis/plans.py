@@ -133,27 +133,22 @@ def _hours(parts: Iterable[Records], *tasks: str) -> float:
     return float(chosen["seconds"].sum()) / 3600
 
 
-def arm_over_tasks(found: Mapping[str, Paired]) -> tuple[Saved, dict[str, Saved], OverTasks]:
+def arm_over_tasks(
+    found: Mapping[str, Paired],
+) -> tuple[Saved, dict[str, Saved], OverTasks, list[str]]:
     """Return an arm's effect on these tasks, on each, and on tasks like them (in log ratios).
 
     A task's standard error is that of the normal whose 68 % limits its test gives: half the width
-    of the 95 % interval over 1.96. Where the limits of one lie beyond the budgets, there is no
-    estimate over tasks: without the task, which is one that differs most, it would be another.
+    of the 95 % interval over 1.96. Where the limits of some, which are returned last, lie beyond
+    the budgets, there is no estimate over tasks: without them, which differ most, it would be
+    another.
     """
     alone = {task: saved({task: paired}) for task, paired in found.items()}
-    limits = np.array([[e.interval.low, e.interval.high, e.ratio] for e in alone.values()])
-    with np.errstate(divide="ignore"):
+    limits = np.array([[*effect.interval[:2], effect.ratio] for effect in alone.values()])
+    with np.errstate(divide="ignore", invalid="ignore"):
         low, high, middle = np.log(limits).T
-    if any(no_limits(effect) for effect in alone.values()):
-        middle = np.full(len(alone), np.nan)
-    return (
-        saved(found),
-        alone,
-        over_tasks(middle, np.where(np.isnan(middle), 1.0, (high - low) / 3.92)),
-    )
-
-
-def no_limits(effect: Saved) -> bool:
-    """Return whether estimate or a limit lies beyond the budgets, or nothing varies."""
-    low, high, _ = effect.interval
-    return not (0 < low < high < np.inf and 0 < effect.ratio < np.inf)
+        known = np.isfinite(middle) & np.isfinite(high - low) & (high > low)
+    beyond = [task for task, is_known in zip(alone, known, strict=True) if not is_known]
+    errors = np.where(known, (high - low) / (2 * 1.96), 1.0)
+    among = over_tasks(np.full(len(alone), np.nan) if beyond else middle, errors)
+    return saved(found), alone, among, beyond

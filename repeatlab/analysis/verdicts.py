@@ -69,13 +69,10 @@ class Comparison:
 
     def numbers(self) -> dict[str, Any]:
         """Return what it rests on, as plain numbers."""
-        effect = self.effect
+        effect, names = self.effect, ("saved", "low", "high", "low_90", "high_90")
+        ratios = (effect.ratio, *effect.interval[:2], *effect.within[:2])
         return {
-            "saved": share_saved(effect.ratio),
-            "low": share_saved(effect.interval.low),
-            "high": share_saved(effect.interval.high),
-            "low_90": share_saved(effect.within.low),
-            "high_90": share_saved(effect.within.high),
+            **dict(zip(names, map(share_saved, ratios), strict=True)),
             "p": effect.p,
             "p_adjusted": self.p,
             "seeds": effect.seeds,

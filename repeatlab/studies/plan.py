@@ -397,10 +397,9 @@ def choose(
     known = {arm: settings(plan, label, arm, grid) for arm, grid in rates.items()}
     best = {}
     for arm, tried in known.items():
-        ended = [name for name in tried if name in means]
-        if not ended:
+        best[arm] = max((n for n in tried if n in means), key=means.get, default="")
+        if not best[arm]:
             raise ConfigError(f"tasks.{label}: no run of {arm} has ended, so no rate can be chosen")
-        best[arm] = max(ended, key=means.get)
     several = [n for n in best.values() if means[n] > -np.inf and len(ends[n]) > 1]
     squares = [np.var(ends[n], ddof=1) / len(ends[n]) for n in several]
     error = tuning.tie * np.sqrt(2 * np.mean(squares)) if several else 0.0

@@ -173,7 +173,7 @@ def test_before_every_seed_is_there_nothing_is_decided():
 
 
 def test_a_sentence_says_of_whom_and_of_what_it_tells():
-    """H3 is about the real arm against its controls: their names alone would turn the sign round."""
+    """H3 is about the real arm against its controls, whose names alone would turn the sign."""
     plan = declared()
     found = judge(evidence(plan, end={"linear": 1.5}, noise=0.01), plan)
     assert re.search(
