@@ -3,8 +3,9 @@
 An effect is a ratio of budgets (`updates_saved`), all tasks pooled where a hypothesis speaks of
 all. Each comparison is *better* or *worse* (its 95 % interval excludes no effect, which is the same
 as a sign-flip p below 0.05, and Holm's adjusted p is below 0.05 too), *equivalent* (its 90 %
-interval lies within the margin of the plan: two one-sided tests of 5 %) or undecided. One-off
-charges (calibration, holdout models) are in no comparison: they are told beside it, with the
+interval lies within the margin of the plan: two one-sided tests of 5 %) or undecided. Times to a
+target are read between two evaluations: where these are as far apart as the margin, only times that
+are equal are equivalent. One-off charges (calibration, holdout models) are in no comparison: they are told beside it, with the
 number of runs that pay them back.
 
 An arm is compared on the tasks on which it repeats: where its mean N is below 1.1 it is nearly the

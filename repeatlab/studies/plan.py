@@ -4,7 +4,7 @@
     seeds: 8                          # counted from 0, of every arm on every task
     margin: 0.1                       # share of updates saved below which an effect is none
     budgets: [0.5, 0.7, 1, 1.4, 2]    # of the standard arm, in units of T
-    tuning: {rates: [0.25, 0.5, 1, 2, 4], seeds: 3}
+    tuning: {rates: [0.25, 0.5, 1, 2, 4], seeds: 3, tie: 1}
     methods: {include: [../methods.yaml]}
     tasks:
       digits:
