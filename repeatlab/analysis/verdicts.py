@@ -5,12 +5,12 @@ all. Each comparison is *better* or *worse* (its 95 % interval excludes no effec
 as a sign-flip p below 0.05, and Holm's adjusted p is below 0.05 too), *equivalent* (its 90 %
 interval lies within the margin of the plan: two one-sided tests of 5 %) or undecided. Times to a
 target are read between two evaluations: where these are as far apart as the margin, only times that
-are equal are equivalent. One-off charges (calibration, holdout models) are in no comparison: they are told beside it, with the
-number of runs that pay them back.
+are equal are equivalent. One-off charges (calibration, holdout models) are in no comparison: they
+are told beside it, with the number of runs that pay them back.
 
 An arm is compared on the tasks on which it repeats: where its mean N is below 1.1 it is nearly the
 standard arm, and says nothing of repetition. Tasks that differ are not equivalent on average: where
-an arm is better or worse on one of them (Holm over tasks), it is no longer called equivalent.
+one of them lies beyond the margin with all of its 90 % interval, the arm is not called equivalent.
 
 A verdict is *supported*, *refuted*, *equivalent*, *inconclusive*, *not tested* where no arm in
 question repeats on any task, or *interim* until every planned seed is there.
