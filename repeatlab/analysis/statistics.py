@@ -17,8 +17,6 @@ import numpy as np  # scipy.stats takes a second: imported where it is needed
 
 ALPHA = 0.05  # false verdicts that a decision may make
 LEVEL = 1 - ALPHA
-EXACT_UP_TO = 20  # differences whose 2^n sign patterns are enumerated
-RESAMPLES = 9999
 
 
 class Interval(NamedTuple):
@@ -29,6 +27,14 @@ class Interval(NamedTuple):
     kind: str
 
 
+class Flips(NamedTuple):
+    """How many differences have all their 2^n signs enumerated, and the random signs beyond."""
+
+    exact_up_to: int = 20
+    resamples: int = 9999
+
+
+FLIPS = Flips()
 NO_INTERVAL = Interval(np.nan, np.nan, "none")
 
 
@@ -110,17 +116,11 @@ def _agreeing(interval: Interval, p: float, total: float) -> Interval:
     return Interval(low, high, kind)
 
 
-def sign_flip(
-    differences: np.ndarray,
-    *,
-    seed: int = 0,
-    exact_up_to: int = EXACT_UP_TO,
-    resamples: int = RESAMPLES,
-) -> float:
+def sign_flip(differences: np.ndarray, *, seed: int = 0, flips: Flips = FLIPS) -> float:
     """Return the two-sided p of the sum of `differences` (n,) under random signs.
 
-    Exact by enumeration of all 2^n signs, by `resamples` random ones above `exact_up_to` (and then
-    (hits + 1) / (resamples + 1), which is valid too). Exchanging the two runs of a pair turns the
+    Exact by enumeration of all 2^n signs, or by random ones (and then (hits + 1) / (resamples + 1),
+    which is valid too). Exchanging the two runs of a pair turns the
     sign of its difference, so the test holds at its level for every n whenever the arms do not
     differ.
     """
@@ -128,26 +128,19 @@ def sign_flip(
     if not len(values):
         return np.nan
     values = values[values != 0][:, None]  # a zero has no sign to flip
-    options = {"seed": seed, "exact_up_to": exact_up_to, "resamples": resamples}
-    return float(sign_flips(values, **options)[0])
+    return float(sign_flips(values, seed=seed, flips=flips)[0])
 
 
-def sign_flips(
-    differences: np.ndarray,
-    *,
-    seed: int = 0,
-    exact_up_to: int = EXACT_UP_TO,
-    resamples: int = RESAMPLES,
-) -> np.ndarray:
+def sign_flips(differences: np.ndarray, *, seed: int = 0, flips: Flips = FLIPS) -> np.ndarray:
     """Return the p of `sign_flip` of each column of `differences` (n, m), all with the same signs.
 
     Rows of 0 stay, and change nothing but whether the signs are enumerated.
     """
     seen = np.abs(differences.sum(axis=0))  # but for what another order rounds
     seen = seen - 1e-12 * np.abs(differences).sum(axis=0)
-    if len(differences) > exact_up_to:
-        sums = _random_signs(len(differences), seed, resamples) @ differences
-        return (np.count_nonzero(np.abs(sums) >= seen, axis=0) + 1) / (resamples + 1)
+    if len(differences) > flips.exact_up_to:
+        sums = _random_signs(len(differences), seed, flips.resamples) @ differences
+        return (np.count_nonzero(np.abs(sums) >= seen, axis=0) + 1) / (flips.resamples + 1)
     # Turning all signs leaves the size of the sum: the first one stays.
     sums = differences[:1].sum(axis=0, keepdims=True)
     for row in differences[1:]:
@@ -160,37 +153,32 @@ def _random_signs(n: int, seed: int, resamples: int) -> np.ndarray:
     return np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), size=(resamples, n))
 
 
-def smallest_p(n: int, *, exact_up_to: int = EXACT_UP_TO, resamples: int = RESAMPLES) -> float:
+def smallest_p(n: int, *, flips: Flips = FLIPS) -> float:
     """Return the smallest two-sided sign-flip p that `n` differences unlike 0 can reach: 2^(1 - n).
 
     >>> [smallest_p(n) for n in (0, 1, 5, 6, 8)]
     [1.0, 1.0, 0.0625, 0.03125, 0.0078125]
     """
     exact = min(1.0, 2.0 ** (1 - n))
-    return exact if n <= exact_up_to else max(exact, 1 / (resamples + 1))
+    return exact if n <= flips.exact_up_to else max(exact, 1 / (flips.resamples + 1))
 
 
 def flip_interval(
-    values: np.ndarray,
-    *,
-    level: float = LEVEL,
-    seed: int = 0,
-    exact_up_to: int = EXACT_UP_TO,
-    resamples: int = RESAMPLES,
+    values: np.ndarray, *, level: float = LEVEL, seed: int = 0, flips: Flips = FLIPS
 ) -> Interval:
     """Return the shifts of `values` (n,) that the sign flip of their sum does not reject.
 
     With the signs of some values less a shift turned, the sum is as far from 0 as it was iff the
     shift lies between the mean of these values and that of the others. So the limits are order
-    statistics of such means: exact, or of random sets above `exact_up_to`.
+    statistics of such means: exact, or of random sets where there are too many.
     """
     values = np.asarray(values, dtype=float)
     if not len(values):
         return NO_INTERVAL
-    if len(values) <= exact_up_to:  # the sets without the first value; the others are their rests
+    if len(values) <= flips.exact_up_to:  # sets without the first value, and the rest of each
         sums, counts = (_subset_sums(each[1:]) for each in (values, np.ones(len(values))))
     else:
-        turned = (_random_signs(len(values), seed, resamples) + 1) / 2
+        turned = (_random_signs(len(values), seed, flips.resamples) + 1) / 2
         sums, counts = (np.append(0.0, part) for part in (turned @ values, turned.sum(axis=1)))
     dust = 0.5e-12 * np.abs(values).sum()  # what counts as 0 in `sign_flip`
     means = []

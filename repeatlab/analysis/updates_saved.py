@@ -30,10 +30,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from repeatlab.analysis.statistics import ALPHA, Interval, sign_flips
+from repeatlab.analysis.statistics import ALPHA, Flips, Interval, sign_flips
 
 # Seeds whose 2^n flips are enumerated, and random ones above: of every ratio of the grid.
-FLIPS = {"exact_up_to": 12, "resamples": 4_999}
+FLIPS = Flips(exact_up_to=12, resamples=4_999)
 STEPS = 30  # of the grid of ratios, on each side of 1; limits are found more finely
 FINE = 12  # steps between two ratios of the grid, where a limit is
 MOST_TIMES = 4.0  # sooner or later than so many times is beyond what is told
@@ -220,7 +220,7 @@ def _invert(
         return by_seed(parts, len(at_one)) if parts else np.zeros((0, len(ratios)))
 
     def p_values(ratios: np.ndarray) -> np.ndarray:
-        return sign_flips(summed(ratios), seed=seed, **FLIPS)
+        return sign_flips(summed(ratios), seed=seed, flips=FLIPS)
 
     values, p = summed(grid), p_values(grid)
     means, one = values.sum(axis=0), int(np.searchsorted(grid, 0.0))

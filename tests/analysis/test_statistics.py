@@ -15,6 +15,7 @@ from scipy import stats
 
 from repeatlab.analysis.statistics import (
     Effect,
+    Flips,
     Interval,
     flip_interval,
     holm,
@@ -57,13 +58,13 @@ def test_tenths_tie_as_their_wholes_do():
 
 def test_random_flips_come_close_to_all_of_them():
     exact = sign_flip(FIXED)
-    drawn = sign_flip(FIXED, exact_up_to=0, resamples=20_000)
+    drawn = sign_flip(FIXED, flips=Flips(0, 20_000))
     assert drawn == pytest.approx(exact, abs=5 * np.sqrt(exact * (1 - exact) / 20_000))
-    assert drawn == sign_flip(FIXED, exact_up_to=0, resamples=20_000)
+    assert drawn == sign_flip(FIXED, flips=Flips(0, 20_000))
 
 
 def test_random_flips_never_give_a_p_of_zero():
-    assert sign_flip(np.full(40, 1.0), resamples=99) == 1 / 100
+    assert sign_flip(np.full(40, 1.0), flips=Flips(resamples=99)) == 1 / 100
 
 
 @given(st.integers(1, 20))
@@ -145,13 +146,13 @@ def test_p_is_below_5_percent_iff_the_interval_excludes_0(tenths):
 @pytest.mark.parametrize("shift", np.linspace(-0.6, 0.6, 13))
 def test_random_signs_decide_the_same_for_p_and_interval(n, shift):
     values = np.random.default_rng(n).normal(size=n) + shift
-    low, high, _ = flip_interval(values, exact_up_to=20)
+    low, high, _ = flip_interval(values, flips=Flips(20))
     assert (sign_flip(values) < 0.05) == (not low <= 0 <= high)
 
 
 def test_random_signs_come_close_to_the_exact_limits():
     values = np.random.default_rng(0).normal(size=16)
-    exact, drawn = flip_interval(values), flip_interval(values, exact_up_to=0, resamples=20_000)
+    exact, drawn = flip_interval(values), flip_interval(values, flips=Flips(0, 20_000))
     assert drawn[:2] == pytest.approx(exact[:2], abs=0.03)
 
 
