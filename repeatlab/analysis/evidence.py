@@ -13,7 +13,6 @@ from repeatlab.analysis.declaration import LEAST_DOSE, Declaration, Goal
 from repeatlab.analysis.frames import Records
 from repeatlab.analysis.updates_saved import Paired
 
-DONE = ("complete", "diverged")
 Times = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -160,12 +159,11 @@ def final_values(
     records: Records, task: str, goal: Goal, split: str
 ) -> dict[str, dict[int, float]]:
     """Return arm -> seed -> the metric at T, more being better; NaN where a run diverged."""
-    runs, column = records.runs, f"{split}.{goal.metric}"
-    # Where nothing came to its end there is no such column.
-    ended = runs["status"].isin(DONE) if column in runs else runs["status"] == "diverged"
-    chosen = runs[(runs["task"] == task) & ended].reindex(
-        columns=["method", "seed", "status", column]
-    )
+    column = f"{split}.{goal.metric}"
+    chosen = records.done[records.done["task"] == task]
+    chosen = chosen.reindex(columns=["method", "seed", "status", column])
+    if not np.isfinite(chosen[column].to_numpy(float)).any():  # it was not evaluated on this split
+        chosen = chosen[chosen["status"] == "diverged"]
     found: dict[str, dict[int, float]] = {}
     for method, seed, status, value in chosen.itertuples(index=False):
         lost = status == "diverged" or not np.isfinite(value)

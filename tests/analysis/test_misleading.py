@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from simulated_plans import ARMS, CONTROLS, EVERY_ARM, RATIOS, Truth, draw, evidence, write
 
-from repeatlab.analysis.evidence import Dose, Evidence, gather
+from repeatlab.analysis.evidence import Dose, Evidence, final_values, gather
 from repeatlab.analysis.frames import Records
 from repeatlab.analysis.plan_tables import plan_tables
 from repeatlab.analysis.plans import load_plan
@@ -174,6 +174,17 @@ def test_a_diverged_run_ranks_last_and_both_of_a_pair_tie(tmp_path):
         "inconclusive",
         "equivalent",
     }
+
+
+def test_runs_that_were_not_evaluated_on_a_split_are_not_taken_for_diverged_ones(tmp_path):
+    runs = draw(Truth(tasks=2), np.random.default_rng(0))
+    write(runs, tmp_path)
+    plan = load_plan(tmp_path, "simulated")
+    table = plan.stages["own"].runs.copy()
+    table.loc[table["task"] == "task1", "test.accuracy"] = np.nan
+    goal = plan.declared.goals["task1"]
+    assert final_values(Records(table), "task1", goal, "test") == {}
+    assert final_values(Records(table), "task0", goal, "test").keys() == {*EVERY_ARM}
 
 
 # --- tasks that differ ------------------------------------------------------------------------
