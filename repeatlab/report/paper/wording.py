@@ -96,7 +96,8 @@ def for_people(verdict: Verdict, plan: PlanRecords, arms: Sequence[Mapping[str, 
     opening = OPENINGS[verdict.verdict].format(margin=percent(plan.declared.margin))
     found, doses = verdict.comparisons, {row["arm"]: row["mean_n"] for row in arms}
     if verdict.hypothesis in ("H1", "H2") and found:
-        told = [f"{_arm(name, doses)} {effect(one)}" for name, one in found.items()]
+        notes = {name: f", but {one.note}" if one.note else "" for name, one in found.items()}
+        told = [f"{_arm(name, doses)} {effect(one)}{notes[name]}" for name, one in found.items()]
     elif verdict.hypothesis == "H3" and found:
         told = [f"against {name} it {effect(one)}" for name, one in found.items()]
         told[0] = f"{_arm(plan.declared.real, doses)}: {told[0]}"
