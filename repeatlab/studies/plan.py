@@ -487,12 +487,9 @@ def check_goal(plan: Plan, label: str) -> None:
     run = plan.study(label, "own", plan.arms(label)).planned()[0]
     metrics = build_task(run.config, "cpu").evaluate("validation")
     _known(f"{where}.metric", "metric", goal.metric, metrics)
-    start = metrics[goal.metric]
-    if goal.sign * (start - goal.target) >= 0:
-        raise ConfigError(
-            f"{where}.target must take training, without which {goal.metric} is {start:.4g}; "
-            f"not {goal.target}"
-        )
+    if goal.sign * (metrics[goal.metric] - goal.target) >= 0:
+        start = f"without which {goal.metric} is {metrics[goal.metric]:.4g}"
+        raise ConfigError(f"{where}.target must take training, {start}; not {goal.target}")
 
 
 def tune(

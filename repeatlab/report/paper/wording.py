@@ -158,8 +158,7 @@ def rate_words(arms: Sequence[Mapping[str, Any]]) -> str:
 def what_can_be_decided(plan: PlanRecords) -> str:
     """Return what so many seeds can decide at all, whatever the runs show."""
     declared = plan.declared
-    n, family = declared.most_seeds, declared.family
-    least = smallest_p(n)
+    n, family, least = declared.most_seeds, declared.family, smallest_p(declared.most_seeds)
     start = f"With {n} seeds, flipped as wholes over all tasks, p cannot fall below {least:.2g}"
     if least >= 2 * ALPHA:
         return f"{start}: at this scale nothing can be decided, whatever the runs show."
