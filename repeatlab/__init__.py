@@ -16,7 +16,7 @@ _HOMES = {
     "repetition.loss_stats": "LossStats",
     "repetition.visit_log": "NonFiniteLoss",
     "repetition.mappings": "Constant ControlLimit CosineRepeats Linear LinearRepeats Mapping "
-    "Quantile Threshold Trace Uniform Until ZScore",
+    "Quantile Threshold Trace Uniform Until While ZScore",
     "cost.model": "CostModel",
     "analysis.frames": "load",
     "studies.study": "Study run_study",

@@ -223,6 +223,26 @@ class Until(Mapping):
 
 
 @dataclass(frozen=True)
+class While(Until):
+    """Visit the batch again while its loss is below t, `max_repeats` times at most.
+
+    For a driver that says how far visits have gone, as PPO's KL divergence from the policy that
+    lived through the batch (the `target_kl` of its implementations), or a sharpness that is to stay
+    below 2. The visit whose loss is not below t is still made, and is the last.
+
+    >>> from repeatlab.repetition.loss_stats import LossStats
+    >>> [While(t=1.0)(loss, LossStats()) for loss in (0.5, 1.0)]
+    [2, 1]
+    """
+
+    monotone: ClassVar[bool] = False
+    calibrated: ClassVar[str | None] = None
+
+    def repeats_for(self, loss: float, stats: LossStats) -> int:
+        return 2 if loss < float32(self.t) and self.max_repeats > 1 else 1
+
+
+@dataclass(frozen=True)
 class Falling(Mapping):
     """Base of N that falls from `high` to `low` over the run, whatever the losses are."""
 
@@ -388,6 +408,7 @@ MAPPINGS: dict[str, type[Mapping]] = {
     "threshold": Threshold,
     "linear": Linear,
     "until": Until,
+    "while": While,
     "cosine": CosineRepeats,
     "ramp": LinearRepeats,
     "control_limit": ControlLimit,

@@ -40,6 +40,8 @@ TASKS: dict[str, str] = {
     "continual": "repeatlab.tasks.continual:Continual",
     "noisy_labels": "repeatlab.tasks.noisy_labels:NoisyLabels",
     "co_teaching": "repeatlab.tasks.co_teaching:CoTeaching",
+    # Where passes over one batch are the method itself.
+    "ppo": "repeatlab.tasks.ppo:PPO",
     # On which it is known beforehand what there is to find.
     "single_index": "repeatlab.tasks.single_index:SingleIndex",
     # Where data may be seen once, or again and again.
@@ -59,6 +61,7 @@ VERSIONS = {
     "continual": 1,
     "noisy_labels": 1,
     "co_teaching": 1,
+    "ppo": 1,
     "single_index": 1,
     "language": 1,
 }
@@ -127,7 +130,7 @@ class TaskConfig(Model):
         """Return the parts of a method that mean nothing on this task, each with the reason.
 
         Parts are the names of samplers, "weighted" and "unweighted" (hard mining), "gradient_norm"
-        (scores), "step_size", "fresh_samples", "proximal", "fresh_views" and "prefetch".
+        (scores), "step_size", "fresh_samples", "proximal", "fresh_views", "spaced" and "prefetch".
         """
         return {}
 

@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import gymnasium
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from repeatlab.core.seeding import derive
 from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.optimization import OptimizationConfig
 
 ENVIRONMENT = "CartPole-v1"
 OBSERVED, ACTIONS = 4, 2  # numbers in an observation, actions to choose from
 RECENT_EPISODES = 20
 
 
-class CartPoleConfig(TaskConfig):
+class CartPoleConfig(TaskConfig, OptimizationConfig):
     """Fields of a task in this environment."""
 
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)]
+    """Widths of the hidden layers."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.99
     sutton_barto_reward: bool = True
     """0, and -1 for the failure, in place of 1 for every step."""
     observation_scale: Annotated[tuple[float, float, float, float], Field(strict=False)] = (
@@ -36,6 +40,14 @@ class CartPoleConfig(TaskConfig):
     )
     """Factors on position, velocity, angle and angular velocity: all are then of the order of 1."""
     evaluation_episodes: Annotated[int, Field(ge=1)] = 20
+
+    @model_validator(mode="after")
+    def _trains_an_agent(self) -> Self:
+        if self.ema_decay:
+            raise ValueError("ema_decay: the agent is judged as it acts, so it must be 0")
+        if self.channels_last:
+            raise ValueError("channels_last: observations are no images")
+        return self
 
 
 class TwoActions(gymnasium.spaces.Discrete):

@@ -56,13 +56,13 @@ from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.cartpole import ACTIONS, OBSERVED, CartPole, CartPoleConfig, greedy_episodes
 from repeatlab.tasks.learner import Learner, LearningTask
 from repeatlab.tasks.models import drawn_from
-from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, chosen
+from repeatlab.tasks.optimization import OptimizerChoice, chosen
 from repeatlab.tasks.replay_buffer import ReplayBuffer, Transitions, whole_episodes
 
 PROBED_TRANSITIONS = 1000
 
 
-class ReinforcementConfig(CartPoleConfig, OptimizationConfig):
+class ReinforcementConfig(CartPoleConfig):
     """Settings of the reinforcement task; the defaults are the plan's.
 
     The plan's recipe also lets the learning rate fall to 0 linearly: that is the method's choice,
@@ -74,8 +74,6 @@ class ReinforcementConfig(CartPoleConfig, OptimizationConfig):
     optimizer: OptimizerChoice = chosen("adam")
     batch_size: Annotated[int, Field(ge=1)] = 32
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = (120, 84)
-    """Widths of the hidden layers."""
-    gamma: Annotated[float, Field(ge=0, le=1)] = 0.99
     n_steps: Annotated[int, Field(ge=1)] = 3
     learning_starts: Annotated[int, Field(ge=1)] = 500
     """Environment steps before the first update."""
@@ -107,12 +105,6 @@ class ReinforcementConfig(CartPoleConfig, OptimizationConfig):
     def _fit(self) -> Self:
         if self.learning_starts < self.n_steps or self.capacity < self.n_steps:
             raise ValueError("learning_starts and capacity must not be less than n_steps")
-        if self.ema_decay:
-            raise ValueError(
-                "ema_decay: the agent is judged as it acts, and its slow copy is the target network"
-            )
-        if self.channels_last:
-            raise ValueError("channels_last: observations are no images")
         return self
 
 

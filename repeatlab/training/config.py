@@ -308,6 +308,7 @@ class RunConfig(Common):
         if method.way == "conservative" and getattr(self.task, "precision", "") == "float16":
             raise ValueError("method.apply: conservative cannot skip float16 steps that overflow")
         parts["method.fresh_views"] = "fresh_views" if method.fresh_views else None
+        parts["method.mapping.control: spaced"] = getattr(method.mapping, "control", None)
         parts["loader.prefetch"] = "prefetch" if self.loader.prefetch else None
         if method.sampler is not None:
             name, score = method.sampler.name, getattr(method.sampler, "score", None)

@@ -77,7 +77,8 @@ def test_counts_end_with_the_trace_where_the_budget_is_larger():
 
 
 def test_every_mapping_is_offered_but_those_that_a_trace_cannot_serve():
-    assert set(MAPPINGS) - set(offered()) == {"until", "until_limit", "trace"}
+    without = {"until", "until_limit", "while", "trace"}
+    assert set(MAPPINGS) - set(offered()) == without
 
 
 def test_moving_t_redraws_n_at_once():

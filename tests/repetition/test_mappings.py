@@ -23,6 +23,7 @@ from repeatlab.repetition.mappings import (
     Uniform,
     Until,
     UntilLimit,
+    While,
     ZScore,
 )
 
@@ -32,6 +33,7 @@ EXAMPLES = {
     "threshold": [Threshold(t=1.0), Threshold(t=0.1, repeats=4)],
     "linear": [Linear(t=0.1), Linear(t=0.7, max_repeats=3)],
     "until": [Until(t=1.0), Until(t=0.1, max_repeats=3)],
+    "while": [While(t=1.0), While(t=0.02, max_repeats=3)],
     "cosine": [CosineRepeats(), CosineRepeats(high=4, low=2)],
     "ramp": [LinearRepeats(), LinearRepeats(high=3)],
     "control_limit": [ControlLimit(window=8), ControlLimit(k=0.5, repeats=3, window=5)],
@@ -272,7 +274,17 @@ def test_until_asks_for_one_more_while_the_loss_is_above_t(max_repeats):
     losses = [0.05, 0.1, np.float32(0.1), float(np.float32(0.1)), 0.1001, 9.0]
     assert [mapping(loss, LossStats()) for loss in losses] == [1, 1, 1, 1, above, above]
     assert (mapping.most, mapping.asks_again) == (max_repeats, True)
-    assert {name for name, kind in MAPPINGS.items() if kind.asks_again} == {"until", "until_limit"}
+    asking = {name for name, kind in MAPPINGS.items() if kind.asks_again}
+    assert asking == {"until", "until_limit", "while"}
+
+
+@pytest.mark.parametrize("max_repeats", [1, 2, 5])
+def test_while_asks_for_one_more_while_the_loss_is_below_t(max_repeats):
+    mapping = While(t=0.1, max_repeats=max_repeats)
+    below = 2 if max_repeats > 1 else 1
+    losses = [-3.0, 0.0, 0.0999, 0.1, np.float32(0.1), float(np.float32(0.1)), 9.0]
+    assert [mapping(loss, LossStats()) for loss in losses] == [below] * 3 + [1] * 4
+    assert (mapping.most, mapping.asks_again) == (max_repeats, True)
 
 
 @pytest.mark.parametrize("kind", [CosineRepeats, LinearRepeats])
@@ -511,7 +523,14 @@ BAD_COUNTS = [0, -3, 1.5, 2.0, True, math.nan, "2", None]
 @pytest.mark.parametrize("value", BAD_NUMBERS)
 @pytest.mark.parametrize(
     ("kind", "field"),
-    [(Threshold, "t"), (Linear, "t"), (Until, "t"), (ControlLimit, "k"), (ZScore, "step")],
+    [
+        (Threshold, "t"),
+        (Linear, "t"),
+        (Until, "t"),
+        (While, "t"),
+        (ControlLimit, "k"),
+        (ZScore, "step"),
+    ],
 )
 def test_bad_numbers_are_named(kind, field, value):
     with pytest.raises(ValueError, match=rf"^{field} must be a positive, finite number") as error:
@@ -529,6 +548,7 @@ def test_bad_numbers_are_named(kind, field, value):
         (Threshold, "repeats"),
         (Linear, "max_repeats"),
         (Until, "max_repeats"),
+        (While, "max_repeats"),
         (CosineRepeats, "high"),
         (LinearRepeats, "low"),
         (ControlLimit, "repeats"),
@@ -539,7 +559,7 @@ def test_bad_numbers_are_named(kind, field, value):
     ],
 )
 def test_bad_counts_are_named(kind, field, value):
-    needed = {"t": 1.0} if kind in (Threshold, Linear, Until) else {}
+    needed = {"t": 1.0} if kind in (Threshold, Linear, Until, While) else {}
     with pytest.raises(ValueError, match=rf"^{field} must be an integer of at least 1") as error:
         kind(**needed, **{field: value})
     assert str(error.value).endswith(f"not {value!r}")

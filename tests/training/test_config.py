@@ -23,6 +23,7 @@ REQUIRED = {
     "threshold": {"t": 1.5},
     "linear": {"t": 1.5},
     "until": {"t": 1.5},
+    "while": {"t": 1.5},
     "trace": {"counts": [3, 1, 2] * 17},
 }
 

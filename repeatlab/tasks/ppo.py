@@ -1,0 +1,358 @@
+"""Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347) on CartPole-v1.
+
+A *fresh batch* is one rollout: `batch_size` steps of `environments` environments side by side, made
+with the policy of the moment. A *visit* is one pass over it, one update on all of its steps, and
+N is the number of passes. Here repetition is the method itself, not an addition to it: the field's
+default is a constant K = 4 or 10, its adaptive K is the KL stop (`mapping: {name: while, t: 0.02,
+max_repeats: 10}` with `driver: kl`), and N = 1 is the policy gradient without reuse. The field also
+cuts a rollout into minibatches that each pass deals out anew. Then no batch is ever repeated, and N
+would be a property of no loss; so a small rollout is taken whole, with as many updates a step of the
+environment as a large one in minibatches of its size would have. The loss of a step is
+
+    L = max(-A r, -A clip(r, 1 - c, 1 + c)) + c_v (V(s) - R)^2 / 2 - c_e H(pi(. | s))
+
+with r the probability of the action now / when it was taken, and A the advantage by GAE(lambda)
+(Schulman et al. 2016, arXiv 1506.02438), normalised over the rollout; R is A, before that, plus the
+value of then. An episode that was cut off counts the value where it was; a fallen pole counts 0.
+Other details are those of Huang et al. 2022 ("The 37 implementation details of PPO"): tanh networks
+apart for policy and value, orthogonal first weights, Adam with eps 1e-5, gradients clipped at norm
+0.5; the rate falls to 0 by `schedule: {name: linear}`.
+
+What drives, by `driver`, each a mean over the rollout's steps:
+
+- `loss`: L, as it is descended;
+- `value`: (V(s) - R)^2 / 2, how far the rollout was from what the critic had expected;
+- `surrogate`: the first term alone. At the first visit it is 0 on every rollout, as r = 1 and A is
+  normalised: a mapping that looks at first losses alone has nothing to go by;
+- `kl`: (r - 1) - ln r, the estimate of the divergence from the rollout's policy that stops (Schulman
+  2020, "Approximating KL divergence"). It is 0 at the first visit too, and always the KL before the
+  visit's update: that of the last update is not looked at.
+
+Under repetition at a fixed number of updates the environment starves, as in `reinforcement`: the
+ledger's `environment_steps` is `batch_size` a rollout, of which the first is made when the task is
+built. Steps that are visited again come from a policy that is gone, which r corrects for and the
+clip limits. Draws are functions of (seed, rollout, step): arms act alike until they learn otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repeatlab.core.seeding import EndlessDraws, derive
+from repeatlab.tasks import TaskConfig
+from repeatlab.tasks.cartpole import ACTIONS, OBSERVED, CartPole, CartPoleConfig, greedy_episodes
+from repeatlab.tasks.learner import Learner, LearningTask
+from repeatlab.tasks.models import drawn_from
+from repeatlab.tasks.optimization import OptimizerChoice, chosen
+
+ALL_OF_IT = "a batch is all that its rollout has lived through: there are no others to choose from"
+
+
+class PPOConfig(CartPoleConfig):
+    """Settings of the task."""
+
+    name: Literal["ppo"] = "ppo"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    optimizer: OptimizerChoice = chosen("adam", eps=1e-5)
+    clip_norm: Annotated[float, Field(gt=0)] | None = 0.5
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    """Steps of a rollout, of all environments together."""
+    environments: Annotated[int, Field(ge=1)] = 4
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = (64, 64)
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """How far r may be from 1 before its step pulls no further."""
+    clip_value: Annotated[float, Field(gt=0)] | None = None
+    """How far a value may move from that of the rollout before its step pulls no further."""
+    value_weight: Annotated[float, Field(ge=0)] = 0.5
+    entropy_weight: Annotated[float, Field(ge=0)] = 0.01
+    driver: Literal["loss", "value", "surrogate", "kl"] = "loss"
+
+    def refusals(self) -> dict[str, str]:
+        samplers = ("hard_mining", "online", "importance", "selective", "rho_loss", "gradient_norm")
+        return dict.fromkeys(samplers, ALL_OF_IT) | {
+            "fresh_samples": "N rollouts in place of N passes are standard training: use `{}`",
+            "fresh_views": "observations are not augmented, so that there is one view of each",
+            "spaced": "a rollout is of the policy of the moment: it is used, and gone",
+            "prefetch": "the agent acts with its latest weights, so no batch can be made ahead",
+        }
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch_size % self.environments:
+            raise ValueError(
+                f"batch_size must be a multiple of environments, {self.environments}; not "
+                f"{self.batch_size}"
+            )
+        return self
+
+
+class Rollout(NamedTuple):
+    """A batch of b steps, environment by environment, each in its order.
+
+    Attributes:
+        observations: float32, (b, 4): where the action was taken.
+        actions: int64, (b,).
+        log_probabilities: float32, (b,): of the actions, when they were taken.
+        values: float32, (b,): V(s) then.
+        advantages: float32, (b,): A, normalised.
+        returns: float32, (b,): R.
+        indices: int64, (b,): the steps' numbers.
+        index: Which fresh batch this is, from 0.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    log_probabilities: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    indices: Tensor
+    index: int
+
+    def to(self, device: str | torch.device) -> Rollout:
+        """Return the batch on `device`."""
+        return Rollout(*(t.to(device, non_blocking=True) for t in self[:-1]), self.index)
+
+
+class PPO(LearningTask):
+    """See the module's docstring, and `repeatlab.tasks.Task` for the methods.
+
+    Attributes:
+        environments: Where the agent lives.
+        rollout: The latest.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = PPOConfig
+    saved: ClassVar[Mapping[str, str]] = {
+        "model": "model",
+        "optimizer": "learner.optimizer_step",
+        "environments": "environments",
+        "environment_steps": "environment_steps",
+    }
+
+    def __init__(self, config: PPOConfig, *, seed: int, device: str) -> None:
+        self.config, self.seed, self.device = config, seed, torch.device(device)
+        self.batch_size = self.forward_samples = self.backward_samples = config.batch_size
+        with drawn_from(seed):
+            model = ActorCritic(config.hidden)
+        self.train_with(Learner(model, config, device=device))
+        self.model = self.learner.network
+        count = range(config.environments)
+        self.environments = [CartPole(config, derive(seed, "environment", e)) for e in count]
+        self._chances = EndlessDraws(
+            seed, "act", lambda g, numbers: torch.rand(len(numbers), len(count), generator=g).numpy()
+        )
+        self.rollout = self._live(0)
+
+    # --- acting -----------------------------------------------------------------------------------
+
+    def fresh_batch(self, index: int) -> Rollout:
+        """Return rollout `index`, made now unless it is the latest."""
+        if index != self.rollout.index:
+            self.rollout = self._live(index)
+        return self.rollout
+
+    @torch.no_grad()
+    def _live(self, index: int) -> Rollout:
+        """Act for a rollout with the policy of the moment, and say what it was worth."""
+        count, steps = len(self.environments), self.batch_size // len(self.environments)
+        seen, following = (np.zeros((count, steps, OBSERVED), dtype=np.float32) for _ in range(2))
+        actions = np.zeros((count, steps), dtype=np.int64)
+        rewards = np.zeros((count, steps), dtype=np.float32)
+        terminated, ended = (np.zeros((count, steps), dtype=bool) for _ in range(2))
+        for step in range(steps):
+            seen[:, step] = [environment.observation for environment in self.environments]
+            chances = self._chances[index * steps + step]
+            actions[:, step] = chances < self._second(seen[:, step])
+            for e, environment in enumerate(self.environments):
+                reward, fell, cut = environment.step(int(actions[e, step]))
+                rewards[e, step], terminated[e, step], ended[e, step] = reward, fell, fell or cut
+                following[e, step] = environment.observation
+                if fell or cut:
+                    environment.next_episode()
+        self.environment_steps += self.batch_size
+
+        here, there = (
+            torch.from_numpy(rows.reshape(-1, OBSERVED)).to(self.device)
+            for rows in (seen, following)
+        )
+        outputs = self.learner(here).cpu()
+        values, log_probabilities = outputs[:, ACTIONS], outputs[:, :ACTIONS].log_softmax(1)
+        taken = torch.from_numpy(actions).flatten()
+        found = advantages(
+            rewards,
+            values.numpy().reshape(count, steps),
+            self.precision(self.model.critic, there).cpu().numpy().reshape(count, steps),
+            terminated,
+            ended,
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        )
+        raw = torch.from_numpy(found).flatten()
+        return Rollout(
+            here,
+            taken,
+            log_probabilities.gather(1, taken.unsqueeze(1)).squeeze(1),
+            values,
+            (raw - raw.mean()) / (raw.std(correction=0) + 1e-8),
+            raw + values,
+            torch.tensor(self.population(index)),
+            index,
+        ).to(self.device)
+
+    def _second(self, observations: np.ndarray) -> np.ndarray:
+        """Return how probable the second of the two actions is at observations, (n, 4)."""
+        seen = torch.from_numpy(observations).to(self.device, non_blocking=True)
+        return self.precision(self.model.actor, seen).softmax(1)[:, 1].cpu().numpy()
+
+    def population(self, index: int) -> range:
+        return range(index * self.batch_size, (index + 1) * self.batch_size)
+
+    def refresh(self, batch: Rollout, visit: int) -> Rollout:
+        return batch
+
+    # --- learning ---------------------------------------------------------------------------------
+
+    def outputs(self, batch: Rollout) -> Tensor:
+        """Return the logits of the actions, and V(s), (b, 3)."""
+        return self.learner(batch.observations)
+
+    def losses(self, outputs: Tensor, batch: Rollout) -> tuple[Tensor, Tensor]:
+        """Return what drives and what is descended, of every step, (b,) each."""
+        config = self.config
+        log_probabilities = functional.log_softmax(outputs[:, :ACTIONS], dim=1)
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(1)
+        taken = log_probabilities.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
+        change = taken - batch.log_probabilities
+        ratio = change.exp()
+        clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+        surrogate = -torch.minimum(batch.advantages * ratio, batch.advantages * clipped)
+        error = (outputs[:, ACTIONS] - batch.returns).square()
+        if config.clip_value is not None:
+            moved = (outputs[:, ACTIONS] - batch.values).clamp(-config.clip_value, config.clip_value)
+            error = torch.maximum(error, (batch.values + moved - batch.returns).square())
+        value = error / 2
+        loss = surrogate + config.value_weight * value - config.entropy_weight * entropy
+        parts = {"loss": loss, "value": value, "surrogate": surrogate, "kl": ratio - 1 - change}
+        return parts[config.driver], loss
+
+    def bounds(self, outputs: Tensor, batch: Rollout) -> Tensor:
+        """Return nothing that means something: no sampler asks for it here."""
+        return torch.zeros_like(batch.returns)
+
+    # --- evaluating -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Return mean return (steps), the critic's loss (V(s) - R)^2 / 2 and the mean entropy.
+
+        "validation" and "test" play greedy episodes, as in `reinforcement`. "train" is how the
+        agent fared while it learnt: the last 20 episodes of each environment, and the last rollout.
+        """
+        if split == "train":
+            played = [n for e in self.environments for n in e.recent_returns]
+            # Until the first episode has ended: how long they have lasted.
+            lengths = played or [len(e.actions) for e in self.environments]
+            outputs = self.outputs(self.rollout).cpu()
+            errors = (outputs[:, ACTIONS] - self.rollout.returns.cpu()).numpy()
+        else:
+            lengths, outputs, errors = self._played(split)
+        policy = outputs[:, :ACTIONS].log_softmax(1)
+        return {
+            "return": float(np.mean(lengths)),
+            "loss": float(np.mean(np.square(errors, dtype=float)) / 2),
+            "entropy": -(policy.exp() * policy).sum(1).mean().item(),
+        }
+
+    def _played(self, split: str) -> tuple[np.ndarray, Tensor, np.ndarray]:
+        """Return the lengths of greedy episodes, and of their n steps outputs, (n, 3), and A."""
+        (played,) = greedy_episodes(
+            self.config, split, lambda seen: self.learner(seen)[:, :ACTIONS], device=self.device
+        )
+        outputs = self.learner(torch.from_numpy(played.observations).to(self.device)).cpu()
+        values, step = outputs[..., ACTIONS].numpy(), np.arange(played.actions.shape[1])
+        ended, inside = (f(step, played.lengths[:, None] - 1) for f in (np.equal, np.less_equal))
+        found = advantages(
+            played.rewards(self.config),
+            values[:, :-1],
+            values[:, 1:],
+            ended & played.failed[:, None],
+            ended,
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        )
+        return played.lengths, outputs[:, :-1][torch.from_numpy(inside)], found[inside]
+
+    # --- resuming ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"rollout": self.rollout._asdict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rollout = Rollout(**state["rollout"]).to(self.device)
+
+
+class ActorCritic(nn.Module):
+    """Two networks of tanh layers, from an observation to logits and to a value.
+
+    Its output, (..., 3), is the logits of the two actions, and the value.
+    """
+
+    def __init__(self, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        self.actor = _layers(hidden, ACTIONS, gain=0.01)
+        self.critic = _layers(hidden, 1, gain=1.0)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Return both networks' outputs side by side."""
+        return torch.cat([self.actor(observations), self.critic(observations)], dim=-1)
+
+
+def _layers(hidden: tuple[int, ...], outputs: int, *, gain: float) -> nn.Sequential:
+    widths, layers = (OBSERVED, *hidden, outputs), []
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+        nn.init.orthogonal_(layers[-2].weight, 2**0.5)
+        nn.init.zeros_(layers[-2].bias)
+    nn.init.orthogonal_(layers[-2].weight, gain)
+    return nn.Sequential(*layers[:-1])
+
+
+def advantages(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    next_values: np.ndarray,
+    terminated: np.ndarray,
+    ended: np.ndarray,
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> np.ndarray:
+    """Return A_t = sum_k (gamma lambda)^k delta_{t+k} up to the episode's end, or the last step.
+
+    With delta = r + gamma V(s') - V(s), without V(s') beyond a terminal state. All arrays, and what
+    is returned, are (..., steps).
+
+    Args:
+        rewards: What the steps brought.
+        values: V(s).
+        next_values: V(s'), of where a step led, before a new episode begins.
+        terminated: Whether the step led to a terminal state.
+        ended: Whether an episode ended with it, terminated or cut off.
+        gamma: Discount of a step.
+        gae_lambda: lambda; 0 is the TD error, 1 the return less V(s).
+    """
+    found = rewards + gamma * next_values * ~terminated - values
+    for step in reversed(range(found.shape[-1] - 1)):
+        found[..., step] += gamma * gae_lambda * ~ended[..., step] * found[..., step + 1]
+    return found
