@@ -26,6 +26,7 @@ METHODS = {
     "trace": {"mapping": {"name": "trace", "counts": [2, 1, 4, 3]}},
     "linear_linear": {"mapping": {"name": "linear", "t": 0.3}, "schedule": {"name": "linear"}},
     "until": {"mapping": {"name": "until", "t": 0.5, "max_repeats": 3}},
+    "while": {"mapping": {"name": "while", "t": 0.5, "max_repeats": 3}},
     "cosine_repeats": {"mapping": {"name": "cosine", "high": 3}},
     "ramp": {"mapping": {"name": "ramp", "high": 3}},
     "hard_mining": {"sampler": {"name": "hard_mining"}},
@@ -70,7 +71,7 @@ METHODS = {
 }
 # Tasks beyond the six are tried with methods that each ask something else of a task: all tasks with
 # all methods are the longest part of the suite.
-BEYOND = ("transfer", "continual", "noisy_labels", "co_teaching", "single_index", "language")
+BEYOND = ("transfer", "continual", "noisy_labels", "co_teaching", "ppo", "single_index", "language")
 SIX = tuple(name for name in TASKS if name not in BEYOND)
 REPRESENTATIVE = (
     "standard",
@@ -104,6 +105,11 @@ REFUSED = {
     ("co_teaching", "importance_linear"): "unbiased",
     ("co_teaching", "prioritized"): "gradient of its own",
     ("co_teaching", "rho_loss"): "irreducible",
+    ("ppo", "hard_mining"): "lived through",
+    ("ppo", "importance_linear"): "lived through",
+    ("ppo", "online"): "lived through",
+    ("ppo", "spaced"): "policy of the moment",
+    ("ppo", "fresh_views"): "not augmented",
     ("single_index", "hard_mining"): "one batch alone",
     ("single_index", "prioritized"): "one batch alone",
     ("single_index", "online"): "one batch alone",

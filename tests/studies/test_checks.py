@@ -81,6 +81,7 @@ def test_what_does_not_apply_says_why(name):
             "continual": {"initial loss"},
             "noisy_labels": set(),
             "co_teaching": set(),
+            "ppo": {"labels", "overfitting", "regularisation"},
             "single_index": {"labels"},
             "language": {"inputs", "labels", "overfitting"},
         }[name]
@@ -281,6 +282,7 @@ OTHERS = {
     "continual": "model",
     "noisy_labels": "model",
     "co_teaching": "second",
+    "ppo": "model",
     "single_index": "model",
     "language": "model",
 }

@@ -209,6 +209,7 @@ NETWORKS = {
     "reinforcement": ["model", "target"],
     "selfsupervised": ["encoder"],
     "generative": ["g", "d"],
+    "ppo": ["model"],
 }
 
 

@@ -181,7 +181,7 @@ def test_every_task_comes_back_to_the_weights_that_the_best_evaluation_saw(task,
     rule = {"patience": 5, "min_delta": 1e9, "restore_best": True}
     evaluation = {"every": 2, "splits": ["validation"], "early_stopping": rule, "keep": 2}
     fields = {"name": task, "batch_size": BATCH}
-    fields |= {} if task == "reinforcement" else {"ema_decay": 0.5}
+    fields |= {} if task in ("reinforcement", "ppo") else {"ema_decay": 0.5}
     run = run_config(task=fields, evaluation=evaluation, max_updates=4)
     made = train(run, tmp_path)
     assert made.summary["ledger"]["updates"] == 4

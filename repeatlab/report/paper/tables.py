@@ -15,7 +15,7 @@ from repeatlab.analysis.viewpoints import Views
 from repeatlab.store.records import Run, Store
 
 # What a task without a data set learns from.
-SIMULATORS = {"reinforcement": "CartPole-v1"}
+SIMULATORS = dict.fromkeys(("reinforcement", "ppo"), "CartPole-v1")
 # fmt: off
 STUDIES = ["task", "study", "data", "model", "metric", "target", "updates", "seeds", "planned",
            "complete", "diverged", "missing", "k", "k_origin"]

@@ -103,6 +103,16 @@ def _nothing_said(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
     return {"loss": (value, 0.1 * value)}
 
 
+def _first_policy(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
+    """The critic's error on its own returns, less the entropy ln 2 of two equal actions.
+
+    The policy is still the rollout's, so that the surrogate is the mean of normalised advantages.
+    """
+    error = (batch.returns - batch.values).square().mean().item() / 2
+    config = task.config
+    return {"loss": (config.value_weight * error - config.entropy_weight * log(2), 1e-3)}
+
+
 def _one_companion(batch: Any) -> Any:
     """Leave each labelled image one unlabelled one: it is the labels that are learnt by heart."""
     mu = len(batch.weak) // len(batch.labelled)
@@ -168,6 +178,11 @@ EXPECTATIONS: dict[str, Expectations] = {
         # A selection that has begun.
         differentiable={"forget_rate": 0.25, "ramp": 1},
         **_LABELLED,
+    ),
+    "ppo": Expectations(
+        initial=_first_policy,
+        memory="the policy's part has no least loss that is known",
+        penalty="the policy's part is 0 at first and falls below it: there is no loss to measure by",
     ),
     "single_index": Expectations(
         initial=_nothing_said,
