@@ -1,13 +1,14 @@
 """Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347) on CartPole-v1.
 
 A *fresh batch* is one rollout: `batch_size` steps of `environments` environments side by side, made
-with the policy of the moment. A *visit* is one pass over it, one update on all of its steps, and
-N is the number of passes. Here repetition is the method itself, not an addition to it: the field's
-default is a constant K = 4 or 10, its adaptive K is the KL stop (`mapping: {name: while, t: 0.02,
-max_repeats: 10}` with `driver: kl`), and N = 1 is the policy gradient without reuse. The field also
-cuts a rollout into minibatches that each pass deals out anew. Then no batch is ever repeated, and N
-would be a property of no loss; so a small rollout is taken whole, with as many updates a step of the
-environment as a large one in minibatches of its size would have. The loss of a step is
+with the policy of the moment. A *visit* is one pass over it, one update on all of its steps, and N
+is the number of passes. Here repetition is the method itself, not an addition to it: the field's
+default is a constant K from 4 to 20, its adaptive K is the KL stop (`mapping: {name: while,
+t: 0.02, max_repeats: 10}` with `driver: kl`), and N = 1 is the policy gradient without reuse. The
+field often cuts a rollout into minibatches that each pass deals out anew. Then no batch would ever
+be repeated, and no loss be one that N belongs to; so a small rollout is taken whole, as the
+settings tuned for CartPole do, with as many updates for each step of the environment as a large
+one in minibatches of its size. The loss of a step is
 
     L = max(-A r, -A clip(r, 1 - c, 1 + c)) + c_v (V(s) - R)^2 / 2 - c_e H(pi(. | s))
 
@@ -24,14 +25,15 @@ What drives, by `driver`, each a mean over the rollout's steps:
 - `value`: (V(s) - R)^2 / 2, how far the rollout was from what the critic had expected;
 - `surrogate`: the first term alone. At the first visit it is 0 on every rollout, as r = 1 and A is
   normalised: a mapping that looks at first losses alone has nothing to go by;
-- `kl`: (r - 1) - ln r, the estimate of the divergence from the rollout's policy that stops (Schulman
-  2020, "Approximating KL divergence"). It is 0 at the first visit too, and always the KL before the
-  visit's update: that of the last update is not looked at.
+- `kl`: (r - 1) - ln r, by which implementations stop (Schulman 2020, "Approximating KL
+  divergence"). It is 0 at the first visit too, and always the KL before the visit's update: that
+  after the last update is not looked at.
 
 Under repetition at a fixed number of updates the environment starves, as in `reinforcement`: the
 ledger's `environment_steps` is `batch_size` a rollout, of which the first is made when the task is
 built. Steps that are visited again come from a policy that is gone, which r corrects for and the
-clip limits. Draws are functions of (seed, rollout, step): arms act alike until they learn otherwise.
+clip limits. Draws are functions of (seed, rollout, step): arms act alike until they have learnt
+otherwise.
 """
 
 from __future__ import annotations
@@ -44,7 +46,6 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from repeatlab.core.seeding import EndlessDraws, derive
 from repeatlab.tasks import TaskConfig
@@ -57,23 +58,29 @@ ALL_OF_IT = "a batch is all that its rollout has lived through: there are no oth
 
 
 class PPOConfig(CartPoleConfig):
-    """Settings of the task."""
+    """Settings of the task; the defaults are those that RL Baselines3 Zoo has tuned for CartPole.
+
+    But for the scale of observations and the clip, which does not fall. It has K = 20 there, and
+    the rate falls to 0.
+    """
 
     name: Literal["ppo"] = "ppo"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     optimizer: OptimizerChoice = chosen("adam", eps=1e-5)
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.5
-    batch_size: Annotated[int, Field(ge=1)] = 128
+    batch_size: Annotated[int, Field(ge=1)] = 256
     """Steps of a rollout, of all environments together."""
-    environments: Annotated[int, Field(ge=1)] = 4
+    environments: Annotated[int, Field(ge=1)] = 8
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = (64, 64)
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.98
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.8
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """How far r may be from 1 before its step pulls no further."""
     clip_value: Annotated[float, Field(gt=0)] | None = None
     """How far a value may move from that of the rollout before its step pulls no further."""
     value_weight: Annotated[float, Field(ge=0)] = 0.5
-    entropy_weight: Annotated[float, Field(ge=0)] = 0.01
+    entropy_weight: Annotated[float, Field(ge=0)] = 0.0
+    sutton_barto_reward: bool = False
     driver: Literal["loss", "value", "surrogate", "kl"] = "loss"
 
     def refusals(self) -> dict[str, str]:
@@ -88,10 +95,8 @@ class PPOConfig(CartPoleConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.batch_size % self.environments:
-            raise ValueError(
-                f"batch_size must be a multiple of environments, {self.environments}; not "
-                f"{self.batch_size}"
-            )
+            many = f"a multiple of environments, {self.environments}"
+            raise ValueError(f"batch_size must be {many}; not {self.batch_size}")
         return self
 
 
@@ -149,7 +154,9 @@ class PPO(LearningTask):
         count = range(config.environments)
         self.environments = [CartPole(config, derive(seed, "environment", e)) for e in count]
         self._chances = EndlessDraws(
-            seed, "act", lambda g, numbers: torch.rand(len(numbers), len(count), generator=g).numpy()
+            seed,
+            "act",
+            lambda g, numbers: torch.rand(len(numbers), len(count), generator=g).numpy(),
         )
         self.rollout = self._live(0)
 
@@ -163,56 +170,47 @@ class PPO(LearningTask):
 
     @torch.no_grad()
     def _live(self, index: int) -> Rollout:
-        """Act for a rollout with the policy of the moment, and say what it was worth."""
-        count, steps = len(self.environments), self.batch_size // len(self.environments)
-        seen, following = (np.zeros((count, steps, OBSERVED), dtype=np.float32) for _ in range(2))
-        actions = np.zeros((count, steps), dtype=np.int64)
-        rewards = np.zeros((count, steps), dtype=np.float32)
-        terminated, ended = (np.zeros((count, steps), dtype=bool) for _ in range(2))
+        """Act for a rollout with the policy of the moment."""
+        environments = self.environments
+        steps = self.batch_size // len(environments)
+        lived = np.zeros((len(environments), steps, 2 * OBSERVED + 4), dtype=np.float32)
         for step in range(steps):
-            seen[:, step] = [environment.observation for environment in self.environments]
-            chances = self._chances[index * steps + step]
-            actions[:, step] = chances < self._second(seen[:, step])
-            for e, environment in enumerate(self.environments):
-                reward, fell, cut = environment.step(int(actions[e, step]))
-                rewards[e, step], terminated[e, step], ended[e, step] = reward, fell, fell or cut
-                following[e, step] = environment.observation
+            seen = np.stack([environment.observation for environment in environments])
+            policy = self.precision(self.model.actor, torch.from_numpy(seen).to(self.device))
+            first = policy.softmax(1)[:, 0].cpu().numpy()
+            actions = self._chances[index * steps + step] >= first
+            for e, environment in enumerate(environments):
+                reward, fell, cut = environment.step(int(actions[e]))
+                facts = (actions[e], reward, fell, fell or cut)
+                lived[e, step] = (*seen[e], *environment.observation, *facts)
                 if fell or cut:
                     environment.next_episode()
         self.environment_steps += self.batch_size
+        return self._judged(lived, index)
 
+    def _judged(self, lived: np.ndarray, index: int) -> Rollout:
+        """Return the rollout that was lived through, with what its steps were worth."""
         here, there = (
-            torch.from_numpy(rows.reshape(-1, OBSERVED)).to(self.device)
-            for rows in (seen, following)
+            torch.from_numpy(lived[..., at : at + OBSERVED].reshape(-1, OBSERVED)).to(self.device)
+            for at in (0, OBSERVED)
         )
-        outputs = self.learner(here).cpu()
-        values, log_probabilities = outputs[:, ACTIONS], outputs[:, :ACTIONS].log_softmax(1)
-        taken = torch.from_numpy(actions).flatten()
-        found = advantages(
-            rewards,
-            values.numpy().reshape(count, steps),
-            self.precision(self.model.critic, there).cpu().numpy().reshape(count, steps),
-            terminated,
-            ended,
-            gamma=self.config.gamma,
-            gae_lambda=self.config.gae_lambda,
-        )
+        taken, rewards, terminated, ended = np.moveaxis(lived[..., 2 * OBSERVED :], -1, 0)
+        outputs, actions = self.learner(here).cpu(), torch.from_numpy(taken.flatten()).long()
+        values = outputs[:, ACTIONS]
+        later = self.precision(self.model.critic, there).cpu().numpy().reshape(ended.shape)
+        now = values.numpy().reshape(ended.shape)
+        found = advantages(rewards, now, later, terminated, ended, self.config)
         raw = torch.from_numpy(found).flatten()
         return Rollout(
             here,
-            taken,
-            log_probabilities.gather(1, taken.unsqueeze(1)).squeeze(1),
+            actions,
+            log_probability(outputs, actions),
             values,
             (raw - raw.mean()) / (raw.std(correction=0) + 1e-8),
             raw + values,
             torch.tensor(self.population(index)),
             index,
         ).to(self.device)
-
-    def _second(self, observations: np.ndarray) -> np.ndarray:
-        """Return how probable the second of the two actions is at observations, (n, 4)."""
-        seen = torch.from_numpy(observations).to(self.device, non_blocking=True)
-        return self.precision(self.model.actor, seen).softmax(1)[:, 1].cpu().numpy()
 
     def population(self, index: int) -> range:
         return range(index * self.batch_size, (index + 1) * self.batch_size)
@@ -229,24 +227,23 @@ class PPO(LearningTask):
     def losses(self, outputs: Tensor, batch: Rollout) -> tuple[Tensor, Tensor]:
         """Return what drives and what is descended, of every step, (b,) each."""
         config = self.config
-        log_probabilities = functional.log_softmax(outputs[:, :ACTIONS], dim=1)
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(1)
-        taken = log_probabilities.gather(1, batch.actions.unsqueeze(1)).squeeze(1)
-        change = taken - batch.log_probabilities
+        change = log_probability(outputs, batch.actions) - batch.log_probabilities
         ratio = change.exp()
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
         surrogate = -torch.minimum(batch.advantages * ratio, batch.advantages * clipped)
         error = (outputs[:, ACTIONS] - batch.returns).square()
         if config.clip_value is not None:
-            moved = (outputs[:, ACTIONS] - batch.values).clamp(-config.clip_value, config.clip_value)
+            moved = (outputs[:, ACTIONS] - batch.values).clamp(
+                -config.clip_value, config.clip_value
+            )
             error = torch.maximum(error, (batch.values + moved - batch.returns).square())
         value = error / 2
-        loss = surrogate + config.value_weight * value - config.entropy_weight * entropy
+        loss = surrogate + config.value_weight * value - config.entropy_weight * entropy(outputs)
         parts = {"loss": loss, "value": value, "surrogate": surrogate, "kl": ratio - 1 - change}
         return parts[config.driver], loss
 
     def bounds(self, outputs: Tensor, batch: Rollout) -> Tensor:
-        """Return nothing that means something: no sampler asks for it here."""
+        """Return zeros: no sampler asks for bounds here."""
         return torch.zeros_like(batch.returns)
 
     # --- evaluating -------------------------------------------------------------------------------
@@ -266,11 +263,10 @@ class PPO(LearningTask):
             errors = (outputs[:, ACTIONS] - self.rollout.returns.cpu()).numpy()
         else:
             lengths, outputs, errors = self._played(split)
-        policy = outputs[:, :ACTIONS].log_softmax(1)
         return {
             "return": float(np.mean(lengths)),
             "loss": float(np.mean(np.square(errors, dtype=float)) / 2),
-            "entropy": -(policy.exp() * policy).sum(1).mean().item(),
+            "entropy": entropy(outputs).mean().item(),
         }
 
     def _played(self, split: str) -> tuple[np.ndarray, Tensor, np.ndarray]:
@@ -281,15 +277,8 @@ class PPO(LearningTask):
         outputs = self.learner(torch.from_numpy(played.observations).to(self.device)).cpu()
         values, step = outputs[..., ACTIONS].numpy(), np.arange(played.actions.shape[1])
         ended, inside = (f(step, played.lengths[:, None] - 1) for f in (np.equal, np.less_equal))
-        found = advantages(
-            played.rewards(self.config),
-            values[:, :-1],
-            values[:, 1:],
-            ended & played.failed[:, None],
-            ended,
-            gamma=self.config.gamma,
-            gae_lambda=self.config.gae_lambda,
-        )
+        rewards, fell = played.rewards(self.config), ended & played.failed[:, None]
+        found = advantages(rewards, values[:, :-1], values[:, 1:], fell, ended, self.config)
         return played.lengths, outputs[:, :-1][torch.from_numpy(inside)], found[inside]
 
     # --- resuming ---------------------------------------------------------------------------------
@@ -328,15 +317,24 @@ def _layers(hidden: tuple[int, ...], outputs: int, *, gain: float) -> nn.Sequent
     return nn.Sequential(*layers[:-1])
 
 
+def log_probability(outputs: Tensor, actions: Tensor) -> Tensor:
+    """Return ln pi(a | s) of actions, (n,), for a network's outputs, (n, 3)."""
+    return outputs[:, :ACTIONS].log_softmax(1).gather(1, actions.unsqueeze(1)).squeeze(1)
+
+
+def entropy(outputs: Tensor) -> Tensor:
+    """Return the entropy of the policy, (n,), in nats, for a network's outputs, (n, 3)."""
+    policy = outputs[:, :ACTIONS].log_softmax(1)
+    return -(policy.exp() * policy).sum(1)
+
+
 def advantages(
     rewards: np.ndarray,
     values: np.ndarray,
     next_values: np.ndarray,
     terminated: np.ndarray,
     ended: np.ndarray,
-    *,
-    gamma: float,
-    gae_lambda: float,
+    config: PPOConfig,
 ) -> np.ndarray:
     """Return A_t = sum_k (gamma lambda)^k delta_{t+k} up to the episode's end, or the last step.
 
@@ -347,12 +345,12 @@ def advantages(
         rewards: What the steps brought.
         values: V(s).
         next_values: V(s'), of where a step led, before a new episode begins.
-        terminated: Whether the step led to a terminal state.
-        ended: Whether an episode ended with it, terminated or cut off.
-        gamma: Discount of a step.
-        gae_lambda: lambda; 0 is the TD error, 1 the return less V(s).
+        terminated: Whether the step led to a terminal state, 0 or 1.
+        ended: Whether an episode ended with it, terminated or cut off, 0 or 1.
+        config: Has gamma, and lambda: 0 is the TD error, 1 the return less V(s).
     """
-    found = rewards + gamma * next_values * ~terminated - values
+    found = rewards + config.gamma * next_values * (1 - terminated) - values
+    fades = config.gamma * config.gae_lambda * (1 - ended)
     for step in reversed(range(found.shape[-1] - 1)):
-        found[..., step] += gamma * gae_lambda * ~ended[..., step] * found[..., step + 1]
+        found[..., step] += fades[..., step] * found[..., step + 1]
     return found

@@ -23,11 +23,17 @@ Under repetition, and so at a fixed number of updates:
 - epsilon falls with environment steps, so that a repeating arm explores as long in the environment
   as the standard one; `epsilon_clock: updates` makes it fall with updates;
 - the target network is copied every `target_every` updates, that is after fewer steps;
-  `target_clock: fresh_batches` counts fresh batches, which are steps / `train_frequency`;
+  `target_clock: fresh_batches` counts steps / `train_frequency`, which are the fresh batches;
 - a repeat sees the same transitions, and nothing is redrawn, but its TD targets are computed anew:
   the network that picks the action in s' has moved. There is no augmentation, so `fresh_views`
   is refused. `replay(index, visit)` draws other transitions from the same buffer, for the
   control that replaces repeats by new samples (a higher update-to-data ratio).
+
+`replay_ratio` makes that many fresh batches after the same steps, with all else as it is: the
+field's own way to more updates a step. What it costs, networks that fit their first experience and
+learn no longer, is mended by resets (Nikishin et al. 2022, arXiv 2205.07802): `reset_every` draws
+the last `reset_layers` anew in both networks, forgets their moments in the optimizer, and leaves
+the buffer.
 
 Forward samples of an update: the batch through the network at s, and through both at s'. The single
 observations on which the agent acts are not counted; they go with environment steps.
@@ -78,7 +84,13 @@ class ReinforcementConfig(CartPoleConfig):
     learning_starts: Annotated[int, Field(ge=1)] = 500
     """Environment steps before the first update."""
     train_frequency: Annotated[int, Field(ge=1)] = 1
-    """Environment steps for each fresh batch."""
+    """Environment steps for each fresh batch, or for `replay_ratio` of them."""
+    replay_ratio: Annotated[int, Field(ge=1)] = 1
+    """Fresh batches for each `train_frequency` steps."""
+    reset_every: Annotated[int, Field(ge=1)] | None = None
+    """Updates between two resets; null leaves the networks as they are."""
+    reset_layers: Annotated[int, Field(ge=1)] = 1
+    """How many of the last layers a reset draws anew, at most all."""
     capacity: Annotated[int, Field(ge=1)] = 100_000
     """Transitions that the replay buffer keeps: by default all that the plan's budget makes."""
     target_every: Annotated[int, Field(ge=1)] = 100
@@ -219,12 +231,14 @@ class Reinforcement(LearningTask):
         missing = self._steps_at(index) - self.environment_steps
         if missing > 0:
             config = self.config
-            if config.target_clock == "fresh_batches" and index % config.target_every == 0:
+            ticks = index // config.replay_ratio
+            if config.target_clock == "fresh_batches" and ticks % config.target_every == 0:
                 self._copy_target()
             self.act(missing)
 
     def _steps_at(self, index: int) -> int:
-        return self.config.learning_starts + (index + 1) * self.config.train_frequency
+        config = self.config
+        return config.learning_starts + (index // config.replay_ratio + 1) * config.train_frequency
 
     def replay(self, index: int, visit: int = 0) -> Transitions:
         """Return a uniform sample of what the buffer held at fresh batch `index`.
@@ -297,6 +311,19 @@ class Reinforcement(LearningTask):
         config = self.config
         if config.target_clock == "updates" and self.updates % config.target_every == 0:
             self._copy_target()
+        if config.reset_every is not None and self.updates % config.reset_every == 0:
+            self._reset()
+
+    @torch.no_grad()
+    def _reset(self) -> None:
+        with drawn_from(self.seed, f"reset/{self.updates}"):
+            first = q_network(self.config.hidden)
+        networks = (self.model, self.target, first)
+        rows = list(zip(*(network.parameters() for network in networks), strict=True))
+        for weight, copy, new in rows[-2 * self.config.reset_layers :]:
+            weight.copy_(new)
+            copy.copy_(new)
+            self.optimizer.state.pop(weight, None)
 
     def outputs(self, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Return Q(s, a) and the double DQN targets of it, both (batch,)."""

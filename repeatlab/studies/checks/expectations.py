@@ -182,7 +182,7 @@ EXPECTATIONS: dict[str, Expectations] = {
     "ppo": Expectations(
         initial=_first_policy,
         memory="the policy's part has no least loss that is known",
-        penalty="the policy's part is 0 at first and falls below it: there is no loss to measure by",
+        penalty="the policy's part is 0 at first and falls below it",
     ),
     "single_index": Expectations(
         initial=_nothing_said,
