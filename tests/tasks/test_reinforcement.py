@@ -333,6 +333,45 @@ def test_the_target_network_is_copied_by_updates_or_by_fresh_batches():
     assert copies(make(**by_batches), [3] * 10) == [12, 24]
 
 
+def test_a_replay_ratio_makes_more_batches_of_the_same_steps():
+    once, often = make(train_frequency=2), make(train_frequency=2, replay_ratio=4)
+    batches = [often.fresh_batch(k) for k in range(12)]
+    assert often.environment_steps == 60 + 3 * 2
+    assert len({tuple(batch.indices.tolist()) for batch in batches}) == 12
+    assert all(int(b.indices.max()) < 60 + 2 * (k // 4 + 1) - 2 for k, b in enumerate(batches))
+    learn(once, [1] * 3)
+    assert once.environment_steps == often.environment_steps
+    again = [often.fresh_batch(k).indices.tolist() for k in range(12)]
+    assert again == [batch.indices.tolist() for batch in batches]
+    assert often.environment_steps == 60 + 3 * 2
+    # The clock of the target network that counts steps goes by them still.
+    by_steps = {"target_every": 3, "target_clock": "fresh_batches"}
+    assert copies(make(**by_steps, replay_ratio=2), [1] * 20) == [6, 12, 18]
+
+
+@pytest.mark.parametrize(("layers", "kept"), [(1, 4), (2, 2), (9, 0)])
+def test_a_reset_draws_the_last_layers_anew_and_forgets_their_moments(layers, kept):
+    plain, reset = make(target_every=5), make(target_every=5, reset_every=7, reset_layers=layers)
+    assert learn(plain, [1] * 7) == learn(reset, [1] * 7)
+    first, number = list(make().model.parameters()), len(list(plain.model.parameters()))
+    rows = zip(*(t.parameters() for t in (plain.model, reset.model, reset.target)), strict=True)
+    for place, (before, after, target) in enumerate(rows):
+        assert torch.equal(before, after) == (place < kept)
+        assert torch.equal(after, target) == (place >= kept)
+        assert not torch.equal(after, first[place])
+        assert (after in reset.optimizer.state) == (place < kept)
+        if place >= kept:  # drawn as torch's linear layers are
+            fan_in = list(reset.model.parameters())[place // 2 * 2].shape[1]
+            assert 0 < after.abs().max().item() <= fan_in**-0.5
+    assert number == 6
+    assert reset.buffer.steps == plain.buffer.steps
+    # The next reset draws others.
+    was = [weight.clone() for weight in list(reset.model.parameters())[-2:]]
+    learn(reset, [1] * 7, start=7)
+    assert reset.updates == 14
+    assert not any(map(torch.equal, was, list(reset.model.parameters())[-2:]))
+
+
 def run_config(method: dict[str, Any], updates: int = 40, **task: Any) -> RunConfig:
     data = {
         "task": {"name": "reinforcement"} | SMALL | task,
@@ -589,7 +628,15 @@ def test_evaluation_starts_are_fixed_over_runs_and_differ_between_splits():
 
 
 @pytest.mark.parametrize("stop", [1, 10, 23])
-@pytest.mark.parametrize("fields", [{}, {"capacity": 50}, {"target_clock": "fresh_batches"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"capacity": 50},
+        {"target_clock": "fresh_batches"},
+        {"replay_ratio": 2, "reset_every": 8},
+    ],
+)
 def test_goes_on_after_a_reload_in_the_middle_of_a_repeat(stop, fields):
     """As the loop does: the batch under way is asked for again."""
     counts, fields = [3] * 40, {"target_every": 10} | fields
