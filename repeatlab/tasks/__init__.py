@@ -35,13 +35,13 @@ TASKS: dict[str, str] = {
     "reinforcement": "repeatlab.tasks.reinforcement:Reinforcement",
     "unsupervised": "repeatlab.tasks.unsupervised:Unsupervised",
     "generative": "repeatlab.tasks.generative:Generative",
+    # Where passes over one batch are the method itself.
+    "ppo": "repeatlab.tasks.ppo:PPO",
     # Beyond the six: what repetition does where a network has to keep, or to doubt, what it learns.
     "transfer": "repeatlab.tasks.transfer:Transfer",
     "continual": "repeatlab.tasks.continual:Continual",
     "noisy_labels": "repeatlab.tasks.noisy_labels:NoisyLabels",
     "co_teaching": "repeatlab.tasks.co_teaching:CoTeaching",
-    # Where passes over one batch are the method itself.
-    "ppo": "repeatlab.tasks.ppo:PPO",
     # On which it is known beforehand what there is to find.
     "single_index": "repeatlab.tasks.single_index:SingleIndex",
     # Where data may be seen once, or again and again.
@@ -57,11 +57,11 @@ VERSIONS = {
     "reinforcement": 1,
     "unsupervised": 1,
     "generative": 1,
+    "ppo": 1,
     "transfer": 1,
     "continual": 1,
     "noisy_labels": 1,
     "co_teaching": 1,
-    "ppo": 1,
     "single_index": 1,
     "language": 1,
 }

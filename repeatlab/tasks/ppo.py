@@ -171,29 +171,32 @@ class PPO(LearningTask):
     @torch.no_grad()
     def _live(self, index: int) -> Rollout:
         """Act for a rollout with the policy of the moment."""
-        environments = self.environments
-        steps = self.batch_size // len(environments)
-        lived = np.zeros((len(environments), steps, 2 * OBSERVED + 4), dtype=np.float32)
+        steps = self.batch_size // len(self.environments)
+        lived = np.zeros((len(self.environments), steps, 2 * OBSERVED + 4), dtype=np.float32)
         for step in range(steps):
-            seen = np.stack([environment.observation for environment in environments])
-            policy = self.precision(self.model.actor, torch.from_numpy(seen).to(self.device))
-            first = policy.softmax(1)[:, 0].cpu().numpy()
-            actions = self._chances[index * steps + step] >= first
-            for e, environment in enumerate(environments):
-                reward, fell, cut = environment.step(int(actions[e]))
-                facts = (actions[e], reward, fell, fell or cut)
-                lived[e, step] = (*seen[e], *environment.observation, *facts)
-                if fell or cut:
-                    environment.next_episode()
+            seen = np.stack([world.observation for world in self.environments])
+            policy = self._policy(torch.from_numpy(seen).to(self.device)).softmax(1).cpu().numpy()
+            actions = self._chances[index * steps + step] >= policy[:, 0]
+            for e, world in enumerate(self.environments):
+                reward, fell, cut = world.step(int(actions[e]))
+                ends = fell or cut
+                lived[e, step] = (*seen[e], *world.observation, actions[e], reward, fell, ends)
+                if ends:
+                    world.next_episode()
         self.environment_steps += self.batch_size
         return self._judged(lived, index)
 
+    def _policy(self, observations: Tensor) -> Tensor:
+        return self.precision(self.model.actor, observations)
+
     def _judged(self, lived: np.ndarray, index: int) -> Rollout:
-        """Return the rollout that was lived through, with what its steps were worth."""
-        here, there = (
-            torch.from_numpy(lived[..., at : at + OBSERVED].reshape(-1, OBSERVED)).to(self.device)
-            for at in (0, OBSERVED)
-        )
+        """Return the rollout that was lived through, with what its steps were worth.
+
+        `lived` is (environments, steps, 12): observations where a step begins and where it led, the
+        action, the reward, and whether the step led to a terminal state and ended an episode.
+        """
+        parts = torch.from_numpy(lived).flatten(0, 1).split((OBSERVED, OBSERVED, 4), dim=1)
+        here, there = (part.contiguous().to(self.device) for part in parts[:2])
         taken, rewards, terminated, ended = np.moveaxis(lived[..., 2 * OBSERVED :], -1, 0)
         outputs, actions = self.learner(here).cpu(), torch.from_numpy(taken.flatten()).long()
         values = outputs[:, ACTIONS]
@@ -271,9 +274,7 @@ class PPO(LearningTask):
 
     def _played(self, split: str) -> tuple[np.ndarray, Tensor, np.ndarray]:
         """Return the lengths of greedy episodes, and of their n steps outputs, (n, 3), and A."""
-        (played,) = greedy_episodes(
-            self.config, split, lambda seen: self.learner(seen)[:, :ACTIONS], device=self.device
-        )
+        (played,) = greedy_episodes(self.config, split, self._policy, device=self.device)
         outputs = self.learner(torch.from_numpy(played.observations).to(self.device)).cpu()
         values, step = outputs[..., ACTIONS].numpy(), np.arange(played.actions.shape[1])
         ended, inside = (f(step, played.lengths[:, None] - 1) for f in (np.equal, np.less_equal))

@@ -77,11 +77,11 @@ def test_what_does_not_apply_says_why(name):
             "reinforcement": {"labels"},
             "unsupervised": {"labels", "overfitting"},
             "generative": {"labels", "overfitting", "regularisation"},
+            "ppo": {"labels", "overfitting", "regularisation"},
             "transfer": {"initial loss"},
             "continual": {"initial loss"},
             "noisy_labels": set(),
             "co_teaching": set(),
-            "ppo": {"labels", "overfitting", "regularisation"},
             "single_index": {"labels"},
             "language": {"inputs", "labels", "overfitting"},
         }[name]
