@@ -476,6 +476,10 @@ def test_the_study_s_arm_is_the_source(tmp_path, monkeypatch, small_study):
             "methods.a: apply: step_size has no visits for the mapping until",
         ),
         (
+            {"a": {"mapping": {"name": "while", "t": 1}, "apply": "step_size"}},
+            "methods.a: apply: step_size has no visits for the mapping while",
+        ),
+        (
             {"a": control("spaced", "linear", fresh_views=True)},
             "methods.a: control: spaced stands alone",
         ),
