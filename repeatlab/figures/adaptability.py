@@ -15,30 +15,15 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from repeatlab.figures import look
 from repeatlab.figures.intervals import interval_rows
-from repeatlab.figures.look import (
-    caption,
-    in_order,
-    label,
-    line,
-    line_legend,
-    logarithmic,
-    marker,
-    panels,
-    rows_of,
-    said_n,
-    say,
-    spans_decades,
-    style,
-    zero_line,
-)
 
 FAR = 50.0  # per cent of updates saved at which the colours end
 SHADES = "PuOr"  # violet is better, orange worse: colour-blind safe
 SHARES = ["saved", "low", "high", "mean", "new_low", "new_high"]
 
 
-@style()
+@look.style()
 def heat_map(arms: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     """Draw the updates saved and their interval, arm by task; to the right over these tasks.
 
@@ -48,9 +33,9 @@ def heat_map(arms: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
         arms: The table "arms" of `plan_tables`.
         pooled: The table "over_tasks".
     """
-    methods, tasks = in_order(pooled["arm"]), list(arms["task"].unique())
-    figure, ((axes,),) = panels(1, 1, height=0.85 + 0.27 * max(3, len(methods)))
-    rows_of(axes, [label(method) for method in methods])
+    methods, tasks = look.in_order(pooled["arm"]), list(arms["task"].unique())
+    figure, ((axes,),) = look.panels(1, 1, height=0.85 + 0.27 * max(3, len(methods)))
+    look.rows_of(axes, [look.label(method) for method in methods])
     columns = {task: x for x, task in enumerate(tasks)}
     last = len(tasks) + 0.15
     rows = pd.concat([arms, pooled.assign(task="")])
@@ -60,7 +45,7 @@ def heat_map(arms: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
         _cell(axes, place, row.saved, (row.low, row.high), framed=framed)
     axes.set_xlim(-0.5, len(tasks) + 0.65)
     axes.set_ylim(max(1, len(methods)) - 0.5, -0.5)
-    heads = [f"{task}\n{said_n(n)}" for task, n in arms.groupby("task", sort=False)["seeds"]]
+    heads = [f"{task}\n{look.said_n(n)}" for task, n in arms.groupby("task", sort=False)["seeds"]]
     axes.set_xticks([*range(len(tasks)), last], [*heads, "these tasks\ntogether"])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -106,16 +91,16 @@ def _short(value: float) -> str:
     return f"{value:+.0f}".replace("-", "\u2212") if abs(value) >= 0.5 else "0"
 
 
-@style()
+@look.style()
 def over_all_tasks(pooled: pd.DataFrame) -> Figure:
     """Draw each arm's effect on these tasks, and what a new task of the kind would show.
 
     Args:
         pooled: The table "over_tasks" of `plan_tables`.
     """
-    methods = in_order(pooled["arm"])
+    methods = look.in_order(pooled["arm"])
     height = 1.0 + 0.165 * max(4, len(methods))
-    figure, (row,) = panels(1, 2, height=height, sharey=True)
+    figure, (row,) = look.panels(1, 2, height=height, sharey=True)
     table = _in_per_cent(pooled).rename(columns={"arm": "method"})
     decided = set(table.loc[table["state"].isin(["better", "worse"]), "method"])
     shown = {
@@ -132,14 +117,14 @@ def over_all_tasks(pooled: pd.DataFrame) -> Figure:
             ["method", "estimate", "low", "high"], axis=1
         )
         interval_rows(axes, found, methods, solid=solid, missing="no estimate")
-        zero_line(axes)
+        look.zero_line(axes)
         axes.set_xlabel(f"% of updates saved\n{said}")
     row[1].tick_params(axis="y", length=0)
-    caption(figure, f"against standard, {said_n(pooled['tasks'])} tasks")
+    look.caption(figure, f"against standard, {look.said_n(pooled['tasks'])} tasks")
     return figure
 
 
-@style()
+@look.style()
 def distributions(frame: pd.DataFrame, *, tasks: Sequence[str], methods: Sequence[str]) -> Figure:
     """Draw how losses and N are distributed: a column per task, all seeds together.
 
@@ -150,27 +135,27 @@ def distributions(frame: pd.DataFrame, *, tasks: Sequence[str], methods: Sequenc
         tasks: From left to right.
         methods: Which.
     """
-    figure, grid = panels(2, len(tasks), height=3.1, sharey="row")
+    figure, grid = look.panels(2, len(tasks), height=3.1, sharey="row")
     most = int(frame["repeats"].max()) if len(frame) else 1
     for (top, bottom), task in zip(grid.T, tasks, strict=True):
         of_task = frame[frame["task"] == task]
         seeds = of_task.groupby("method")["seed"].nunique()
-        top.set_title(f"{task}\n{said_n(seeds)}" if len(of_task) else task, loc="left")
+        top.set_title(f"{task}\n{look.said_n(seeds)}" if len(of_task) else task, loc="left")
         if not len(of_task):
-            say(top, bare=True)
-            say(bottom, bare=True)
+            look.say(top, bare=True)
+            look.say(bottom, bare=True)
             continue
         losses = of_task["loss"].to_numpy(float)
-        on_log = spans_decades(losses)
+        on_log = look.spans_decades(losses)
         edges = _bins(losses, on_log)
         for method in [m for m in methods if (of_task["method"] == m).any()]:
             mine = of_task[of_task["method"] == method]
             counts, _ = np.histogram(mine["loss"], edges)
-            top.stairs(counts / len(mine), edges, lw=1.1, **line(method))
+            top.stairs(counts / len(mine), edges, lw=1.1, **look.line(method))
             shares = mine["repeats"].value_counts(normalize=True).sort_index()
-            bottom.plot(shares.index, shares, ms=3, marker=marker(method), **line(method))
+            bottom.plot(shares.index, shares, ms=3, marker=look.marker(method), **look.line(method))
         if on_log:
-            logarithmic(top, "x")
+            look.logarithmic(top, "x")
         bottom.set_xlim(0.7, most + 0.3)
         bottom.set_xticks(range(1, most + 1))
         bottom.set_yscale("log")
@@ -178,7 +163,7 @@ def distributions(frame: pd.DataFrame, *, tasks: Sequence[str], methods: Sequenc
         bottom.set_xlabel("N")
     for axes in grid[:, 0]:
         axes.set_ylabel("share of\nfresh batches")
-    line_legend(figure, methods)
+    look.line_legend(figure, methods)
     return figure
 
 

@@ -14,27 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repeatlab.analysis.frames import AXES
-from repeatlab.figures.look import (
-    FULL_WIDTH,
-    caption,
-    colour,
-    counts_axis,
-    in_order,
-    label,
-    line,
-    line_legend,
-    logarithmic,
-    panels,
-    rows_of,
-    said_n,
-    say,
-    spans_decades,
-    style,
-    tiles,
-)
+from repeatlab.figures import look
 
 
-@style()
+@look.style()
 def curves_against_standard(
     frame: pd.DataFrame, *, x: str, ylabel: str, log: bool = False, columns: int = 4
 ) -> Figure:
@@ -50,26 +33,26 @@ def curves_against_standard(
         columns: Panels in a row.
     """
     methods = [method for method in frame["method"].unique() if method != "standard"]
-    figure, grid = tiles(
+    figure, grid = look.tiles(
         len(methods), columns=columns, height=1.45, head=0.35, sharex=True, sharey=True
     )
     for axes, method in zip(grid, methods, strict=True):
         for name in ("standard", method):
             curve = frame[frame["method"] == name]
-            axes.plot(curve[x], curve["mean"], color=colour(name), zorder=3)
+            axes.plot(curve[x], curve["mean"], color=look.colour(name), zorder=3)
             low = _above_zero(curve) if log else curve["low"]
-            band = {"color": colour(name), "alpha": 0.2, "lw": 0}
+            band = {"color": look.colour(name), "alpha": 0.2, "lw": 0}
             axes.fill_between(curve[x], low, curve["high"], **band)
             _cross(axes, curve, x, name)
-        axes.set_title(label(method), color=colour(method), loc="left", fontweight="bold")
+        axes.set_title(look.label(method), color=look.colour(method), loc="left", fontweight="bold")
         if log:
-            logarithmic(axes, "y")
-        counts_axis(axes)
+            look.logarithmic(axes, "y")
+        look.counts_axis(axes)
     figure.supxlabel(AXES[x], fontsize=8)
     figure.supylabel(ylabel, fontsize=8)
     crosses = "; x: a run diverged" if frame["diverged"].any() else ""
-    tasks, seeds = ", ".join(frame["task"].unique()), said_n(frame["n"])
-    caption(
+    tasks, seeds = ", ".join(frame["task"].unique()), look.said_n(frame["n"])
+    look.caption(
         figure, f"{tasks}: mean and 95 % t-interval over {seeds} seeds; grey: standard{crosses}"
     )
     return figure
@@ -84,10 +67,10 @@ def _cross(axes: Axes, curve: pd.DataFrame, x: str, method: str) -> None:
     """Mark the end of a curve that ends because a run diverged."""
     if curve["diverged"].any():
         end = curve.iloc[-1]
-        axes.plot(end[x], end["mean"], "x", ms=5, mew=1.4, color=colour(method), zorder=4)
+        axes.plot(end[x], end["mean"], "x", ms=5, mew=1.4, color=look.colour(method), zorder=4)
 
 
-@style()
+@look.style()
 def time_to_target(frame: pd.DataFrame, *, x: str | Sequence[str], target: str) -> Figure:
     """Draw when each run first reached the target: a dot per seed, its median as a bar.
 
@@ -100,24 +83,24 @@ def time_to_target(frame: pd.DataFrame, *, x: str | Sequence[str], target: str) 
         x: Its x column, a key of `analysis.AXES`, or several for a panel each.
         target: What was to be reached, in words.
     """
-    methods = in_order(frame["method"])
+    methods = look.in_order(frame["method"])
     shown = [x] if isinstance(x, str) else list(x)
-    size = {"width": FULL_WIDTH * (0.6 if len(shown) == 1 else 1.0)}
+    size = {"width": look.FULL_WIDTH * (0.6 if len(shown) == 1 else 1.0)}
     size |= {"height": 0.95 + 0.17 * max(3, len(methods))}
-    figure, (row,) = panels(1, len(shown), sharey=True, **size)
+    figure, (row,) = look.panels(1, len(shown), sharey=True, **size)
     for axes, name in zip(row, shown, strict=True):
         for place, method in enumerate(methods):
             _dots(axes, frame[frame["method"] == method], name, place)
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{AXES[name]} until {target}")
-        counts_axis(axes)
+        look.counts_axis(axes)
     for place, method in enumerate(methods):
         runs = frame[frame["method"] == method]
         hits = f"{int(runs['reached'].sum())}/{len(runs)}"
         beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 6}
         row[-1].annotate(hits, (1.01, place), **beside)
-    rows_of(row[0], [label(method) for method in methods])
-    caption(
+    look.rows_of(row[0], [look.label(method) for method in methods])
+    look.caption(
         figure,
         "dots: seeds; bar: median; triangles: missed by then\nright: how many reached the target",
     )
@@ -125,7 +108,7 @@ def time_to_target(frame: pd.DataFrame, *, x: str | Sequence[str], target: str) 
 
 
 def _dots(axes: Axes, runs: pd.DataFrame, x: str, row: int) -> None:
-    shade = colour(runs["method"].iloc[0])
+    shade = look.colour(runs["method"].iloc[0])
     hit, missed = runs[runs["reached"]], runs[~runs["reached"]]
     # Seeds side by side: several may reach the target at the same evaluation.
     heights = row + np.linspace(-0.22, 0.22, len(runs)) if len(runs) > 1 else np.array([row])
@@ -140,7 +123,7 @@ def _dots(axes: Axes, runs: pd.DataFrame, x: str, row: int) -> None:
 # --- several tasks ----------------------------------------------------------------------------
 
 
-@style()
+@look.style()
 def curves_over_tasks(
     frame: pd.DataFrame,
     *,
@@ -162,36 +145,37 @@ def curves_over_tasks(
         ylabels: Task to the label of its metric, in the order of the panels.
         log: Tasks whose metric's axis is logarithmic, where it spans a decade.
     """
-    figure, grid = tiles(len(ylabels), columns=3, height=1.75, head=0.75)
+    figure, grid = look.tiles(len(ylabels), columns=3, height=1.75, head=0.75)
     for axes, (task, ylabel) in zip(grid, ylabels.items(), strict=True):
         of_task = frame[(frame["task"] == task) & frame["method"].isin(methods)]
-        axes.set_title(f"{task}, {said_n(of_task['n'])}" if len(of_task) else task, loc="left")
+        axes.set_title(f"{task}, {look.said_n(of_task['n'])}" if len(of_task) else task, loc="left")
         axes.set_ylabel(ylabel)
         if not len(of_task):
-            say(axes, bare=True)
+            look.say(axes, bare=True)
             continue
         started = of_task[of_task.groupby("method").cumcount() > 0]
         means = (started if len(started) else of_task)["mean"].to_numpy(float)
-        on_log = task in log and spans_decades(means)
+        on_log = task in log and look.spans_decades(means)
         if on_log:
-            logarithmic(axes, "y")
+            look.logarithmic(axes, "y")
         for method in methods:
             curve = of_task[of_task["method"] == method]
             if not len(curve):
                 continue
-            axes.plot(curve[x], curve["mean"], zorder=3, **line(method))
+            axes.plot(curve[x], curve["mean"], zorder=3, **look.line(method))
             if method in ("standard", methods[-1]):
                 low = _above_zero(curve) if on_log else curve["low"]
                 for limit in (low, curve["high"]):
-                    axes.plot(curve[x], limit, lw=0.5, color=colour(method), alpha=0.7)
+                    axes.plot(curve[x], limit, lw=0.5, color=look.colour(method), alpha=0.7)
             _cross(axes, curve, x, method)
         _follow(axes, means, on_log)
-        counts_axis(axes)
+        look.counts_axis(axes)
     figure.supxlabel(
-        f"{AXES[x]}; mean over n seeds; thin: 95 % t-interval of standard, {label(methods[-1])}",
+        f"{AXES[x]}; mean over n seeds; thin: 95 % t-interval of standard, "
+        f"{look.label(methods[-1])}",
         fontsize=8,
     )
-    line_legend(figure, methods)
+    look.line_legend(figure, methods)
     return figure
 
 
@@ -207,7 +191,7 @@ def _follow(axes: Axes, means: np.ndarray, on_log: bool) -> None:
     axes.set_ylim(*np.exp(limits) if on_log else limits)
 
 
-@style()
+@look.style()
 def target_curves(
     times: pd.DataFrame,
     survival: Mapping[tuple[str, str], np.ndarray],
@@ -230,7 +214,7 @@ def target_curves(
     """
     others = [method for method in methods if method != "standard"]
     height = 0.75 + 1.15 * len(targets)
-    figure, grid = panels(len(targets), len(others), height=height, sharex="row", sharey=True)
+    figure, grid = look.panels(len(targets), len(others), height=height, sharex="row", sharey=True)
     for place, (row, task) in enumerate(zip(grid, targets, strict=True)):
         of_task = times[times["task"] == task]
         shown = of_task[of_task["method"].isin(methods)]
@@ -244,16 +228,16 @@ def target_curves(
                     _reached(axes, survival[task, name], runs, x, end, name)
             title = f"{hits[method]} ({hits['standard']})" if len(of_task) else "no run"
             if not place:
-                title = f"{label(method)}\n{title}"
-            axes.set_title(title, fontsize=7, pad=2, color=colour(method))
+                title = f"{look.label(method)}\n{title}"
+            axes.set_title(title, fontsize=7, pad=2, color=look.colour(method))
             axes.set_ylim(-0.05, 1.05)
             axes.set_xlim(left=0)
-            counts_axis(axes)
+            look.counts_axis(axes)
             if not len(of_task):
                 axes.set_xticks([])
         row[0].set_ylabel(f"{task}:\n{targets[task]}", fontsize=7)
     figure.supxlabel(AXES[x], fontsize=8)
-    caption(
+    look.caption(
         figure,
         "share of runs that reached the target, with 95 % limits; above: runs that did (in "
         "brackets, grey: standard)",
@@ -269,7 +253,7 @@ def _reached(
     share = np.concatenate([[0.0], 1 - curve[:, 1], 1 - curve[-1:, 1]])
     low = np.concatenate([[np.nan], 1 - curve[:, 3], 1 - curve[-1:, 3]])
     high = np.concatenate([[np.nan], 1 - curve[:, 2], 1 - curve[-1:, 2]])
-    shade = colour(method)
+    shade = look.colour(method)
     # The wider line shows on both sides of one that lies over it.
     width = 2.2 if method == "standard" else 1.2
     axes.step(at, share, where="post", color=shade, lw=width, zorder=3, solid_capstyle="butt")

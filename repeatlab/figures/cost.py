@@ -15,7 +15,7 @@ from repeatlab.cost import (
     cost_ratio,
     tau_threshold,
 )
-from repeatlab.figures.look import COLOURS, FULL_WIDTH, colour, label, marker, panels, style
+from repeatlab.figures.look import COLOURS, FULL_WIDTH, dots, label, panels, style
 
 MOST_REPEATS = 8
 _LOADER_COLOURS = {"in turn": "#E25303", "prefetched": "#0072B2"}
@@ -81,13 +81,8 @@ def predictions(runs: pd.DataFrame) -> Figure:
     rows = runs.dropna(subset=["seconds", "predicted_seconds"])
     figure, ((axes,),) = panels(1, 1, width=FULL_WIDTH * 0.5, height=2.8)
     for method, own in rows.groupby("method", sort=False):
-        points = {
-            "color": colour(method),
-            "marker": marker(method),
-            "ls": "none",
-            "mfc": "none",
-        }
-        axes.plot(own["predicted_seconds"], own["seconds"], label=label(method), **points)
+        points = dots(method, mfc="none", label=label(method))
+        axes.plot(own["predicted_seconds"], own["seconds"], **points)
     if len(rows):
         times = rows[["seconds", "predicted_seconds"]]
         ends = [times.min().min() * 0.8, times.max().max() * 1.25]

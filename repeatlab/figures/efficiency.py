@@ -13,23 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repeatlab.analysis.frames import AXES, LOWER_IS_BETTER
+from repeatlab.figures import look
 from repeatlab.figures.intervals import interval_rows, is_decided, least_words
-from repeatlab.figures.look import (
-    caption,
-    colour,
-    in_order,
-    label,
-    line,
-    line_legend,
-    marker,
-    panels,
-    rows_of,
-    said_n,
-    say,
-    style,
-    tiles,
-    zero_line,
-)
 
 # Axis -> what is held equal, in a title's few words.
 EQUAL = {
@@ -41,7 +26,7 @@ EQUAL = {
 }
 
 
-@style()
+@look.style()
 def differences(tables: Mapping[str, pd.DataFrame], *, metric: str) -> Figure:
     """Draw each method's difference to the standard arm, a panel for everything held equal.
 
@@ -52,19 +37,19 @@ def differences(tables: Mapping[str, pd.DataFrame], *, metric: str) -> Figure:
             task.
         metric: What differs.
     """
-    methods = in_order(m for table in tables.values() for m in table["method"])
+    methods = look.in_order(m for table in tables.values() for m in table["method"])
     height = 1.15 + 0.165 * max(4, len(methods))
-    figure, (row,) = panels(1, len(tables), height=height, sharey=True)
+    figure, (row,) = look.panels(1, len(tables), height=height, sharey=True)
     for axes, (axis, table) in zip(row, tables.items(), strict=True):
         found = table.rename(columns={"difference": "estimate"})
         solid = set(table.loc[is_decided(table), "method"])
         interval_rows(axes, found, methods, solid=solid, missing="no pair")
-        zero_line(axes)
+        look.zero_line(axes)
         # A range without 0 would hide on which side of the standard arm they all are.
         left, right = axes.get_xlim()
         axes.set_xlim(min(left, 0), max(right, 0))
-        axes.set_title(f"{EQUAL[axis]}\n{said_n(table['n'][table['n'] > 0])}", loc="left")
-    caption(figure, f"{metric}: paired difference to standard")
+        axes.set_title(f"{EQUAL[axis]}\n{look.said_n(table['n'][table['n'] > 0])}", loc="left")
+    look.caption(figure, f"{metric}: paired difference to standard")
     decided = least_words(tables.values(), "filled: decided after Holm over tasks and methods")
     figure.supxlabel(f"positive is better; bars: 95 % interval; {decided}", fontsize=7)
     return figure
@@ -73,7 +58,7 @@ def differences(tables: Mapping[str, pd.DataFrame], *, metric: str) -> Figure:
 # --- times to the target ----------------------------------------------------------------------
 
 
-@style()
+@look.style()
 def profiles(
     shares: Mapping[str, pd.DataFrame],
     scores: Mapping[str, pd.Series],
@@ -91,13 +76,13 @@ def profiles(
         tasks: Method to the workloads on which it has runs.
         workloads: How many there are.
     """
-    every = in_order(next(iter(scores.values())).index)
+    every = look.in_order(next(iter(scores.values())).index)
     heights = [1.6, 0.35 + 0.16 * len(every)]
     height = 2.6 + 0.16 * len(every)
-    figure, grid = panels(2, len(shares), height=height, height_ratios=heights, sharey="row")
+    figure, grid = look.panels(2, len(shares), height=height, height_ratios=heights, sharey="row")
     for (top, bottom), (x, share) in zip(grid.T, shares.items(), strict=True):
         for method in [m for m in methods if m in share.index]:
-            top.step(share.columns, share.loc[method], where="post", **line(method))
+            top.step(share.columns, share.loc[method], where="post", **look.line(method))
         top.set_xscale("log", base=2)
         top.set_xticks([1, 2, 4], ["1", "2", "4"])
         top.set_ylim(-0.03, 1.03)
@@ -105,20 +90,20 @@ def profiles(
         top.set_xlabel("median time over the best")
         for place, method in enumerate(every):
             score = scores[x][method]
-            bottom.plot([0, score], [place] * 2, color=colour(method), lw=0.8)
-            bottom.plot(score, place, marker(method), ms=3.6, color=colour(method))
+            bottom.plot([0, score], [place] * 2, color=look.colour(method), lw=0.8)
+            bottom.plot(score, place, **look.dots(method, ms=3.6))
         bottom.set_xlim(-0.03, 1.05)
         bottom.set_xlabel("AlgoPerf score\n(1: the soonest everywhere)")
     grid[0, 0].set_ylabel("share of workloads")
-    rows_of(grid[1, 0], [f"{label(m)} ({tasks.get(m, 0)}/{workloads})" for m in every])
-    line_legend(figure, methods)
+    look.rows_of(grid[1, 0], [f"{look.label(m)} ({tasks.get(m, 0)}/{workloads})" for m in every])
+    look.line_legend(figure, methods)
     return figure
 
 
 # --- cost -------------------------------------------------------------------------------------
 
 
-@style()
+@look.style()
 def pareto(
     points: pd.DataFrame, *, x: str, metrics: Mapping[str, str], k: Mapping[str, float]
 ) -> Figure:
@@ -133,23 +118,23 @@ def pareto(
         metrics: Task to its metric, in the order of the panels.
         k: Task to its k, where x is the cost.
     """
-    every = in_order(points["method"])
+    every = look.in_order(points["method"])
     head = 0.6 + 0.15 * -(-len(every) // 6)
-    figure, grid = tiles(len(metrics), columns=3, height=1.9, head=head)
+    figure, grid = look.tiles(len(metrics), columns=3, height=1.9, head=head)
     for axes, (task, metric) in zip(grid, metrics.items(), strict=True):
         of_task = points[points["task"] == task]
         named = f"{task}, k = {k[task]:.2g}" if task in k else task
-        title = f"{named}, {said_n(of_task['n'])}" if len(of_task) else named
+        title = f"{named}, {look.said_n(of_task['n'])}" if len(of_task) else named
         axes.set_title(title, loc="left")
         better = "less" if metric in LOWER_IS_BETTER else "more"
-        axes.set_ylabel(f"{label(metric)} ({better} is better)", fontsize=7)
+        axes.set_ylabel(f"{look.label(metric)} ({better} is better)", fontsize=7)
         if "standard" in set(of_task["method"]):
             _front(axes, of_task, x, -1 if metric in LOWER_IS_BETTER else 1)
         else:
-            say(axes, bare=True)
+            look.say(axes, bare=True)
     spent = AXES[x].partition(" (")[0]
     figure.supxlabel(f"{spent} in all, as multiple of the standard arm's", fontsize=8)
-    line_legend(figure, every, marked=True)
+    look.line_legend(figure, every, marked=True)
     return figure
 
 
@@ -161,17 +146,18 @@ def _front(axes: Axes, points: pd.DataFrame, x: str, sign: int) -> None:
     front = known[best].sort_values("spent")
     axes.step(front["spent"], front["mean"], where="post", lw=0.7, color="#999999", zorder=1)
     for row in known.itertuples():
-        axes.plot(row.spent, row.mean, marker(row.method), ms=4, color=colour(row.method), zorder=3)
+        axes.plot(row.spent, row.mean, **look.dots(row.method, ms=4, zorder=3))
     named = known[best | (known["method"] == "standard")]
     for row in named.itertuples():
-        axes.plot([row.spent] * 2, [row.low, row.high], lw=0.8, color=colour(row.method), zorder=2)
+        limits = {"lw": 0.8, "color": look.colour(row.method), "zorder": 2}
+        axes.plot([row.spent] * 2, [row.low, row.high], **limits)
     # The axis follows the means: an interval that is wider is cut.
     low, high = known["mean"].min(), known["mean"].max()
     pad = 0.2 * (high - low) or 0.1 * (abs(high) or 1.0)
     axes.set_ylim(low - pad, high + pad)
     axes.margins(x=0.2)
     _name(axes, named, sign, middle=known["spent"].min() + 0.5 * np.ptp(known["spent"]))
-    if lost := [label(m) for m in points.loc[~np.isfinite(points["mean"]), "method"]]:
+    if lost := [look.label(m) for m in points.loc[~np.isfinite(points["mean"]), "method"]]:
         axes.text(0.02, 0.02, "diverged: " + ", ".join(lost), fontsize=6, transform=axes.transAxes)
 
 
@@ -183,14 +169,14 @@ def _name(axes: Axes, named: pd.DataFrame, sign: int, *, middle: float) -> None:
         ((named["mean"] - bottom) / (top - bottom) * 8).round(),
     ]
     for _, group in named.groupby(places, sort=False):
-        names = [label(method) for method in group["method"]]
+        names = [look.label(method) for method in group["method"]]
         text = ", ".join(names[:2]) + (f" + {len(names) - 2}" if len(names) > 2 else "")
         first = group.iloc[0]
         # Away from the nearer side of the panel, so that names stay in it.
         before = first["spent"] <= middle
         side = {"ha": "left" if before else "right", "va": "bottom" if sign > 0 else "top"}
         shift = {"textcoords": "offset points", "xytext": (4 if before else -4, 3 * sign)}
-        at, shade = (first["spent"], first["mean"]), colour(first["method"])
+        at, shade = (first["spent"], first["mean"]), look.colour(first["method"])
         axes.annotate(text, at, fontsize=6, color=shade, zorder=4, **side, **shift)
 
 

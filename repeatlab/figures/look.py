@@ -205,8 +205,8 @@ def spans_decades(values: np.ndarray) -> bool:
 
 def line_legend(figure: Figure, methods: Sequence[str], *, marked: bool = False) -> None:
     """Name the lines of the methods, or their markers, above the panels."""
-    look = {m: {"ls": "", "marker": marker(m), "ms": 4, "color": colour(m)} for m in methods}
-    handles = [Line2D([], [], label=label(m), **look[m] if marked else line(m)) for m in methods]
+    look = {m: dots(m, ms=4) if marked else line(m) for m in methods}
+    handles = [Line2D([], [], label=label(m), **look[m]) for m in methods]
     columns = min(len(methods), 6 if marked else 7)
     spacing = {"handlelength": 2.2, "columnspacing": 1.2, "handletextpad": 0.5}
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=7, **spacing)
@@ -232,6 +232,11 @@ def line(method: str) -> dict[str, Any]:
     """Return colour and line style of the method's curves."""
     dashes = "-" if method in SOLID else _DASHES[_place(method) % len(_DASHES)]
     return {"color": colour(method), "linestyle": dashes}
+
+
+def dots(method: str, **more: Any) -> dict[str, Any]:
+    """Return colour and marker of the method's points, which no line joins."""
+    return {"color": colour(method), "marker": marker(method), "ls": "none"} | more
 
 
 def marker(method: str) -> str:

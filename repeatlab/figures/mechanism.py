@@ -14,27 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from repeatlab.figures import look
 from repeatlab.figures.intervals import interval_rows, is_decided
-from repeatlab.figures.look import (
-    FULL_WIDTH,
-    GREY,
-    caption,
-    colour,
-    counts_axis,
-    in_order,
-    label,
-    line,
-    logarithmic,
-    marker,
-    panels,
-    rows_of,
-    said_n,
-    say,
-    spans_decades,
-    style,
-    tiles,
-    zero_line,
-)
 
 # What a control takes away from the real run.
 WITHOUT = {
@@ -52,7 +33,7 @@ WITHOUT = {
 # --- N and the loss ---------------------------------------------------------------------------
 
 
-@style()
+@look.style()
 def loss_against_repeats(
     batches: pd.DataFrame, methods: Sequence[str], *, xlabel: str = "first loss", columns: int = 4
 ) -> Figure:
@@ -67,22 +48,22 @@ def loss_against_repeats(
         columns: Panels in a row.
     """
     most = int(batches["repeats"].max()) if len(batches) else 1
-    on_log = spans_decades(batches["loss"])
+    on_log = look.spans_decades(batches["loss"])
     drawn, random = None, np.random.default_rng(0)
-    figure, grid = tiles(len(methods), columns=columns, height=1.45, sharex=True, sharey=True)
+    figure, grid = look.tiles(len(methods), columns=columns, height=1.45, sharex=True, sharey=True)
     for axes, method in zip(grid, methods, strict=True):
         rows = batches[batches["method"] == method]
-        axes.set_title(label(method), loc="left", fontweight="bold")
+        axes.set_title(look.label(method), loc="left", fontweight="bold")
         if not len(rows):
-            say(axes)
+            look.say(axes)
             continue
-        axes.set_title(said_n([rows["seed"].nunique()]), loc="right", fontsize=7)
+        axes.set_title(look.said_n([rows["seed"].nunique()]), loc="right", fontsize=7)
         heights = rows["repeats"] + random.uniform(-0.25, 0.25, len(rows))
         passed = rows["update"] / max(1, rows["update"].max())
-        look = {"cmap": "cividis", "vmin": 0, "vmax": 1, "s": 3, "lw": 0, "rasterized": True}
-        drawn = axes.scatter(rows["loss"], heights, c=passed, **look)
+        shape = {"cmap": "cividis", "vmin": 0, "vmax": 1, "s": 3, "lw": 0, "rasterized": True}
+        drawn = axes.scatter(rows["loss"], heights, c=passed, **shape)
         if on_log:
-            logarithmic(axes, "x")
+            look.logarithmic(axes, "x")
     grid[0].set_ylim(0.4, most + 0.6)
     grid[0].set_yticks(range(1, most + 1))
     if drawn is not None:
@@ -93,7 +74,7 @@ def loss_against_repeats(
     return figure
 
 
-@style()
+@look.style()
 def repeats_distribution(
     shares: pd.DataFrame, timeline: pd.DataFrame, methods: Sequence[str]
 ) -> Figure:
@@ -104,9 +85,9 @@ def repeats_distribution(
         timeline: Rows with `method`, `update`, `mean` (of N), `low` and `high`.
         methods: Which, from top to bottom.
     """
-    methods = in_order(methods)
+    methods = look.in_order(methods)
     height = 1.1 + 0.17 * len(methods)
-    figure, ((left, right),) = panels(1, 2, height=height, width_ratios=[1, 1.25])
+    figure, ((left, right),) = look.panels(1, 2, height=height, width_ratios=[1, 1.25])
     most = int(shares["repeats"].max()) if len(shares) else 1
     for place, method in enumerate(methods):
         row = shares[shares["method"] == method].sort_values("repeats")
@@ -115,24 +96,24 @@ def repeats_distribution(
         if len(curve):
             _curve(right, curve, method)
     left.text(1.02, -0.9, "mean N", fontsize=7, va="center")
-    rows_of(left, [label(method) for method in methods])
+    look.rows_of(left, [look.label(method) for method in methods])
     left.set_xlim(0, 1)
     left.set_xlabel("share of fresh batches with each N")
     right.set_ylim(bottom=0.9)
     right.set_xlim(left=0)
     right.set_xlabel("gradient updates")
     right.set_ylabel("mean N of the fresh batches")
-    counts_axis(right)
+    look.counts_axis(right)
     if len(timeline):
         figure.legend(*right.get_legend_handles_labels(), loc="outside right upper")
-    caption(figure, f"Mean over seeds, {said_n(shares['n'])}; bands: 95 % t-intervals")
+    look.caption(figure, f"Mean over seeds, {look.said_n(shares['n'])}; bands: 95 % t-intervals")
     return figure
 
 
 def _stacked(axes: Axes, place: int, row: pd.DataFrame, most: int) -> None:
     """Draw the shares of each N as a bar of pieces, its mean beside it."""
     if not len(row):
-        axes.text(0.02, place, "no run", va="center", fontsize=6, color=GREY)
+        axes.text(0.02, place, "no run", va="center", fontsize=6, color=look.GREY)
         return
     start, shade = 0.0, mpl.colormaps["Greys"]
     inside = {"ha": "center", "va": "center", "fontsize": 6}
@@ -150,7 +131,7 @@ def _stacked(axes: Axes, place: int, row: pd.DataFrame, most: int) -> None:
 # --- what a repeat does -----------------------------------------------------------------------
 
 
-@style()
+@look.style()
 def loss_ratios(ratios: pd.DataFrame, methods: Sequence[str], *, columns: int = 5) -> Figure:
     """Draw the loss at each visit relative to the first, a line for each N, a panel per method.
 
@@ -160,22 +141,22 @@ def loss_ratios(ratios: pd.DataFrame, methods: Sequence[str], *, columns: int = 
         columns: Panels in a row.
     """
     most = int(ratios["repeats"].max()) if len(ratios) else 2
-    figure, grid = tiles(len(methods), columns=columns, height=1.5, sharex=True, sharey=True)
+    figure, grid = look.tiles(len(methods), columns=columns, height=1.5, sharex=True, sharey=True)
     drawn: dict[int, Any] = {}
     for axes, method in zip(grid, methods, strict=True):
         rows = ratios[ratios["method"] == method]
-        axes.set_title(label(method), loc="left", fontweight="bold")
-        axes.axhline(1, lw=0.6, color=GREY)
+        axes.set_title(look.label(method), loc="left", fontweight="bold")
+        axes.axhline(1, lw=0.6, color=look.GREY)
         if not len(rows):
-            say(axes, "no run, or no repeat")
+            look.say(axes, "no run, or no repeat")
         for n, curve in rows.groupby("repeats"):
             # Side by side, so that the limits of one N do not hide those of another.
             beside = 0.05 * (n - (most + 2) / 2)
             shade = mpl.colormaps["cividis_r"](0.1 + 0.9 * (n - 2) / max(1, most - 2))
             spread = np.abs([curve["mean"] - curve["low"], curve["high"] - curve["mean"]])
-            look = {"color": shade, "marker": "o", "ms": 2.5, "elinewidth": 0.6, "lw": 1}
+            shape = {"color": shade, "marker": "o", "ms": 2.5, "elinewidth": 0.6, "lw": 1}
             drawn[int(n)] = axes.errorbar(
-                curve["repeat"] + beside, curve["mean"], yerr=spread, **look
+                curve["repeat"] + beside, curve["mean"], yerr=spread, **shape
             )
     grid[0].set_xticks(range(most))
     names = [f"N = {n}" for n in sorted(drawn)]
@@ -183,11 +164,11 @@ def loss_ratios(ratios: pd.DataFrame, methods: Sequence[str], *, columns: int = 
     figure.legend(handles, names, loc="outside upper right", ncols=max(1, len(names)))
     figure.supxlabel("updates made on the batch", fontsize=8)
     figure.supylabel("its loss / its first loss", fontsize=8)
-    caption(figure, f"Mean and 95 % t-interval over seeds, {said_n(ratios['n'])}")
+    look.caption(figure, f"Mean and 95 % t-interval over seeds, {look.said_n(ratios['n'])}")
     return figure
 
 
-@style()
+@look.style()
 def sharpness_over_updates(sharpness: pd.DataFrame, methods: Sequence[str]) -> Figure:
     """Draw batch sharpness times the rate over training, beside the 2 below which a repeat helps.
 
@@ -196,30 +177,30 @@ def sharpness_over_updates(sharpness: pd.DataFrame, methods: Sequence[str]) -> F
             `high` and `n`.
         methods: Which; one without a row is left out.
     """
-    figure, ((axes,),) = panels(1, 1, width=FULL_WIDTH * 0.6, height=2.4)
-    axes.axhline(2, lw=0.6, color=GREY)
-    for method in in_order(methods):
+    figure, ((axes,),) = look.panels(1, 1, width=look.FULL_WIDTH * 0.6, height=2.4)
+    axes.axhline(2, lw=0.6, color=look.GREY)
+    for method in look.in_order(methods):
         curve = sharpness[sharpness["method"] == method].sort_values("update")
         if len(curve):
             _curve(axes, curve, method)
     axes.set_xlabel("gradient updates")
     axes.set_ylabel("batch sharpness x learning rate")
-    counts_axis(axes)
+    look.counts_axis(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     if not len(sharpness):
-        say(axes, "no run with gradient_norms")
-    caption(figure, f"Mean and 95 % t-interval over seeds, {said_n(sharpness['n'])}")
+        look.say(axes, "no run with gradient_norms")
+    look.caption(figure, f"Mean and 95 % t-interval over seeds, {look.said_n(sharpness['n'])}")
     return figure
 
 
 def _curve(axes: Axes, curve: pd.DataFrame, method: str) -> None:
     """Draw a method's mean over updates, with its limits as a band."""
-    axes.plot(curve["update"], curve["mean"], label=label(method), **line(method))
-    limits = {"color": colour(method), "alpha": 0.15, "lw": 0}
+    axes.plot(curve["update"], curve["mean"], label=look.label(method), **look.line(method))
+    limits = {"color": look.colour(method), "alpha": 0.15, "lw": 0}
     axes.fill_between(curve["update"], curve["low"], curve["high"], **limits)
 
 
-@style()
+@look.style()
 def transfer_rows(
     found: Mapping[str, Mapping[str, pd.DataFrame]], methods: Sequence[str], *, columns: int = 3
 ) -> Figure:
@@ -240,7 +221,7 @@ def transfer_rows(
     return figure
 
 
-@style()
+@look.style()
 def time_share_rows(
     found: Mapping[str, Mapping[str, pd.DataFrame]], methods: Sequence[str], *, columns: int = 3
 ) -> Figure:
@@ -270,11 +251,11 @@ def _two_quantities(
     absent: str,
 ) -> tuple[Figure, list[Axes]]:
     """Draw two estimates with limits for each method, the second with open dots below the first."""
-    methods = in_order(methods)
-    figure, grid = tiles(len(found), columns=columns, height=0.4 + 0.2 * len(methods))
+    methods = look.in_order(methods)
+    figure, grid = look.tiles(len(found), columns=columns, height=0.4 + 0.2 * len(methods))
     counts: list[int] = []
     for axes, (task, frames) in zip(grid, found.items(), strict=True):
-        axes.set_title(label(task), loc="left", fontweight="bold")
+        axes.set_title(look.label(task), loc="left", fontweight="bold")
         drawn = set()
         for (kind, name), below in zip(kinds.items(), (False, True), strict=True):
             face = "white" if below else "#333333"
@@ -286,19 +267,19 @@ def _two_quantities(
                     counts.append(row.n)
         for place, method in enumerate(methods):
             if method not in drawn:
-                look = {"fontsize": 6, "va": "center", "color": GREY}
-                axes.text(0.02, place, absent, transform=axes.get_yaxis_transform(), **look)
-        zero_line(axes)
-        rows_of(axes, [label(method) for method in methods])
+                shape = {"fontsize": 6, "va": "center", "color": look.GREY}
+                axes.text(0.02, place, absent, transform=axes.get_yaxis_transform(), **shape)
+        look.zero_line(axes)
+        look.rows_of(axes, [look.label(method) for method in methods])
     if grid:
         handles = grid[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside upper right", ncols=2)
-    caption(figure, f"Mean and 95 % t-interval over seeds, {said_n(counts)}")
+    look.caption(figure, f"Mean and 95 % t-interval over seeds, {look.said_n(counts)}")
     return figure, grid
 
 
 def _dot(axes: Axes, row: Any, place: int, below: bool) -> None:
-    shade, height = colour(row.method), place + (0.15 if below else -0.15)
+    shade, height = look.colour(row.method), place + (0.15 if below else -0.15)
     if row.low <= row.high:
         axes.plot([row.low, row.high], [height] * 2, color=shade, lw=1.0)
     face = "white" if below else shade
@@ -308,7 +289,7 @@ def _dot(axes: Axes, row: Any, place: int, below: bool) -> None:
 # --- the real run against its controls --------------------------------------------------------
 
 
-@style()
+@look.style()
 def control_rows(
     table: pd.DataFrame, *, real: str, units: Mapping[str, str], columns: int = 3
 ) -> Figure:
@@ -321,27 +302,27 @@ def control_rows(
         columns: Panels in a row.
     """
     tasks, controls = list(table["task"].unique()), list(table["against"].unique())
-    names = [f"{label(c)}\n{WITHOUT[c]}" if c in WITHOUT else label(c) for c in controls]
-    figure, grid = tiles(len(tasks), columns=columns, height=0.45 + 0.33 * len(controls))
+    names = [f"{look.label(c)}\n{WITHOUT[c]}" if c in WITHOUT else look.label(c) for c in controls]
+    figure, grid = look.tiles(len(tasks), columns=columns, height=0.45 + 0.33 * len(controls))
     for axes, task in zip(grid, tasks, strict=True):
         rows = table[table["task"] == task].assign(method=table["against"])
         found = rows.rename(columns={"difference": "estimate"})
         interval_rows(axes, found, controls, solid=set(rows.loc[is_decided(rows), "method"]))
-        rows_of(axes, names, fontsize=6)
-        zero_line(axes)
+        look.rows_of(axes, names, fontsize=6)
+        look.zero_line(axes)
         left, right = axes.get_xlim()
         axes.set_xlim(min(left, -0.05 * right), max(right, -0.05 * left))
         counts = rows.set_index("method")["n"].reindex(controls, fill_value=0)
         beside = {"fontsize": 6, "va": "center", "xycoords": ("axes fraction", "data")}
         for place, n in enumerate(counts):
             axes.annotate(f"{n}", (1.03, place), **beside)
-        axes.set_title(label(task), loc="left", fontweight="bold")
+        axes.set_title(look.label(task), loc="left", fontweight="bold")
         axes.set_title("n", loc="right", fontsize=6)
         axes.set_xlabel(f"advantage in {units[task]}")
-    caption(
+    look.caption(
         figure,
-        f"{label(real)} minus control at equal updates, paired by seed, 95 % interval; right of "
-        f"0: {label(real)} is better; filled: decided after Holm",
+        f"{look.label(real)} minus control at equal updates, paired by seed, 95 % interval; "
+        f"right of 0: {look.label(real)} is better; filled: decided after Holm",
     )
     return figure
 
@@ -349,7 +330,7 @@ def control_rows(
 # --- label noise ------------------------------------------------------------------------------
 
 
-@style()
+@look.style()
 def noise_visits(shares: pd.DataFrame, methods: Sequence[str]) -> Figure:
     """Draw which share of extra visits went to corrupted samples, by their share in the data.
 
@@ -357,25 +338,25 @@ def noise_visits(shares: pd.DataFrame, methods: Sequence[str]) -> Figure:
         shares: What `mechanism.noise_shares` returns.
         methods: Which; one that made no extra visit says so.
     """
-    methods = in_order(methods)
-    figure, ((axes,),) = panels(1, 1, width=FULL_WIDTH * 0.6, height=2.6)
+    methods = look.in_order(methods)
+    figure, ((axes,),) = look.panels(1, 1, width=look.FULL_WIDTH * 0.6, height=2.6)
     levels = sorted(shares["corrupted"].round(2).unique())
-    axes.axhline(1, lw=0.6, color=GREY)
+    axes.axhline(1, lw=0.6, color=look.GREY)
     for place, method in enumerate(methods):
         runs = shares[shares["method"] == method].dropna(subset="corrupted_extra_visits")
-        name = label(method) if len(runs) else f"{label(method)}: no extra visits"
-        look = {"color": colour(method), "marker": marker(method), "ms": 3.5, "lw": 0}
-        axes.plot([], [], label=name, **look)
+        name = look.label(method) if len(runs) else f"{look.label(method)}: no extra visits"
+        shape = look.dots(method, ms=3.5)
+        axes.plot([], [], label=name, **shape)
         for level, group in runs.groupby(runs["corrupted"].round(2)):
             x = levels.index(level) + (place - (len(methods) - 1) / 2) * 0.14
             ratio = group["corrupted_extra_visits"] / group["corrupted"]
             x += np.linspace(-0.03, 0.03, len(ratio))
-            axes.plot(x, ratio, **look)
-            axes.plot([x[0] - 0.02, x[-1] + 0.02], [ratio.mean()] * 2, color=colour(method))
+            axes.plot(x, ratio, **shape)
+            axes.plot([x[0] - 0.02, x[-1] + 0.02], [ratio.mean()] * 2, color=look.colour(method))
     axes.set_xticks(range(len(levels)), [f"{level:.0%}" for level in levels])
     axes.set_xlim(-0.5, max(0, len(levels) - 1) + 0.5)
     axes.set_xlabel("training labels that are wrong")
     axes.set_ylabel("their share of extra visits\n/ their share of the data")
     figure.legend(loc="outside lower center", ncols=len(methods))
-    caption(figure, "A marker per seed, a bar at their mean; 1: no matter which")
+    look.caption(figure, "A marker per seed, a bar at their mean; 1: no matter which")
     return figure
