@@ -49,10 +49,13 @@ def figures(notebooks: tuple[str, ...], profile: str, runs: Path, figures: Path)
 
     Runs that the store has are not trained again.
     """
-    from repeatlab.report.notebooks import execute_profile
+    from repeatlab.report.notebooks import NotebookError, execute_profile
 
     places = {"root": ROOT, "runs": runs, "figures": figures}
-    names = execute_profile(profile, **places, only=notebooks, echo=click.echo)
+    try:
+        names = execute_profile(profile, **places, only=notebooks, echo=click.echo)
+    except NotebookError as error:
+        raise click.ClickException(str(error)) from error
     click.echo(f"{len(names)} figures in {figures}/ (PDF and PNG, manifest.json):")
     for name in names:
         click.echo(f"  {figures / name}.pdf")
@@ -72,8 +75,8 @@ def figures(notebooks: tuple[str, ...], profile: str, runs: Path, figures: Path)
 @click.option("--pages", is_flag=True, help="Write each page as PNG, too.")
 def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> None:
     """Build the paper as a PDF from what store and figures hold; what is missing shows as such."""
-    from repeatlab.report.notebooks import read_profile
     from repeatlab.report.paper import gather, typeset
+    from repeatlab.studies.parameter_files import read_profile
 
     jobs = [job for job in read_profile(profile, ROOT) if job.source.stem == "paper"]
     if not jobs:
@@ -225,7 +228,7 @@ def verify(runs: Path, remove: bool) -> None:
 
 def _read_studies(paths: Iterable[Path]) -> list[Study]:
     """Return the studies of parameter files."""
-    from repeatlab.report.notebooks import read_job
+    from repeatlab.studies.parameter_files import read_job
     from repeatlab.studies.study import Study
 
     studies = []
@@ -246,29 +249,18 @@ def measure(parameters: tuple[Path, ...], runs: Path) -> None:
 
     Afterwards tables can show predicted beside measured training time.
     """
-    from repeatlab.report.notebooks import read_profile
-    from repeatlab.studies.diagnostics.measure import measure
-    from repeatlab.studies.diagnostics.prediction import measurement_table, write_measurement
+    from repeatlab.studies.diagnostics.measure import measured
+    from repeatlab.studies.diagnostics.prediction import measurement_table
+    from repeatlab.studies.parameter_files import read_profile
 
     if not parameters:
         jobs = read_profile("quick", ROOT)
         parameters = tuple(job.source for job in jobs if "study" in job.parameters)
-    tasks = [
-        (f"{study.name}: {label}", task, study)
-        for study in _read_studies(parameters)
-        for label, task in study.tasks.items()
-    ]
-    store = Store(runs)
-    store.check_writable()
-    for _, task, _ in tasks:
-        task.prepare()
     found = {}
-    for name, task, study in tasks:
-        click.echo(f"measuring {name}")
-        # Half of its batches are the mean of what acting costs.
-        begin = study.max_updates // 2
-        found[name] = measure(task, device=study.device, threads=study.threads, first_batch=begin)
-        write_measurement(store, found[name])
+    for study in _read_studies(parameters):
+        click.echo(f"measuring {study.name}")
+        of_tasks = measured(study, runs, anew=True)
+        found |= {f"{study.name}: {task}": one for task, one in of_tasks.items()}
     click.echo(measurement_table(found).to_string())
 
 
@@ -368,7 +360,6 @@ def main() -> None:
 
     Exit status 2 for a wrong input, 1 for runs that failed, 128 + its number after a signal.
     """
-    from repeatlab.report.notebooks import NotebookError
     from repeatlab.studies.study import StudyError
 
     try:
@@ -386,6 +377,6 @@ def main() -> None:
     except (ConfigError, StoreError, OSError) as error:  # DataError is an OSError
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
-    except (StudyError, NotebookError) as error:
+    except StudyError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)

@@ -9,7 +9,7 @@ import pytest
 
 from repeatlab.analysis.frames import load
 from repeatlab.cli import ROOT, main
-from repeatlab.report.notebooks import read_job
+from repeatlab.studies.parameter_files import read_job
 from repeatlab.studies.study import Study
 
 STUDY = """

@@ -218,7 +218,7 @@ def test_the_notebook_draws_its_figure(trained):
 READ = """
 import json
 from pathlib import Path
-from repeatlab.report.notebooks import read_job
+from repeatlab.studies.parameter_files import read_job
 job = read_job(Path("params/quick/square_loss.yaml").resolve(), Path.cwd())
 print(json.dumps([job.notebook.name, list(job.studies), list(job.parameters["study"]["methods"])]))
 """

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from repeatlab.cli import ROOT
-from repeatlab.report.notebooks import parameter_names
+from repeatlab.studies.parameter_files import parameter_names
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CHECKED = {"keep_output", "nbval-check-output"}

@@ -17,13 +17,10 @@ from every_method import SIX
 
 from repeatlab.cli import ROOT
 from repeatlab.core.schema import ConfigError, read_yaml
-from repeatlab.report.notebooks import (
+from repeatlab.report.notebooks import Kernels, NotebookError, execute, execute_profile
+from repeatlab.studies.parameter_files import (
     SEARCHES,
     Job,
-    Kernels,
-    NotebookError,
-    execute,
-    execute_profile,
     parameter_names,
     plans_of,
     read_job,

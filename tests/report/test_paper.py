@@ -474,7 +474,7 @@ def test_the_command_builds_a_paper_of_boxes_from_nothing(tmp_path):
 
 @pytest.mark.parametrize("profile", ["quick", "paper"])
 def test_parameters_name_figures_by_their_section(profile, tmp_path):
-    from repeatlab.report.notebooks import read_job
+    from repeatlab.studies.parameter_files import read_job
 
     job = read_job(ROOT / "params" / profile / "paper.yaml", ROOT)
     assert job.parameters["profile"] == profile

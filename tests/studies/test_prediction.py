@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -53,9 +54,6 @@ def measurement(parts=LONG, loops=None, **changes) -> Measurement:
         "parts": parts,
         "loops": loops,
         "spread": {"once": 0.00005},
-        "flops": {"forward": 1_000, "backward": 2_000},
-        "blocks": 9,
-        "updates": 100,
         "environment": {"processor": "this one", "device": "cpu"},
     }
     return Measurement(**fields | changes)
@@ -153,8 +151,8 @@ def test_a_measurement_reads_back_as_written(tmp_path):
 def test_a_new_measurement_takes_the_place_of_the_old_one(tmp_path):
     store = Store(tmp_path)
     write_measurement(store, measurement())
-    write_measurement(store, measurement(blocks=3))
-    assert [m.blocks for m in read_measurements(store).values()] == [3]
+    write_measurement(store, measurement(batch_size=3))
+    assert [m.batch_size for m in read_measurements(store).values()] == [3]
 
 
 def test_a_store_without_measurements(tmp_path):
@@ -251,7 +249,6 @@ def test_the_table_has_a_row_for_each_measurement():
     assert table.loc["b", "forward (ms)"] == pytest.approx(0.3)
     assert table.loc["b", ["loop (ms)", "loop iqr (ms)"]].tolist() == [1.1, 0.05]
     assert (table["k"] == 2).all()
-    assert table.loc["a", "FLOPs"] == "3e+03"
 
 
 def test_predicting_never_loads_torch():
@@ -260,4 +257,4 @@ def test_predicting_never_loads_torch():
 
 
 def test_json_has_nothing_that_json_lacks():
-    assert Measurement.from_json(json.loads(json.dumps(measurement().to_json()))) == measurement()
+    assert Measurement(**json.loads(json.dumps(asdict(measurement())))) == measurement()

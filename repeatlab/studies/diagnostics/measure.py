@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from repeatlab.core.environment import describe, pick_device
 from repeatlab.store.measurements import measurement_key
@@ -146,8 +145,6 @@ class Bench:
             medians[group] = {name: float(np.median(values)) for name, values in times.items()}
             quarters = {name: np.percentile(values, [25, 75]) for name, values in times.items()}
             spread |= {name: float(high - low) for name, (low, high) in quarters.items()}
-        with torch_settings(self.threads, self.seed):
-            flops = self._flops()
         return Measurement(
             task=self.config.model_dump(mode="json"),
             device=environment["device"],
@@ -156,9 +153,6 @@ class Bench:
             forward_samples=task.forward_samples,
             backward_samples=task.backward_samples,
             spread=spread,
-            flops=flops,
-            blocks=len(self.rounds),
-            updates=self.updates,
             environment=environment,
             **medians,
         )
@@ -231,15 +225,6 @@ class Bench:
         task.load_state_dict(deepcopy(self._start))
         return task
 
-    def _flops(self) -> dict[str, int]:
-        """Return the floating-point operations of one update, forward and backward."""
-        task = self._reset(self._observed)
-        batch = task.fresh_batch(0)
-        with FlopCounterMode(display=False) as counter:
-            watch = Watch(counter.get_total_flops)
-            ObservedTask(task, watch.lap).step(batch, lambda *_: None)
-        return {part: int(watch.totals[part]) for part in ("forward", "backward")}
-
     def _now(self) -> float:
         """Return the time when the device has done what it was told to."""
         if self.device == "cuda":
@@ -269,7 +254,11 @@ class _Later(StandIn):
 
 
 def measured(
-    fields: dict[str, Any], runs: str | Path = "runs", *, blocks: int = 15
+    study: Study | dict[str, Any],
+    runs: str | Path = "runs",
+    *,
+    blocks: int = 15,
+    anew: bool = False,
 ) -> dict[str, Measurement]:
     """Return the measurement of every task of a study, by what the study calls the task.
 
@@ -277,26 +266,29 @@ def measured(
     machine should have nothing else to do meanwhile.
 
     Args:
-        fields: The study's.
+        study: The study, or its fields.
         runs: The run store.
         blocks: As in `measure`.
+        anew: Whether to measure again what the store has.
 
     Raises:
         ConfigError: the fields are not valid.
         StoreError: the store cannot be written, or holds a measurement of another version.
         DataError: a task lacks its data.
     """
-    study, store = Study.of(**fields), Store(runs)
+    study, store = study if isinstance(study, Study) else Study.of(**study), Store(runs)
+    # Half of its batches are the mean of what acting costs.
+    first = study.max_updates // 2
+    settings = {"device": study.device, "threads": study.threads, "blocks": blocks}
     here, found = describe(pick_device(study.device)), {}
-    known = read_measurements(store)
+    store.check_writable()
+    known = {} if anew else read_measurements(store)
     for name, task in study.tasks.items():
         key = measurement_key(task.model_dump(mode="json"), here["device"], study.threads)
         old = known.get(key)
         if old is None or old.environment["processor"] != here["processor"]:
             task.prepare()
-            settings = {"device": study.device, "threads": study.threads, "blocks": blocks}
-            # Half of its batches are the mean of what acting costs.
-            old = measure(task, first_batch=study.max_updates // 2, **settings)
+            old = measure(task, first_batch=first, **settings)
             write_measurement(store, old)
         found[name] = old
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,6 @@ class Measurement:
         loops: An update in whole loops, with all that comes to it: `once` at N = 1, `repeated` at
             N = `REPEATS`.
         spread: Interquartile range over the blocks of everything above.
-        flops: Floating-point operations of one update, `forward` and `backward`: those of matrix
-            products and convolutions, a multiplication with its addition counted as two.
-        blocks: Blocks of updates that were timed, of each kind in turn.
-        updates: Updates in a block.
         environment: Versions, processor and device.
     """
 
@@ -58,9 +54,6 @@ class Measurement:
     parts: dict[str, float]
     loops: dict[str, float]
     spread: dict[str, float]
-    flops: dict[str, int]
-    blocks: int
-    updates: int
     environment: dict[str, Any]
 
     @property
@@ -81,11 +74,6 @@ class Measurement:
         """
         return self.backward_ratio * self.forward_samples / self.backward_samples
 
-    @property
-    def parts_update(self) -> float:
-        """Seconds of an update, as its parts add up."""
-        return sum(self.parts[p] for p in ("forward", "backward", "optimizer", "recording"))
-
     def delayed(self, seconds: float) -> CostModel:
         """Return the cost model with a loader that sleeps so long for every batch."""
         return replace(self.model, data=self.model.data + seconds)
@@ -101,7 +89,8 @@ class Measurement:
         parts = self.parts
         # once = update + d, repeated = update + d / N
         data = max(0.0, (self.loops["once"] - self.loops["repeated"]) / (1 - 1 / REPEATS))
-        scale = (self.loops["once"] - data) / self.parts_update
+        whole = sum(parts[name] for name in ("forward", "backward", "optimizer", "recording"))
+        scale = (self.loops["once"] - data) / whole
         return CostModel(
             forward=scale * parts["forward"] / self.batch_size,
             backward_ratio=self.backward_ratio,
@@ -111,15 +100,6 @@ class Measurement:
             data=data,
             scoring=parts["scoring"] / self.batch_size,
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-safe values; `from_json` reads them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Measurement:
-        """Return what `to_json` wrote."""
-        return cls(**data)
 
 
 def write_measurement(store: Store, measurement: Measurement) -> Path:
@@ -132,7 +112,7 @@ def write_measurement(store: Store, measurement: Measurement) -> Path:
     directory = store.root / "measurements"
     directory.mkdir(exist_ok=True)
     path = directory / f"{measurement.key}.json"
-    write_json(path, measurement.to_json())
+    write_json(path, asdict(measurement))
     return path
 
 
@@ -145,8 +125,11 @@ def read_measurements(store: Store) -> dict[str, Measurement]:
     found = {}
     for path in sorted((store.root / "measurements").glob("*.json")):
         try:
-            found[path.stem] = Measurement.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError):
+            held = json.loads(path.read_text(encoding="utf-8"))
+            found[path.stem] = Measurement(
+                **{one.name: held[one.name] for one in fields(Measurement)}
+            )
+        except (KeyError, TypeError, ValueError):
             raise StoreError(
                 f"{path} is no measurement of this version: make it anew with `repeatlab measure`"
             ) from None
@@ -154,7 +137,7 @@ def read_measurements(store: Store) -> dict[str, Measurement]:
 
 
 def measurement_table(measurements: Mapping[str, Measurement]) -> pd.DataFrame:
-    """Return a row for each measurement: milliseconds of an update and its parts, k, FLOPs.
+    """Return a row for each measurement: milliseconds of an update and its parts, and k.
 
     `loop` is an update of a whole loop at N = 1, its fresh batch included, and `loop iqr` its
     spread; `scoring` is that of a whole batch. `k` is `Measurement.backward_ratio` and `k (sample)`
@@ -165,11 +148,9 @@ def measurement_table(measurements: Mapping[str, Measurement]) -> pd.DataFrame:
         shown = ("forward", "backward", "optimizer", "recording", "data", "scoring")
         times = {part: found.parts[part] for part in shown}
         times |= {"loop": found.loops["once"], "loop iqr": found.spread["once"]}
-        rows[name] = {f"{part} (ms)": round(1000 * value, 3) for part, value in times.items()} | {
-            "k": round(found.backward_ratio, 2),
-            "k (sample)": round(found.sample_ratio, 2),
-            "FLOPs": f"{sum(found.flops.values()):.3g}",
-        }
+        ratios = {"k": found.backward_ratio, "k (sample)": found.sample_ratio}
+        rows[name] = {f"{part} (ms)": round(1000 * value, 3) for part, value in times.items()}
+        rows[name] |= {name: round(value, 2) for name, value in ratios.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
 
 
