@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -18,51 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-# A hue for each family of methods, from light to dark within it: hues that colour-blind readers
-# tell apart, and shades that stay apart in grey. With so many methods line style and marker differ
-# within a family too.
-FAMILIES: dict[str, dict[str, str]] = {
-    "baseline": {"standard": "#555555"},
-    "learning-rate schedule": {
-        "step": "#EAAB25",
-        "cosine": "#BD8700",
-        "exponential": "#835C00",
-        "inverse_time": "#4D3500",
-        "constant_lr": "#2B1D00",
-    },
-    "choice of samples": {
-        "online": "#FF90C4",
-        "selective": "#FB73B4",
-        "importance": "#E760A5",
-        "hard_mining": "#BE3880",
-        "rho_loss": "#840052",
-    },
-    "repetition without the loss": {
-        "fixed2": "#5BBDF4",
-        "random": "#29A3E0",
-        "fixed3": "#0072B2",
-        "cosine_repeats": "#003D5A",
-    },
-    "repetition by the loss": {
-        "until": "#FF9C68",
-        "quantile": "#FE7F3B",
-        "linear": "#E25303",
-        "control_limit": "#B84000",
-        "threshold": "#7F2900",
-        "linear_cosine": "#4A1800",
-    },
-    "control of linear": {
-        "permuted": "#51D4A7",
-        "spaced": "#3FC397",
-        "time_only": "#2AB085",
-        "windowed": "#009E73",
-        "falling_cosine": "#00875F",
-        "anti_hard": "#00704F",
-        "step_size": "#005A40",
-        "fresh_views": "#004531",
-        "fresh_samples": "#002F21",
-    },
-}
+from repeatlab.core.schema import read_yaml
+
+FAMILIES: dict[str, dict[str, str]] = read_yaml(Path(__file__).parent / "colours.yaml")
 COLOURS = {name: shade for family in FAMILIES.values() for name, shade in family.items()}
 _DASHES = ("-", (0, (4, 1.2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 1)))
 _MARKERS = "osD^vP<X>"
@@ -70,24 +29,8 @@ _MARKERS = "osD^vP<X>"
 SOLID = ("standard", "linear")
 GREY = "#777777"
 FULL_WIDTH = 7.0  # inches: the text width of a two-column page
-STYLE = {
-    "figure.dpi": 110,
-    "savefig.dpi": 200,
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.2,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "repeatlab",
-}
+_FILE = Path(__file__).parent / "repeatlab.mplstyle"
+STYLE = dict(mpl.rc_params_from_file(_FILE, use_default_template=False))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from math import isfinite, nan
 from pathlib import Path
@@ -33,7 +34,6 @@ from typing import Annotated, Any, Self
 
 import pandas as pd
 from pydantic import Field, field_validator, model_validator
-from tqdm.auto import tqdm
 
 from repeatlab.analysis.frames import LOWER_IS_BETTER
 from repeatlab.core.environment import commit
@@ -41,9 +41,9 @@ from repeatlab.core.files import safe_name
 from repeatlab.core.schema import ConfigError, choice, did_you_mean, parse
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
-from repeatlab.studies.scheduling import open_trainer, with_needs
+from repeatlab.studies.scheduling import Outcome, with_needs
 from repeatlab.studies.search_space import SAMPLERS, Dimension, Point
-from repeatlab.studies.study import StudyError
+from repeatlab.studies.study import StudyError, failure_message, make_runs
 from repeatlab.training.config import CalibrationConfig, EvaluationConfig, PositiveInt, RunConfig
 
 # Budget, seeds and machine are the same for all trials.
@@ -224,26 +224,19 @@ def run_search(
     store = Store(runs)
     store.check_writable()
     # Not in lock-step: what a group makes of a run would depend on how many workers there are.
-    with open_trainer(store, Places(workers=workers, lockstep=False)) as train:
-
-        def make(configs: Configs) -> dict[str, str]:
-            for task in {config.task for config in configs.values()}:
-                task.prepare()
-            progress = tqdm(train(configs), total=len(configs), desc="runs", unit="run")
-            return {run_id: outcome.failure for run_id, outcome in progress if outcome.failure}
-
-        return search_with(search, store, make)
+    places = Places(workers=workers, lockstep=False)
+    return search_with(search, store, partial(make_runs, store=store, places=places))
 
 
 def search_with(
-    search: Search, store: Store, make: Callable[[Configs], Mapping[str, str]]
+    search: Search, store: Store, make: Callable[[Configs], Mapping[str, Outcome]]
 ) -> SearchReport:
     """Make both stages of a search, and write down what it found.
 
     Args:
         search: What to try.
         store: Where the runs are.
-        make: Makes those of a stage that the store lacks; returns why those failed that did.
+        make: Makes those of a stage that the store lacks; see `make_runs`.
     """
     runs: Configs = {}
 
@@ -251,11 +244,13 @@ def search_with(
         asked = {config.run_id: config for point in points for config in search.configs(point)}
         runs.update(asked)
         missing = {i: config for i, config in asked.items() if not _run(store, config).done}
-        failures = make(missing) if missing else {}
-        failed = [i for i in failures if not _ended(store, asked[i])]
+        failed = {
+            _run(store, asked[i]).path: outcome.failure
+            for i, outcome in (make(missing) if missing else {}).items()
+            if outcome.failure and not _ended(store, asked[i])
+        }
         if failed:
-            lines = [f"  {_run(store, asked[i]).path}: {failures[i]}" for i in failed]
-            raise StudyError("\n".join([f"{len(lines)} of {len(missing)} runs failed:", *lines]))
+            raise StudyError(failure_message(failed, of=len(missing)))
         return [_trial(search, point, store) for point in points]
 
     sampler = search.sampler.build()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -20,7 +20,7 @@ from repeatlab.core.schema import Name, did_you_mean, parse, shown
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
-from repeatlab.studies.scheduling import open_trainer
+from repeatlab.studies.scheduling import Outcome, open_trainer
 from repeatlab.tasks import TaskConfig
 from repeatlab.training.config import (
     CalibrationConfig,
@@ -269,37 +269,53 @@ def run_studies(
         store.write_study(study.name, _manifest(study))
     handles = {i: store.run(config.task.name, i) for i, config in configs.items()}
     missing = {i: config for i, config in configs.items() if not handles[i].done}
-    failed: dict[str, str] = {}
-    found: set[str] = set()
-    if missing:
-        # Once and here, so that what is not there is one message, and workers do not all fetch it.
-        for task in {config.task for config in missing.values()}:
-            task.prepare()
-        alone = (study.planned() for study in studies if not study.lockstep)
-        apart = {p.config.run_id for planned in alone for p in planned}
-        with open_trainer(store, places or Places(workers=workers)) as train:
-            outcomes = train(missing, apart=apart)
-            try:
-                for run_id, outcome in tqdm(outcomes, total=len(missing), desc="runs", unit="run"):
-                    if outcome.failure:
-                        failed[run_id] = outcome.failure
-                    elif not outcome.trained:  # another process has made it meanwhile
-                        found.add(run_id)
-            except Interrupted:
-                raise Interrupted(_stopped(handles.values())) from None
-        failed = {i: ABSENT for i in missing if not handles[i].done} | failed
+    alone = (study.planned() for study in studies if not study.lockstep)
+    apart = {p.config.run_id for planned in alone for p in planned}
+    try:
+        outcomes = make_runs(missing, store, places or Places(workers=workers), apart=apart)
+    except Interrupted:
+        raise Interrupted(_stopped(handles.values())) from None
+    failed = {i: ABSENT for i in missing if not handles[i].done}
+    failed |= {i: outcome.failure for i, outcome in outcomes.items() if outcome.failure}
+    # Those that another process has made meanwhile.
+    found = sum(not (outcome.failure or outcome.trained) for outcome in outcomes.values())
     attempts = {i: handles[i].environment.get("attempts", 1) for i in missing}
     report = Report(
         {i: handle.status["status"] for i, handle in handles.items()},
-        trained=len(missing) - len(found),
+        trained=len(missing) - found,
         retried={i: number for i, number in attempts.items() if number > 1},
     )
     if failed:
-        lines = [f"  {handles[i].path}: {why}" for i, why in failed.items()]
-        raise StudyError(
-            f"{len(failed)} of {len(configs)} runs failed:\n" + "\n".join(lines), report
-        )
+        reasons = {handles[i].path: why for i, why in failed.items()}
+        raise StudyError(failure_message(reasons, of=len(configs)), report)
     return report
+
+
+def make_runs(
+    configs: Mapping[str, RunConfig], store: Store, places: Places, *, apart: Container[str] = ()
+) -> dict[str, Outcome]:
+    """Make runs that the store lacks, with a bar of progress, and return how each ended.
+
+    Args:
+        configs: By their ids.
+        store: Where they go.
+        places: Where they are made.
+        apart: The ids of those that are not trained in lock-step.
+    """
+    if not configs:
+        return {}
+    # Once and here, so that what is not there is one message, and workers do not all fetch it.
+    for task in {config.task for config in configs.values()}:
+        task.prepare()
+    with open_trainer(store, places) as train:
+        outcomes = train(configs, apart=apart)
+        return dict(tqdm(outcomes, total=len(configs), desc="runs", unit="run"))
+
+
+def failure_message(reasons: Mapping[Path, str], *, of: int) -> str:
+    """Return why runs failed, a line for each."""
+    lines = [f"  {path}: {why}" for path, why in reasons.items()]
+    return "\n".join([f"{len(reasons)} of {of} runs failed:", *lines])
 
 
 def _stopped(handles: Collection[Run]) -> str:

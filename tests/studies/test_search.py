@@ -19,6 +19,7 @@ from repeatlab.cli import ROOT, main
 from repeatlab.core.schema import ConfigError, parse, read_yaml
 from repeatlab.cost import Ledger, cost_units
 from repeatlab.store.records import Store
+from repeatlab.studies.scheduling import Outcome
 from repeatlab.studies.search import Search, run_search, search_with
 from repeatlab.studies.search_space import Choices, Range
 from repeatlab.studies.study import StudyError
@@ -63,14 +64,14 @@ class Maker:
 
     def __call__(self, configs):
         self.rounds.append(len(configs))
-        failures = {}
+        outcomes = {}
         for run_id, config in configs.items():
             if len(self.made) >= self.most:
                 raise KeyboardInterrupt
             self.made.append((config.task.lr, config.seed))
             value = self.value_of(config)
             if isinstance(value, str):
-                failures[run_id] = value
+                outcomes[run_id] = Outcome(value)
                 continue
             run = self.store.run(config.task.name, run_id)
             writer = self.store.begin(run, config.to_json(), {})
@@ -79,7 +80,7 @@ class Maker:
             details = {"update": 7} if value is None else {"final": final}
             status = "diverged" if value is None else "complete"
             writer.finish(status, {"ledger": ledger.to_json(), **details})
-        return failures
+        return outcomes
 
 
 def valley(config: RunConfig) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import log
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ QUIET = {
     "precision": "float32",
     "compile": False,
 }
+# Of losses by name, what each should be and how far off it may be.
+First = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,7 @@ class Expectations:
         penalty: Fields that take out of the driver what regularises; None where weights decay.
     """
 
-    initial: Callable[[Any, Any], dict[str, tuple[float, float]]] | str = (
-        "no first loss is stated for this task"
-    )
+    initial: Callable[[Any, Any], First] | str = "no first loss is stated for this task"
     inputs: Callable[[Any], dict[str, Tensor]] = field(default=lambda batch: _floats(batch))
     scale: Literal["standard", "unit", "symmetric", "order"] = "order"
     labelled: Callable[[Any], tuple[Tensor, Tensor, Tensor]] | str = "it learns from no labels"
@@ -55,39 +56,20 @@ def _floats(batch: Any) -> dict[str, Tensor]:
     return {k: v for k, v in tensors.items() if v.is_floating_point() and v.ndim > 1 and len(v)}
 
 
-def _equal_classes(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
+def _near(value: float, share: float) -> tuple[float, float]:
+    """Return a value, and the share of it by which it may be off."""
+    return value, share * value
+
+
+def _equal_classes(task: Any, batch: Any, names: Sequence[str] = ("loss",)) -> First:
     """ln(classes): all are equally likely. FixMatch's mask is empty at first.
 
     torch's linear layer gives logits of variance 1/3 on features of variance 1, which adds 1/6.
     """
-    value = log(task.data.classes)
-    return {"loss": (value, 0.15 * value)}
+    return dict.fromkeys(names, _near(log(task.data.classes), 0.15))
 
 
-def _equal_classes_twice(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
-    """ln(classes) for either network."""
-    (expected,) = _equal_classes(task, batch).values()
-    return {f"the {which} network's loss": expected for which in ("first", "second")}
-
-
-def _equal_similarities(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
-    """ln(2 B - 1): the partner is no more alike than any other view."""
-    value = log(len(batch.views) - 1)
-    return {"loss": (value, 0.1 * value)}
-
-
-def _even_pixels(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
-    """pixels ln 2: every pixel at p = 0.5, and hardly any divergence from the prior."""
-    value = batch.images[0].numel() * log(2)
-    return {"loss": (value, 0.05 * value)}
-
-
-def _even_odds(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
-    """2 ln 2 and ln 2: D says 1/2 of everything, within the noise of its first weights."""
-    return {"D's loss": (2 * log(2), 0.5 * log(2)), "G's loss": (log(2), 0.25 * log(2))}
-
-
-def _no_values(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
+def _no_values(task: Any, batch: Any) -> First:
     """The Huber loss of an agent that values everything at 0: of the rewards themselves.
 
     First values are small beside the largest return, whose loss is the tolerance.
@@ -97,13 +79,7 @@ def _no_values(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
     return {"loss": (losses.mean().item(), max(losses.max().item(), 0.1))}
 
 
-def _nothing_said(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
-    """The mean square of the targets: first outputs are small beside them."""
-    value = batch.targets.square().mean().item()
-    return {"loss": (value, 0.1 * value)}
-
-
-def _first_policy(task: Any, batch: Any) -> dict[str, tuple[float, float]]:
+def _first_policy(task: Any, batch: Any) -> First:
     """The critic's error on its own returns, less the entropy ln 2 of two equal actions.
 
     The policy is still the rollout's, so that the surrogate is the mean of normalised advantages.
@@ -120,6 +96,8 @@ def _one_companion(batch: Any) -> Any:
     return batch._replace(**{name: getattr(batch, name)[::mu] for name in columns})
 
 
+# What co-teaching's losses are called.
+NETWORKS = ("the first network's loss", "the second network's loss")
 # Of a batch of `data.Batch`.
 _LABELLED: dict[str, Any] = {
     "scale": "standard",
@@ -137,7 +115,8 @@ EXPECTATIONS: dict[str, Expectations] = {
         memory=_one_companion,
     ),
     "selfsupervised": Expectations(
-        initial=_equal_similarities,
+        # The partner is no more alike than any other view.
+        initial=lambda task, batch: {"loss": _near(log(len(batch.views) - 1), 0.1)},
         inputs=lambda batch: dict(
             zip(("first views", "second views"), batch.views.chunk(2), strict=True)
         ),
@@ -150,13 +129,18 @@ EXPECTATIONS: dict[str, Expectations] = {
         memory=lambda batch: batch._replace(discounts=torch.zeros_like(batch.discounts)),
     ),
     "unsupervised": Expectations(
-        initial=_even_pixels,
+        # Every pixel at p = 0.5, and hardly any divergence from the prior.
+        initial=lambda task, batch: {"loss": _near(batch.images[0].numel() * log(2), 0.05)},
         scale="unit",
         memory="its least loss is not near zero: grey pixels have an entropy",
         penalty={"driver": "reconstruction"},
     ),
     "generative": Expectations(
-        initial=_even_odds,
+        # D says 1/2 of everything, within the noise of its first weights.
+        initial=lambda task, batch: {
+            "D's loss": _near(2 * log(2), 0.25),
+            "G's loss": _near(log(2), 0.25),
+        },
         scale="symmetric",
         memory="D and G move against each other: no loss falls to its lowest value",
         penalty="D and G move against each other: no loss is to rise",
@@ -174,7 +158,7 @@ EXPECTATIONS: dict[str, Expectations] = {
         **_LABELLED,
     ),
     "co_teaching": Expectations(
-        initial=_equal_classes_twice,
+        initial=partial(_equal_classes, names=NETWORKS),
         # A selection that has begun.
         differentiable={"forget_rate": 0.25, "ramp": 1},
         **_LABELLED,
@@ -185,7 +169,8 @@ EXPECTATIONS: dict[str, Expectations] = {
         penalty="the policy's part is 0 at first and falls below it",
     ),
     "single_index": Expectations(
-        initial=_nothing_said,
+        # First outputs are small beside the targets.
+        initial=lambda task, batch: {"loss": _near(batch.targets.square().mean().item(), 0.1)},
         labelled="its targets are numbers, not classes",
         memory=lambda batch: batch,
     ),

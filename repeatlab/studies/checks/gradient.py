@@ -57,16 +57,12 @@ def gradient(subject: Subject) -> Result:
         names = {id(weight): name for name, weight in trained(probe.task).items()}  # each once
         unreached = set(names.values()) - {name for name, _ in compared}
     judged = [(name, found) for name, found in compared if found.error is not None]
-    numbers: dict[str, float | str] = {
-        "derivatives": len(compared),
-        "tensors": len({name for name, _ in compared}),
-        "kinks": len(compared) - len(judged),
-    }
-    if unreached:
-        numbers["without a derivative"] = " ".join(sorted(unreached))
-        return Result("gradient", "fail", numbers, NOTE)
-    if not judged:
-        return Result("gradient", "warn", numbers, NOTE)
+    tensors = len({name for name, _ in compared})
+    kinks = len(compared) - len(judged)
+    numbers = {"derivatives": len(compared), "tensors": tensors, "kinks": kinks}
+    if unreached or not judged:
+        numbers |= {"without a derivative": " ".join(sorted(unreached))} if unreached else {}
+        return Result("gradient", "fail" if unreached else "warn", numbers, NOTE)
     # A NaN is the worst of all.
     name, worst = max(judged, key=lambda one: (isnan(one[1].error), one[1].error))
     numbers = {"largest error": worst.error, "at": name, **numbers}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,8 @@ class Subject:
 def double_precision(subject: Subject) -> Iterator[Probe]:
     """Give the update on a small batch in float64, after a short burn-in; draws are float64 too."""
     task = subject.quiet(FEW, subject.expected.differentiable)
-    burn_in(task)
+    for index in range(BURN_IN):
+        task.step(task.fresh_batch(index), lambda *losses: None)
     batch = task.fresh_batch(BURN_IN)
     for module in networks(task).values():
         module.double()
@@ -86,12 +87,6 @@ def double_precision(subject: Subject) -> Iterator[Probe]:
         torch.set_default_dtype(before)
 
 
-def burn_in(task: Task, updates: int = BURN_IN) -> None:
-    """Make the task's first updates."""
-    for index in range(updates):
-        task.step(task.fresh_batch(index), lambda *losses: None)
-
-
 def trained(task: Task) -> dict[str, Tensor]:
     """Return every weight of the networks that an optimizer has a part of, by name.
 
@@ -106,19 +101,16 @@ def trained(task: Task) -> dict[str, Tensor]:
     }
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One update's losses, by optimizer where there are several.
+class Evaluation(NamedTuple):
+    """One update's losses, a number for each optimizer.
 
     Attributes:
-        driver: The loss that was reported.
         objectives: The loss that each optimizer descends.
         gradients: For each optimizer, the gradient of its objective by the weight's `id`.
     """
 
-    driver: float
     objectives: list[float]
-    gradients: list[dict[int, Tensor]] = field(default_factory=list, repr=False)
+    gradients: list[dict[int, Tensor]]
 
 
 class Probe:
@@ -132,33 +124,26 @@ class Probe:
         self.task, self.batch = task, batch
         self._state = deepcopy(task.state_dict())
 
-    def restore(self) -> None:
-        """Bring the task back to the state that it had at first."""
-        self.task.load_state_dict(deepcopy(self._state))
-
     def evaluate(
         self, change: Callable[[], None] | None = None, *, gradients: bool = False
     ) -> Evaluation:
         """Return the losses in the first state, after `change` of its weights if there is one."""
-        self.restore()
+        self.task.load_state_dict(deepcopy(self._state))
         if change is not None:
             with torch.no_grad():
                 change()
         torch.manual_seed(0)
-        watch, drivers = _Watch(gradients), []
+        watch = _Watch(gradients)
         hooks = [o.register_step_pre_hook(watch.before_step) for o in self.task.optimizers]
         try:
             with watch:
-                self.task.step(self.batch, lambda loss, *others: drivers.append(loss.detach()))
+                self.task.step(self.batch, lambda *losses: None)
         finally:
             for hook in hooks:
                 hook.remove()
         order = list(map(id, self.task.optimizers))
-        return Evaluation(
-            float(drivers[0]),
-            [float(watch.losses[key]) for key in order],
-            [watch.gradients[key] for key in order],
-        )
+        losses = [float(watch.losses[key]) for key in order]
+        return Evaluation(losses, [watch.gradients[key] for key in order])
 
 
 class _Watch(TorchFunctionMode):
