@@ -8,7 +8,7 @@
       task.lr: {low: 0.005, high: 0.5, log: true}
       method.mapping.max_repeats: {low: 2, high: 8, kind: int}
       task.batch_size: {choices: [32, 64]}
-    sampler: {name: coarse_to_fine, trials: 20}  # or random; or grid, of choices alone
+    sampler: {name: random, trials: 20}       # or {name: grid}, of choices alone
     seeds: 3
     metric: loss
     max_updates: 300
@@ -17,7 +17,7 @@ A search is a study of runs with a choice at the end. A trial is one run for eac
 the mean over seeds of the metric on the validation split at the last update. All runs are ordinary
 ones of the store, which `runs/studies/<name>.json` names with what was found. A search that is
 started again finds them there, goes on to its number of trials, which may be raised, and trains
-nothing twice.
+nothing twice. To look more closely, search again in narrower ranges around the best trial.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ from repeatlab.training.config import CalibrationConfig, EvaluationConfig, Posit
 
 # Budget, seeds and machine are the same for all trials.
 SpacePath = Annotated[str, Field(pattern=r"^(task|method|calibration)\..")]
-Configs = dict[str, RunConfig]
-"""Runs by their ids."""
 
 
 class Search(RunConfig):
@@ -70,6 +68,11 @@ class Search(RunConfig):
     """The metric on the validation split at the last update, averaged over seeds."""
     evaluation: EvaluationConfig = EvaluationConfig(test=False)
     calibration: CalibrationConfig = CalibrationConfig()
+
+    @property
+    def points(self) -> list[Point]:
+        """What is tried: a function of space, sampler and seed alone."""
+        return self.sampler.build()(self.space, self.seed)
 
     def configs(self, point: Point) -> list[RunConfig]:
         """Return the runs of a trial, seed by seed, with the values of `point` at its paths.
@@ -218,7 +221,7 @@ def run_search(
     Raises:
         ConfigError: a task refuses a value, or the metric is unknown.
         DataError: a task lacks its data.
-        StudyError: runs have failed; the others of their stage were made.
+        StudyError: runs have failed; the others were made.
         StoreError: the store cannot be written.
     """
     store = Store(runs)
@@ -229,38 +232,29 @@ def run_search(
 
 
 def search_with(
-    search: Search, store: Store, make: Callable[[Configs], Mapping[str, Outcome]]
+    search: Search, store: Store, make: Callable[[dict[str, RunConfig]], Mapping[str, Outcome]]
 ) -> SearchReport:
-    """Make both stages of a search, and write down what it found.
+    """Make all trials of a search, and write down what it found.
 
     Args:
         search: What to try.
         store: Where the runs are.
-        make: Makes those of a stage that the store lacks; see `make_runs`.
+        make: Makes those, by their ids, that the store lacks; see `make_runs`.
     """
-    runs: Configs = {}
-
-    def tried(points: Sequence[Point]) -> list[Trial]:
-        asked = {config.run_id: config for point in points for config in search.configs(point)}
-        runs.update(asked)
-        missing = {i: config for i, config in asked.items() if not _run(store, config).done}
-        failed = {
-            _run(store, asked[i]).path: outcome.failure
-            for i, outcome in (make(missing) if missing else {}).items()
-            if outcome.failure and not _ended(store, asked[i])
-        }
-        if failed:
-            raise StudyError(failure_message(failed, of=len(missing)))
-        return [_trial(search, point, store) for point in points]
-
-    sampler = search.sampler.build()
-    trials = tried(sampler.first(search.space, search.seed))
-    best = SearchReport(search, trials, {}).best
-    trials += tried(sampler.then(search.space, search.seed, best and best.params))
+    points = search.points
+    configs = {config.run_id: config for point in points for config in search.configs(point)}
+    missing = {i: config for i, config in configs.items() if not _run(store, config).done}
+    failed = {
+        _run(store, configs[i]).path: outcome.failure
+        for i, outcome in make(missing).items()
+        if outcome.failure and not _ended(store, configs[i])
+    }
+    if failed:
+        raise StudyError(failure_message(failed, of=len(missing)))
     cost = Counter()
-    for config in runs.values():
+    for config in configs.values():
         cost.update(_run(store, config).summary.get("ledger", {}))
-    report = SearchReport(search, trials, dict(cost))
+    report = SearchReport(search, [_trial(search, point, store) for point in points], dict(cost))
     store.write_study(search.name, _manifest(report))
     return report
 
@@ -298,17 +292,19 @@ def _run(store: Store, config: RunConfig) -> Run:
 
 def _manifest(report: SearchReport) -> dict[str, Any]:
     """Return what a reader needs to find the search's runs, and what it found."""
-    search, trials = report.search, [asdict(trial) for trial in report.trials]
+    search, task = report.search, report.search.task.name
+    names = [describe(trial.params) for trial in report.trials]
+    runs = [
+        {"task": task, "method": name, "seed": seed, "run": [task, run]}
+        for name, trial in zip(names, report.trials, strict=True)
+        for seed, run in enumerate(trial.runs)
+    ]
+    trials = [asdict(trial) for trial in report.trials]
     return {
         "name": search.name,
         "max_updates": search.max_updates,
-        "methods": [describe(trial.params) for trial in report.trials],
-        "runs": [
-            {"task": task, "method": describe(trial.params), "seed": seed, "run": [task, run]}
-            for task in [search.task.name]
-            for trial in report.trials
-            for seed, run in enumerate(trial.runs)
-        ],
+        "methods": names,
+        "runs": runs,
         "search": search.to_json(),
         "found": {"warnings": report.warnings, "cost": report.cost, "trials": trials},
         "commit": commit(),

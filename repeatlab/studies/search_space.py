@@ -1,16 +1,15 @@
 """Where a search looks, ranges and choices, and the samplers that say what it tries there.
 
-What is tried is a function of the search and of the trials of its first stage, so that a search
-makes the same trials in any number of processes, and again after a kill. To add a sampler: write
-the class and name it in `SAMPLERS`.
+What is tried is a function of the search alone, which so makes the same trials in any number of
+processes, and again after a kill. To add a sampler: write the class and name it in `SAMPLERS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from math import ceil, floor, inf, log
+from math import log
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -60,19 +59,6 @@ class Range(Model):
         value = low * (high / low) ** place if self.log else low + (high - low) * place
         value = min(max(round(value) if half else value, self.low), self.high)
         return int(value) if half else value
-
-    def around(self, value: float, factor: float) -> Range:
-        """Return the part of the range near `value`.
-
-        On a log scale value / factor to value x factor; else 1 / factor of the range's length, with
-        `value` in the middle. Both end where the range ends.
-        """
-        half = (self.high - self.low) / (2 * factor)
-        low, high = (value / factor, value * factor) if self.log else (value - half, value + half)
-        low, high = max(self.low, low), min(self.high, high)
-        if self.kind == "int":
-            low, high = float(ceil(low)), float(floor(high))
-        return self.model_copy(update={"low": low, "high": high})
 
     def end_at(self, value: Scalar) -> str | None:
         """Return "lower" or "upper" where `value` lies within 2 % of that end, else None."""
@@ -124,14 +110,10 @@ Space = Mapping[str, Range | Choices]
 class Grid:
     """Every combination of the choices; the last path moves fastest."""
 
-    def first(self, space: Space, seed: int) -> list[Point]:
-        """Return the points that are tried together."""
+    def __call__(self, space: Space, seed: int) -> list[Point]:
+        """Return the points that are tried."""
         combinations = product(*(dimension.choices for dimension in space.values()))
         return [dict(zip(space, values, strict=True)) for values in combinations]
-
-    def then(self, space: Space, seed: int, best: Point | None) -> Sequence[Point]:
-        """Return those that are tried after them, given the best of them."""
-        return ()
 
 
 @dataclass(frozen=True)
@@ -144,52 +126,10 @@ class Random:
 
     trials: int
 
-    def first(self, space: Space, seed: int) -> list[Point]:
-        """See `Grid`; the first ones are the same, however many there are."""
+    def __call__(self, space: Space, seed: int) -> list[Point]:
+        """Return the points that are tried; the first are the same, however many there are."""
         draws = (np.random.default_rng(derive(seed, "trial", i)) for i in range(self.trials))
         return [{path: where.draw(draw) for path, where in space.items()} for draw in draws]
 
-    then = Grid.then
 
-
-@dataclass(frozen=True)
-class CoarseToFine:
-    """First random draws from the whole space, then random draws around the best of them.
-
-    The second stage looks at value / factor to value x factor of a range on a log scale, at
-    1 / factor of the length of another, never beyond the range, and keeps the best choices. Where
-    no trial of the first stage was complete, it draws from the whole space again.
-
-    Attributes:
-        trials: How many in all.
-        coarse: How many of them belong to the first stage.
-        factor: How far the second stage looks.
-    """
-
-    trials: int
-    coarse: int = 8
-    factor: float = 3.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.coarse <= self.trials:
-            raise ValueError(f"coarse must lie between 1 and trials; not {self.coarse!r}")
-        if not 1 < self.factor < inf:
-            raise ValueError(f"factor must be a finite number above 1; not {self.factor!r}")
-
-    def first(self, space: Space, seed: int) -> list[Point]:
-        """See `Grid`."""
-        return Random(self.coarse).first(space, seed)
-
-    def then(self, space: Space, seed: int, best: Point | None) -> list[Point]:
-        """See `Grid`."""
-        if best is not None:
-            space = {
-                path: where.around(best[path], self.factor)
-                for path, where in space.items()
-                if isinstance(where, Range)
-            }
-        fine = Random(self.trials - self.coarse).first(space, derive(seed, "fine"))
-        return [(best or {}) | point for point in fine]
-
-
-SAMPLERS: dict[str, type] = {"grid": Grid, "random": Random, "coarse_to_fine": CoarseToFine}
+SAMPLERS: dict[str, type] = {"grid": Grid, "random": Random}

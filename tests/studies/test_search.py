@@ -94,32 +94,11 @@ def found(search: Search, path, value_of=valley, most=inf):
     return search_with(search, make.store, make), make
 
 
-def first_of(search: Search) -> list[dict]:
-    return search.sampler.build().first(search.space, search.seed)
-
-
 def rates(report) -> list[float]:
     return [trial.params["task.lr"] for trial in report.trials]
 
 
 # --- where to look ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fields", "value", "ends"),
-    [
-        (LR, 0.1, (0.1 / 3, 0.1 * 3)),
-        (LR, 0.02, (0.01, 0.06)),
-        ({"low": 0, "high": 6}, 2, (1, 3)),
-        ({"low": 0, "high": 6}, 0, (0, 1)),
-        ({"low": 1, "high": 10, "kind": "int"}, 4, (3, 5)),
-        ({"low": 1, "high": 3, "kind": "int"}, 2, (2, 2)),
-        ({"low": 1, "high": 64, "kind": "int", "log": True}, 8, (3, 24)),
-    ],
-)
-def test_the_fine_range_lies_around_the_best_and_inside_the_range(fields, value, ends):
-    near = parse(Range, fields).around(value, 3.0)
-    assert (near.low, near.high) == pytest.approx(ends)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +154,7 @@ def test_draws_are_uniform_on_their_scale():
         "task.batch_size": {"choices": [16, 32]},
     }
     sampler = {"name": "random", "trials": 1000}
-    points = first_of(search_of(space=space, method=LINEAR, sampler=sampler))
+    points = search_of(space=space, method=LINEAR, sampler=sampler).points
     drawn = {path: [point[path] for point in points] for path in space}
     assert {type(value) for value in drawn["method.mapping.max_repeats"]} == {int}
     assert kstest(drawn["task.lr"], loguniform(1e-4, 1e-1).cdf).pvalue > 0.001
@@ -193,7 +172,7 @@ def test_whole_numbers_on_a_log_scale_are_drawn_by_their_share_of_it():
     """A number n stands for n - 1/2 to n + 1/2, of which the least and the largest have all."""
     space = {"method.mapping.max_repeats": {"low": 2, "high": 6, "kind": "int", "log": True}}
     sampler = {"name": "random", "trials": 2000}
-    points = first_of(search_of(space=space, method=LINEAR, sampler=sampler))
+    points = search_of(space=space, method=LINEAR, sampler=sampler).points
     drawn = [point["method.mapping.max_repeats"] for point in points]
     shares = np.diff(np.log(np.arange(1.5, 7)))
     counts = [drawn.count(value) for value in range(2, 7)]
@@ -204,34 +183,11 @@ def test_whole_numbers_on_a_log_scale_are_drawn_by_their_share_of_it():
 def test_random_trials_depend_on_the_seed_and_their_number_only(seed, few, more):
     def points(trials):
         sampler = {"name": "random", "trials": trials}
-        return first_of(search_of(space=RANGES, method=LINEAR, seed=seed, sampler=sampler))
+        return search_of(space=RANGES, method=LINEAR, seed=seed, sampler=sampler).points
 
     assert points(few + more)[:few] == points(few)
     rates_ = [point["task.lr"] for point in points(few + more)]
     assert len(set(rates_)) == few + more
-
-
-@pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_the_fine_stage_stays_within_its_factor_of_the_best_coarse_trial(tmp_path, metric):
-    sampler = {"name": "coarse_to_fine", "trials": 20, "coarse": 8, "factor": 4.0}
-    fields = {"space": RANGES, "method": LINEAR, "metric": metric}
-    sign = 1 if metric == "loss" else -1
-
-    def away(config):
-        return {f"validation.{metric}": sign * abs(log10(config.task.lr) + 1)}
-
-    report, make = found(search_of(sampler=sampler, **fields), tmp_path, away)
-    assert make.rounds == [8, 12]
-    points = [trial.params for trial in report.trials]
-    assert points[:8] == first_of(search_of(sampler={"name": "random", "trials": 8}, **fields))
-    best = min(points[:8], key=lambda point: abs(log10(point["task.lr"]) + 1))
-    assert len({point["task.lr"] for point in points}) == 20
-    for point in points[8:]:
-        assert best["task.lr"] / 4 <= point["task.lr"] <= best["task.lr"] * 4
-        assert abs(point["method.mapping.t"] - best["method.mapping.t"]) <= 1.5 / 8
-    report, _ = found(search_of(sampler=sampler, **fields), tmp_path / "lost", lambda config: None)
-    lost = rates(report)[8:]
-    assert max(lost) / min(lost) > 16
 
 
 # --- from a point to a run --------------------------------------------------------------------
@@ -290,14 +246,6 @@ def test_calibration_can_be_searched_and_a_threshold_can_compete_with_auto():
         ({"name": "../x"}, "name: the search name '../x' must consist of"),
         ({"sampler": {"name": "gird"}}, "sampler: unknown sampler 'gird'; did you mean 'grid'?"),
         ({"sampler": {"name": "random"}}, "sampler.trials: Field required"),
-        (
-            {"sampler": {"name": "coarse_to_fine", "trials": 9, "factor": 1.0}},
-            "sampler: factor must be a finite number above 1; not 1.0",
-        ),
-        (
-            {"sampler": {"name": "coarse_to_fine", "trials": 7}},
-            "sampler: coarse must lie between 1 and trials; not 8",
-        ),
         ({"sampler": {"name": "grid"}}, "space.task.lr: must be {choices: [...]} for a grid"),
         ({"space": {}}, "space: Dictionary should have at least 1 item"),
         ({"space": {"task.lr": 0.1}}, "space.task.lr: must be a mapping with keys among high, kin"),
@@ -470,7 +418,7 @@ def test_a_second_call_trains_nothing(tmp_path):
 
 def test_the_same_search_makes_the_same_trials_in_worker_processes(tmp_path):
     search = search_of(
-        sampler={"name": "coarse_to_fine", "trials": 4, "coarse": 2},
+        sampler={"name": "random", "trials": 4},
         method={"mapping": {"name": "linear", "t": "auto"}},
         calibration={"updates": 5},
     )
@@ -520,17 +468,11 @@ def test_a_trial_that_failed_takes_no_other_down_and_is_made_again(tmp_path, mon
 
 # --- going on ---------------------------------------------------------------------------------
 
-STOPPED = {
-    "random": {"name": "random"},
-    "coarse_to_fine": {"name": "coarse_to_fine", "coarse": 3},
-}
 
-
-@pytest.mark.parametrize("sampler", STOPPED.values(), ids=STOPPED)
 @pytest.mark.parametrize("killed_after", [0, 5])
-def test_a_killed_search_ends_as_if_it_had_not_been(tmp_path, sampler, killed_after):
+def test_a_killed_search_ends_as_if_it_had_not_been(tmp_path, killed_after):
     space = {"task.lr": LR, "task.optimizer.momentum": {"low": 0, "high": 0.9}}
-    search = search_of(sampler=sampler | {"trials": 8}, space=space)
+    search = search_of(sampler={"name": "random", "trials": 8}, space=space)
     whole, _ = found(search, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         found(search, tmp_path / "killed", most=killed_after)
@@ -539,10 +481,9 @@ def test_a_killed_search_ends_as_if_it_had_not_been(tmp_path, sampler, killed_af
     assert len(make.made) == 8 - killed_after
 
 
-@pytest.mark.parametrize("sampler", STOPPED.values(), ids=STOPPED)
-def test_more_trials_go_on_from_those_there_are(tmp_path, sampler):
-    before, _ = found(search_of(sampler=sampler | {"trials": 5}), tmp_path)
-    after, make = found(search_of(sampler=sampler | {"trials": 9}), tmp_path)
+def test_more_trials_go_on_from_those_there_are(tmp_path):
+    before, _ = found(search_of(sampler={"name": "random", "trials": 5}), tmp_path)
+    after, make = found(search_of(sampler={"name": "random", "trials": 9}), tmp_path)
     assert after.trials[:5] == before.trials
     assert (len(after.trials), len(make.made)) == (9, 4)
 
