@@ -196,14 +196,14 @@ def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
     if not everything:
         rows = rows[rows["state"].isin(["running", "diverged", "interrupted", "failed"])]
     for row in rows.itertuples():
-        said = [f": {row.reason}"] if row.reason else []
+        text = f"{row.state} {row.task} {row.method} seed {row.seed} ({row.run})"
+        text += f": {row.reason}" if row.reason else ""
         if everything and pd.notna(row.seconds):
-            share = f", its share of {row.lockstep} in lock-step" if row.lockstep else ""
-            said.append(f": trained {row.seconds:.3g} s{share}")
+            text += f": trained {row.seconds:.3g} s"
+            text += f", its share of {row.lockstep} in lock-step" if row.lockstep else ""
         if everything and pd.notna(row.predicted_seconds):
-            said.append(f", predicted {row.predicted_seconds:.3g} s")
-        text = "".join(said)
-        click.echo(f"{row.state} {row.task} {row.method} seed {row.seed} ({row.run}){text}")
+            text += f", predicted {row.predicted_seconds:.3g} s"
+        click.echo(text)
 
 
 @cli.command()

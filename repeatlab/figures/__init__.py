@@ -8,19 +8,12 @@ from repeatlab import require_lab
 
 require_lab()
 
-from repeatlab.figures.look import COLOURS, FULL_WIDTH, STYLE, colour, label, line, marker, style
+from repeatlab.figures.look import label, style
 from repeatlab.figures.one_run import picture_grid, repeats_over_time, tau_over_time
-from repeatlab.figures.saving import SavedFigure, read_manifest, save_figure
+from repeatlab.figures.saving import read_manifest, save_figure
 
 __all__ = [
-    "COLOURS",
-    "FULL_WIDTH",
-    "STYLE",
-    "SavedFigure",
-    "colour",
     "label",
-    "line",
-    "marker",
     "picture_grid",
     "read_manifest",
     "repeats_over_time",

@@ -5,7 +5,7 @@ Differences are paired by seed and positive where the method is better, whatever
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -52,51 +52,6 @@ def differences(tables: Mapping[str, pd.DataFrame], *, metric: str) -> Figure:
     look.caption(figure, f"{metric}: paired difference to standard")
     decided = least_words(tables.values(), "filled: decided after Holm over tasks and methods")
     figure.supxlabel(f"positive is better; bars: 95 % interval; {decided}", fontsize=7)
-    return figure
-
-
-# --- times to the target ----------------------------------------------------------------------
-
-
-@look.style()
-def profiles(
-    shares: Mapping[str, pd.DataFrame],
-    scores: Mapping[str, pd.Series],
-    *,
-    methods: Sequence[str],
-    tasks: Mapping[str, int],
-    workloads: int,
-) -> Figure:
-    """Draw performance profiles of few methods, and the scores of all of them below.
-
-    Args:
-        shares: Axis to the shares of workloads solved (methods, ratios to the best).
-        scores: Axis to the AlgoPerf scores by method.
-        methods: Which have a profile.
-        tasks: Method to the workloads on which it has runs.
-        workloads: How many there are.
-    """
-    every = look.in_order(next(iter(scores.values())).index)
-    heights = [1.6, 0.35 + 0.16 * len(every)]
-    height = 2.6 + 0.16 * len(every)
-    figure, grid = look.panels(2, len(shares), height=height, height_ratios=heights, sharey="row")
-    for (top, bottom), (x, share) in zip(grid.T, shares.items(), strict=True):
-        for method in [m for m in methods if m in share.index]:
-            top.step(share.columns, share.loc[method], where="post", **look.line(method))
-        top.set_xscale("log", base=2)
-        top.set_xticks([1, 2, 4], ["1", "2", "4"])
-        top.set_ylim(-0.03, 1.03)
-        top.set_title(AXES[x], loc="left")
-        top.set_xlabel("median time over the best")
-        for place, method in enumerate(every):
-            score = scores[x][method]
-            bottom.plot([0, score], [place] * 2, color=look.colour(method), lw=0.8)
-            bottom.plot(score, place, **look.dots(method, ms=3.6))
-        bottom.set_xlim(-0.03, 1.05)
-        bottom.set_xlabel("AlgoPerf score\n(1: the soonest everywhere)")
-    grid[0, 0].set_ylabel("share of workloads")
-    look.rows_of(grid[1, 0], [f"{look.label(m)} ({tasks.get(m, 0)}/{workloads})" for m in every])
-    look.line_legend(figure, methods)
     return figure
 
 

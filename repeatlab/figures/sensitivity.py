@@ -56,13 +56,15 @@ def over_settings(
             )  # fmt: skip
         axes.set_xlabel(panel["xlabel"])
     across[0].set_ylabel(ylabel)
+    _legend_below(figure, handles)
+    seeds = look.said_n(counts)
+    look.caption(figure, f"Mean and 95 % t-interval, {seeds} seeds; cross: diverged runs")
+    return figure
+
+
+def _legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
     names = [look.label(method) for method in handles]
     figure.legend(handles.values(), names, loc="outside lower center", ncols=max(1, len(names)))
-    look.caption(
-        figure,
-        f"Mean and 95 % t-interval, {look.said_n(counts)} seeds; cross: diverged runs",
-    )
-    return figure
 
 
 def _even(axes: Axes, x: pd.Series) -> np.ndarray:
@@ -117,9 +119,7 @@ def over_mean_repeats(frame: pd.DataFrame, *, ylabel: str) -> Figure:
         x = known["repeats"].mean()
         axes.plot(known["repeats"], known["value"], ".", ms=2.5, color=look.colour(family))
         axes.plot([x, x], [low, high], lw=0.8, color=look.colour(family))
-        axes.plot(
-            x, mean, look.marker(family), ms=4.5, color=look.colour(family), mec="white", mew=0.5
-        )
+        axes.plot(x, mean, **look.dots(family, ms=4.5, mec="white", mew=0.5))
         above = len(counts) % 2
         axes.annotate(
             known["said"].iloc[0], (x, mean), (0, 14 if above else -14), fontsize=6,
@@ -168,8 +168,7 @@ def advantages(shown: Mapping[str, pd.DataFrame], *, ylabel: str) -> Figure:
         axes.set_xlim(-0.5, max(0.5, len(values) - 0.5))
         axes.set_xlabel(rows["setting"].iloc[0] if len(rows) else "")
     across[0].set_ylabel(ylabel)
-    names = [look.label(method) for method in handles]
-    figure.legend(handles.values(), names, loc="outside lower center", ncols=max(1, len(names)))
+    _legend_below(figure, handles)
     look.caption(
         figure,
         f"Method minus standard, paired by seed, {look.said_n(counts)}; above 0: better; filled: "

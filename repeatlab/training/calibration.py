@@ -42,7 +42,7 @@ def calibrate(config: RunConfig, losses: np.ndarray) -> float:
 
 
 def mean_plus_std(losses: np.ndarray) -> float:
-    """Return mean + one population standard deviation, the plan's t for the threshold mapping.
+    """Return mean + one population standard deviation: t for the threshold mapping.
 
     Raises:
         ValueError: they are not positive together, as where the driver loss is 0 on every batch.

@@ -16,22 +16,17 @@ from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 
 from repeatlab.analysis.comparison import comparison_table
-from repeatlab.analysis.frames import Records, final_points, median_times, peak_memory
+from repeatlab.analysis.frames import Records, final_points, peak_memory
 from repeatlab.analysis.mechanism import by_run, visited_batches
 from repeatlab.analysis.paired_differences import PAIR_COLUMNS
 from repeatlab.analysis.roughness import roughness, total_variation
-from repeatlab.analysis.target_times import algoperf_scores, kaplan_meier, performance_profile
+from repeatlab.analysis.target_times import kaplan_meier
 from repeatlab.analysis.viewpoints import load_views, stack
 from repeatlab.cli import ROOT
 from repeatlab.core.schema import read_yaml
 from repeatlab.figures import (
-    COLOURS,
-    STYLE,
     adaptability,
-    colour,
     efficiency,
-    line,
-    marker,
     picture_grid,
     read_manifest,
     repeats_over_time,
@@ -44,7 +39,16 @@ from repeatlab.figures.convergence import (
     time_to_target,
 )
 from repeatlab.figures.intervals import interval_rows
-from repeatlab.figures.look import FAMILIES, in_order, said_n
+from repeatlab.figures.look import (
+    COLOURS,
+    FAMILIES,
+    STYLE,
+    colour,
+    in_order,
+    line,
+    marker,
+    said_n,
+)
 from repeatlab.figures.smoothness import roughness_of_tasks
 from repeatlab.store.records import Store
 
@@ -604,27 +608,6 @@ def test_too_few_seeds_for_a_decision_are_said():
     table = comparison_table(_pairs({("t", "linear"): [1.0, 2.0, 3.0]}))
     figure = efficiency.differences({"update": table}, metric="accuracy")
     assert "too few seeds" in figure.get_supxlabel()
-    plt.close(figure)
-
-
-def test_a_method_without_a_run_or_with_half_of_them_missed_has_an_infinite_time():
-    times = pd.concat([_times(), _times(task="u").query("method == 'standard'")])
-    table = median_times(times, "update")
-    assert table.loc["standard"].tolist() == [20, 20]
-    assert table.loc["linear"].tolist() == [np.inf, np.inf]
-    ratios = np.array([1.0, 2.0, 4.0])
-    shares = pd.DataFrame(performance_profile(table, ratios), index=table.index, columns=ratios)
-    scores = pd.Series(algoperf_scores(table), index=table.index)
-    assert scores.to_dict() == {"standard": 1.0, "linear": 0.0}
-    figure = efficiency.profiles(
-        {"update": shares},
-        {"update": scores},
-        methods=["standard", "linear"],
-        tasks={"standard": 2, "linear": 1},
-        workloads=2,
-    )
-    names = [text.get_text() for text in figure.axes[1].get_yticklabels()]
-    assert names == ["standard (2/2)", "linear (1/2)"]
     plt.close(figure)
 
 
