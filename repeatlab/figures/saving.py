@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,6 @@ from repeatlab.core.locks import hold
 from repeatlab.figures.look import STYLE, style
 
 
-@dataclass(frozen=True)
-class SavedFigure:
-    """A figure on the disk. A notebook shows that file: drawing it anew would take as long again.
-
-    Attributes:
-        png: The file.
-    """
-
-    png: Path
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        data = self.png.read_bytes()
-        # Width and height stand in the first chunk of every PNG.
-        pixels = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
-        scale = STYLE["figure.dpi"] / STYLE["savefig.dpi"]
-        size = (round(scale * length) for length in pixels)
-        return data, dict(zip(("width", "height"), size, strict=True))
-
-
 def save_figure(
     figure: Figure,
     name: str,
@@ -45,13 +25,14 @@ def save_figure(
     notebook: str,
     records: Records,
     parameters: Mapping[str, Any],
-) -> SavedFigure:
+) -> Any:
     """Write `figure` as PDF and PNG and enter it in the directory's manifest.json.
 
     The manifest ties each figure to notebook, parameters, run ids and commit.
 
     Returns:
-        What was saved, so that a notebook's cell can end on this call and show it.
+        The file, so that a notebook's cell can end on this call and show it: drawing the figure
+        anew would take as long again.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -80,7 +61,10 @@ def save_figure(
         manifest = read_manifest(directory) | {name: entry}
         write_json(directory / "manifest.json", dict(sorted(manifest.items())))
     plt.close(figure)
-    return SavedFigure(directory / f"{name}.png")
+    from IPython.display import Image
+
+    width, height = (round(inches * STYLE["figure.dpi"]) for inches in figure.get_size_inches())
+    return Image(filename=str(directory / f"{name}.png"), width=width, height=height)
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:

@@ -480,7 +480,7 @@ def run_plan(
 
 def check_goal(plan: Plan, label: str) -> None:
     """Raise a ConfigError unless a run of the task can reach its target, and has not before it."""
-    from repeatlab.training.loop import build_task  # which loads torch
+    from repeatlab.training.making import build_task  # which loads torch
 
     goal, where = plan.tasks[label].goal, f"tasks.{label}"
     plan.tasks[label].task.prepare()

@@ -198,7 +198,7 @@ def train_runs(
         stop: Makes the runs leave checkpoints and be "interrupted".
     """
     from repeatlab.studies.lockstep.group import train_group
-    from repeatlab.training.loop import train
+    from repeatlab.training.making import train
 
     found = [RunConfig.from_json(config) for config in configs]
     ids = [run.run_id for run in found]

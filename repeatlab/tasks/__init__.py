@@ -136,7 +136,7 @@ class TaskConfig(Model):
 
 
 class Task(Protocol):
-    """What `loop.train` needs of a task; constructed as `Task(config, seed=..., device=...)`.
+    """What `making.train` needs of a task; constructed as `Task(config, seed=..., device=...)`.
 
     Initial weights and every draw that concerns a fresh batch are functions of (seed, index), so
     that all arms of one seed start equal and see the same k-th fresh batch.

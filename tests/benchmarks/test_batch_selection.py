@@ -43,7 +43,7 @@ from repeatlab.store.records import Run, Store
 from repeatlab.studies.diagnostics.measure import measure
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.one_run import Training
 
 RESULTS = Path(__file__).parent / "results"

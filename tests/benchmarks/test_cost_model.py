@@ -27,7 +27,7 @@ from repeatlab.store.records import Store
 from repeatlab.studies.diagnostics.measure import Bench
 from repeatlab.studies.diagnostics.prediction import predict
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import build_task, open_run, train
+from repeatlab.training.making import build_task, open_run, train
 from repeatlab.training.one_run import Training
 from repeatlab.training.prerequisites import prerequisites
 

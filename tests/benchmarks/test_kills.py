@@ -26,7 +26,7 @@ from repeatlab.store.records import Run, Store
 from repeatlab.tasks import TASKS
 from repeatlab.training import checkpoint
 from repeatlab.training.config import LoaderConfig, RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.one_run import CheckpointPlan, Training
 
 KILLS, MOST = 12, 40  # of every task: until both kinds of damage had their turn

@@ -26,7 +26,7 @@ from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.figures import picture_grid
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 RESULTS = Path(__file__).parent / "results" / "generative.csv"
 SAMPLES = RESULTS.with_name("generative_samples.png")

@@ -17,7 +17,7 @@ from repeatlab.analysis.frames import mean_interval
 from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 RESULTS = Path(__file__).parent / "results" / "language.csv"
 UPDATES, SEEDS = 2000, 1

@@ -17,7 +17,7 @@ from repeatlab.analysis.frames import mean_interval
 from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 RESULTS = Path(__file__).with_name("results") / "ppo.csv"
 COLUMNS = ["task", "data", "arm", "metric", "n", "mean", "low", "high", "updates"]

@@ -28,7 +28,7 @@ from repeatlab.core.schema import parse
 from repeatlab.core.stopwatch import Stopwatch
 from repeatlab.store.records import Store
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import build_task, open_run, train
+from repeatlab.training.making import build_task, open_run, train
 from repeatlab.training.one_run import Training
 
 RESULTS = Path(__file__).with_name("results") / "reinforcement.csv"

@@ -22,7 +22,7 @@ from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.tasks.selfsupervised import SelfSupervised, knn_accuracy
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 SEEDS = 3
 UPDATES = 2000

@@ -28,7 +28,7 @@ from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 UPDATES = 8000
 SCALE = "CNN of 0.88 M parameters, bf16, B 64"

@@ -18,7 +18,7 @@ from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 RESULTS = Path(__file__).parent / "results" / "unsupervised.csv"
 UPDATES, SEEDS = 2000, 3

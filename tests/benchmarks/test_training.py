@@ -22,7 +22,7 @@ from repeatlab.store.records import Store
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.one_run import Training
 
 UPDATES = 1000

@@ -10,7 +10,7 @@ import pytest
 from repeatlab.core import environment
 
 FILES = (
-    "repeatlab/training/loop.py",
+    "repeatlab/training/making.py",
     "repeatlab/core/environment.py",
     "notebooks/00_small.ipynb",
     "README.md",
@@ -53,7 +53,7 @@ def test_a_tree_without_changes_is_its_commit(tree):
 
 def test_every_change_of_the_code_is_another_code(tree):
     loop, new = (
-        tree / "repeatlab" / "training" / "loop.py",
+        tree / "repeatlab" / "training" / "making.py",
         tree / "repeatlab" / "tasks" / "näw one.py",
     )
     head, found = commit(), []
@@ -74,7 +74,7 @@ def test_every_change_of_the_code_is_another_code(tree):
 
 
 def test_the_same_changes_are_the_same_code(tree):
-    loop, new = tree / "repeatlab" / "training" / "loop.py", tree / "repeatlab" / "new.py"
+    loop, new = tree / "repeatlab" / "training" / "making.py", tree / "repeatlab" / "new.py"
     loop.write_text("a change\n")
     new.write_text("a new file\n")
     first = commit()
@@ -85,7 +85,7 @@ def test_the_same_changes_are_the_same_code(tree):
     loop.write_text("a change\n")
     # No code: what a notebook saves of itself while runs train.
     (tree / "notebooks" / "00_small.ipynb").write_text("executed\n")
-    (tree / "repeatlab" / ".loop.py.swp").write_text("an editor's\n")
+    (tree / "repeatlab" / ".making.py.swp").write_text("an editor's\n")
     assert commit() == first
 
 

@@ -14,7 +14,7 @@ from repeatlab.core.schema import ConfigError, parse
 from repeatlab.data import DataError, load_splits
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 SIDE = 8
 

@@ -9,7 +9,7 @@ from repeatlab.core.schema import ConfigError
 from repeatlab.core.seeding import derive
 from repeatlab.data import load_splits
 from repeatlab.store.records import Store
-from repeatlab.training import loop
+from repeatlab.training import making
 from repeatlab.training.config import RunConfig
 from repeatlab.training.ensembles import Member, evaluate
 
@@ -25,7 +25,7 @@ def images(split) -> set[bytes]:
 
 
 def test_fixed_is_the_default_and_the_same_for_every_seed():
-    data = [loop.build_task(run_config(split="fixed", seed=s), "cpu").data for s in (0, 1)]
+    data = [making.build_task(run_config(split="fixed", seed=s), "cpu").data for s in (0, 1)]
     assert RunConfig.from_json({"task": {"name": "supervised"}, "max_updates": 1}).task.split == (
         "fixed"
     )
@@ -34,7 +34,7 @@ def test_fixed_is_the_default_and_the_same_for_every_seed():
 
 
 def test_by_seed_other_images_validate_and_the_test_split_stays():
-    first, second = (loop.build_task(run_config(seed=s), "cpu").data for s in (0, 1))
+    first, second = (making.build_task(run_config(seed=s), "cpu").data for s in (0, 1))
     assert images(first.validation) != images(second.validation)
     assert torch.equal(first.test.images, second.test.images)
     assert len(first.validation) == len(second.validation)
@@ -49,7 +49,7 @@ def test_by_seed_other_images_validate_and_the_test_split_stays():
 
 def test_all_arms_of_a_seed_have_one_split():
     arms = [{}, {"mapping": {"name": "constant", "repeats": 3}}, {"rate": 0.5}]
-    data = [loop.build_task(run_config(method=arm), "cpu").data for arm in arms]
+    data = [making.build_task(run_config(method=arm), "cpu").data for arm in arms]
     for other in data[1:]:
         assert torch.equal(data[0].train.images, other.train.images)
 
@@ -68,7 +68,7 @@ def test_what_is_pretrained_never_sees_the_run_s_validation_images(monkeypatch):
     monkeypatch.setattr(pretraining, "make_stream", watched)
     task = {"name": "transfer", "split": "by_seed", "pretraining": {"updates": 1}}
     config = RunConfig.from_json({"task": task, "max_updates": 1, "seed": 11})
-    built = loop.build_task(config, "cpu")
+    built = making.build_task(config, "cpu")
     (train,) = seen
     assert images(train) <= images(built.data.train)
     assert not images(train) & images(built.data.validation)
@@ -86,7 +86,8 @@ def test_arms_with_models_of_other_seeds_are_refused(method):
 def test_an_ensemble_over_different_validation_images_is_refused(tmp_path):
     evaluation = {"keep": 1, "test": False}
     runs = [
-        loop.train(run_config(seed=seed, evaluation=evaluation), Store(tmp_path)) for seed in (0, 1)
+        making.train(run_config(seed=seed, evaluation=evaluation), Store(tmp_path))
+        for seed in (0, 1)
     ]
     members = [Member(run, 4, "model") for run in runs]
     with pytest.raises(ValueError, match="by_seed makes no ensembles"):
@@ -96,5 +97,5 @@ def test_an_ensemble_over_different_validation_images_is_refused(tmp_path):
 def test_the_split_is_that_of_the_seed_of_the_run_s_streams():
     config = run_config(seed=5)
     expected = load_splits("digits", split_seed=derive(config.stream_seed, "split"))
-    found = loop.build_task(config, "cpu").data
+    found = making.build_task(config, "cpu").data
     assert torch.equal(found.validation.images, expected.validation.images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
@@ -164,7 +165,7 @@ def test_saving_writes_both_files_and_the_manifest(tmp_path):
     saved = save_figure(figure, "second", tmp_path, **about)
     save_figure(figure, "first", tmp_path, **about)
     shown, size = DisplayFormatter().format(saved)
-    assert shown["image/png"] == (tmp_path / "second.png").read_bytes()
+    assert b64decode(shown["image/png"]) == (tmp_path / "second.png").read_bytes()
     with Image.open(tmp_path / "second.png") as image:
         inches = np.array(image.size) / STYLE["savefig.dpi"]
     wanted = inches * STYLE["figure.dpi"]

@@ -39,10 +39,10 @@ from repeatlab.methods.selection import draw, draw_distinct, importance_sampling
 from repeatlab.tasks import TASKS, load_task
 from repeatlab.tasks.classification import cross_entropy_bounds
 from repeatlab.tasks.models import norm_cnn
-from repeatlab.training import loop
+from repeatlab.training import making
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 BATCH = 8
 
@@ -601,7 +601,7 @@ def run_config(task: str, name: str, updates: int = 9, **fields: Any) -> RunConf
 def test_the_ledger_counts_every_sample_that_was_scored(task, name, tmp_path, monkeypatch):
     total = [0]
     kind = counted(load_task(TASKS[task]), PASSED[task], total)
-    monkeypatch.setattr(loop, "load_task", lambda target: kind)
+    monkeypatch.setattr(making, "load_task", lambda target: kind)
     always_on(monkeypatch)
     run = train(run_config(task, name), tmp_path)
     ledger = run.summary["ledger"]

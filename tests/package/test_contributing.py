@@ -139,7 +139,7 @@ from functools import partial
 import torch
 from repeatlab.studies import study
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.core.schema import parse
 from repeatlab.tasks import load_task, TASKS
 

@@ -16,7 +16,7 @@ from repeatlab.repetition.mappings import Constant, Linear, Threshold, Trace, Un
 from repeatlab.repetition.repeater import BatchRepeater, NonFiniteLoss
 from repeatlab.tasks.precision import cannot_compile
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train as train_run
+from repeatlab.training.making import train as train_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -60,7 +60,7 @@ def test_the_mappings_are_read_without_torch():
     [
         "import repeatlab; repeatlab.Study",
         "from repeatlab import load",
-        "import repeatlab.training.loop",
+        "import repeatlab.training.making",
         "import repeatlab.tasks",
         "import repeatlab.__main__ as m; m.main()",
     ],

@@ -27,8 +27,8 @@ from repeatlab.core.locks import hold, is_held
 from repeatlab.store.records import UPDATES, RunWriter, Store, read_stream
 from repeatlab.studies.study import StudyError, run_study
 from repeatlab.studies.verification import damaged, run_state, study_states
-from repeatlab.training import checkpoint, loop
-from repeatlab.training.loop import train
+from repeatlab.training import checkpoint, making
+from repeatlab.training.making import train
 from repeatlab.training.one_run import CheckpointPlan, Training
 
 EVERY_UPDATE = CheckpointPlan(updates=1)
@@ -213,7 +213,7 @@ def test_a_directory_that_vanishes_under_a_run_is_named_and_the_run_made_anew(
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_last_one_goes_on(
     tmp_path, monkeypatch
 ):
-    save, saved = loop.checkpoint.save, []
+    save, saved = making.checkpoint.save, []
     run = Store(tmp_path / "store").run("supervised", supervised().run_id)
 
     def full(directory, state):

@@ -27,7 +27,7 @@ from repeatlab.repetition.repeater import BatchRepeater
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS
 from repeatlab.training.config import RunConfig, TraceConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.visits import build_mapping
 
 TASK_NAMES = ("supervised", "semisupervised", "selfsupervised", "reinforcement", "unsupervised")

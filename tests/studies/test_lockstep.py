@@ -30,7 +30,7 @@ from repeatlab.studies.study import Study, run_studies
 from repeatlab.tasks.models import mlp, small_cnn
 from repeatlab.training import checkpoint
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.one_run import CheckpointPlan, Training
 from repeatlab.training.prerequisites import prerequisites
 

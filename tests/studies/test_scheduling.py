@@ -32,9 +32,9 @@ from repeatlab.studies.processes import LIBRARIES, LocalWorkers
 from repeatlab.studies.scheduling import Outcome, open_trainer, train_runs, with_needs
 from repeatlab.studies.study import Study, StudyError, run_studies
 from repeatlab.tasks.supervised import Supervised
-from repeatlab.training import checkpoint, loop
+from repeatlab.training import checkpoint, making
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 SLOW = {"delay_ms": 40}
 
@@ -353,7 +353,7 @@ def test_who_holds_a_run_never_waits_for_what_it_needs(tmp_path, monkeypatch):
 def held(tmp_path, monkeypatch):
     """Hold a run's lock, and call the function in the list whenever somebody waits for it."""
     config = study().planned()[0].config
-    wait, calls, release = loop.leave_if_stopped, [], threading.Event()
+    wait, calls, release = making.leave_if_stopped, [], threading.Event()
 
     def waiting(stop):
         calls[0]()
@@ -369,7 +369,7 @@ def held(tmp_path, monkeypatch):
     holder = threading.Thread(target=hold)
     holder.start()
     assert begun.wait(60)
-    monkeypatch.setattr(loop, "leave_if_stopped", waiting)
+    monkeypatch.setattr(making, "leave_if_stopped", waiting)
     yield calls
     release.set()
     holder.join()

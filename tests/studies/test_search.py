@@ -24,7 +24,7 @@ from repeatlab.studies.search import Search, run_search, search_with
 from repeatlab.studies.search_space import Choices, Range
 from repeatlab.studies.study import StudyError
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 LR = {"low": 0.01, "high": 1.0, "log": True}
 GRID = {"choices": [0.01, 0.03, 0.1, 0.3, 1.0]}

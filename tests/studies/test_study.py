@@ -126,7 +126,7 @@ class _Fails(tasks.load_task(tasks.TASKS["supervised"])):
 
 
 def test_a_run_that_fails_takes_no_other_down(small_study, tmp_path, monkeypatch):
-    monkeypatch.setattr("repeatlab.training.loop.load_task", lambda target: _Fails)
+    monkeypatch.setattr("repeatlab.training.making.load_task", lambda target: _Fails)
     study = small_study(methods={"standard": {}}, seeds=3)
     with pytest.raises(StudyError, match=r"1 of 3 runs failed:\n.*RuntimeError: planted"):
         study.run(tmp_path, workers=0)

@@ -14,7 +14,7 @@ from repeatlab.data import load_splits
 from repeatlab.tasks.continual import Continual, ContinualConfig, herding
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 SHORT = {"updates": 60, "lr": 0.1, "batch_size": 32}
 STRATEGIES = ("plain", "replay", "lwf")

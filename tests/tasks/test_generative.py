@@ -26,7 +26,7 @@ from repeatlab.tasks.generative import (
     stages,
 )
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 DRIVERS = ["discriminator", "generator", "sum"]
 

@@ -16,7 +16,7 @@ from repeatlab.data import DataError
 from repeatlab.data.sequences import load
 from repeatlab.tasks.language import Language, LanguageConfig
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 SMALL = {"context": 12, "width": 12, "heads": 3, "batch_size": 4}
 

@@ -15,7 +15,7 @@ from repeatlab.tasks.classification import noise_metrics
 from repeatlab.tasks.noisy_labels import NoisyLabels, NoisyLabelsConfig
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 CORRECTED = [
     {"correction": "weighted"},

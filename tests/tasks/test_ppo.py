@@ -23,7 +23,7 @@ from repeatlab.tasks.cartpole import greedy_episodes
 from repeatlab.tasks.ppo import PPO, ActorCritic, PPOConfig, advantages
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 SCALE = np.array([2.0, 1.0, 10.0, 1.0], dtype=np.float32)
 SMALL = {"hidden": (16,), "batch_size": 24, "environments": 3, "evaluation_episodes": 4}

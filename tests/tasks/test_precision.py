@@ -16,10 +16,10 @@ from repeatlab.tasks import precision
 from repeatlab.tasks.optimization import OPTIMIZERS, OptimizerStep, chosen
 from repeatlab.tasks.precision import Precision
 from repeatlab.tasks.supervised import SupervisedConfig
-from repeatlab.training import loop
+from repeatlab.training import making
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 every_task = pytest.mark.parametrize("name", SIX)
 # A float16 number has 11 significant bits and ends at 65504.
@@ -97,7 +97,7 @@ def test_float16_is_for_cuda_and_says_so_where_it_is_not():
 def test_where_auto_means_the_cpu_nothing_is_written_before_float16_is_refused(
     monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(loop, "pick_device", lambda name: "cpu")
+    monkeypatch.setattr(making, "pick_device", lambda name: "cpu")
     run = {"task": {"name": "supervised", "precision": "float16"}, "max_updates": 1}
     with pytest.raises(ValueError, match=r"task\.precision: float16 needs a CUDA device"):
         train(parse(RunConfig, run), tmp_path / "runs")

@@ -30,7 +30,7 @@ from repeatlab.tasks.reinforcement import (
 )
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 SCALE = np.array([2.0, 1.0, 10.0, 1.0], dtype=np.float32)
 SMALL = {"hidden": (16, 8), "learning_starts": 60, "epsilon_steps": 300, "evaluation_episodes": 4}

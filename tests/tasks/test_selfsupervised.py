@@ -26,7 +26,7 @@ from repeatlab.tasks.selfsupervised import (
     nt_xent,
 )
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -20,7 +20,7 @@ from repeatlab.tasks.models import build_classifier
 from repeatlab.tasks.optimization import chosen
 from repeatlab.tasks.semisupervised import SemiBatch, SemiSupervised, SemiSupervisedConfig
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 
 @pytest.fixture(autouse=True, scope="module")

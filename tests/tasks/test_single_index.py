@@ -14,7 +14,7 @@ from repeatlab.store.records import Store
 from repeatlab.studies.lockstep import train_group
 from repeatlab.tasks.single_index import SingleIndex, SingleIndexConfig, hermite, is_blank
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 SMALL = {"name": "single_index", "inputs": 12, "width": 8, "batch_size": 16, "lr": 0.02}
 

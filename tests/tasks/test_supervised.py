@@ -24,7 +24,7 @@ from repeatlab.tasks.models import resnet18, small_cnn
 from repeatlab.tasks.optimization import chosen
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig, build_model
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,7 +13,7 @@ from every_method import REFUSED, UPDATES, config, tried
 from repeatlab.core.schema import ConfigError
 from repeatlab.tasks import TASKS, load_task
 from repeatlab.training.checkpoint import digest
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 every_task = pytest.mark.parametrize("name", TASKS)
 

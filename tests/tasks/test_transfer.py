@@ -19,7 +19,7 @@ from repeatlab.tasks.retrieval import retrieval
 from repeatlab.tasks.transfer import Transfer, TransferConfig
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 SHORT = {"updates": 30, "lr": 0.1, "batch_size": 32}
 

@@ -18,7 +18,7 @@ from repeatlab.data import Batch, TrainStream, load_splits
 from repeatlab.tasks.fid import Fid
 from repeatlab.tasks.unsupervised import VAE, Unsupervised, UnsupervisedConfig, binarize
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 
 @pytest.fixture(autouse=True, scope="module")

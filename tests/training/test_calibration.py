@@ -13,7 +13,7 @@ from repeatlab.repetition.mappings import Linear
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training.calibration import calibrate, calibration_run, linear_t, mean_plus_std
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 BATCH = 16
 CALIBRATION = 12
@@ -172,7 +172,7 @@ def test_arms_share_one_short_run_are_charged_for_it_and_it_never_evaluates(tmp_
             evaluated.append(self)
             return super().evaluate(split)
 
-    monkeypatch.setattr("repeatlab.training.loop.load_task", lambda target: Watched)
+    monkeypatch.setattr("repeatlab.training.making.load_task", lambda target: Watched)
     threshold = train(run_config(THRESHOLD), tmp_path)
     assert len(built) == 2
     assert built[0] not in evaluated

@@ -23,7 +23,7 @@ from repeatlab.tasks.models import small_cnn
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
 from repeatlab.training import weights
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.one_run import Training
 from repeatlab.training.prerequisites import teacher_runs
 

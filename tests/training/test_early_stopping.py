@@ -21,7 +21,7 @@ from repeatlab.tasks import TASKS
 from repeatlab.training import weights
 from repeatlab.training.config import RunConfig
 from repeatlab.training.early_stopping import EarlyStopping, Patience
-from repeatlab.training.loop import build_task, torch_settings, train
+from repeatlab.training.making import build_task, torch_settings, train
 from repeatlab.training.one_run import CheckpointPlan, Training
 
 T, EVERY, BATCH = 60, 4, 16

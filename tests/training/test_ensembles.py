@@ -24,7 +24,7 @@ from repeatlab.training import ensembles, weights
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.ensembles import Member, evaluate, of_checkpoints, of_seeds
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 T, BATCH = 30, 16
 

@@ -30,7 +30,7 @@ from repeatlab.training import stand_ins
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.fresh_batches import FreshBatches, SpacedBatches
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.prerequisites import prerequisites, source_run
 from repeatlab.training.visits import Source, build_mapping
 

@@ -23,7 +23,7 @@ from repeatlab.core.schema import parse
 from repeatlab.tasks import TASKS
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.one_run import Training
 from repeatlab.training.weights import networks
 

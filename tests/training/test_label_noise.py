@@ -18,7 +18,7 @@ from repeatlab.data import load_splits
 from repeatlab.store.records import Run
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.recorder import NoiseLog
 
 BATCH = 32

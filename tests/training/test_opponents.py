@@ -22,7 +22,7 @@ from repeatlab.studies.plan import with_fields
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training import weights
 from repeatlab.training.config import MethodConfig, RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 
 ROOT = Path(__file__).parents[2]
 BATCH, WIDTH = 16, 4

@@ -20,9 +20,9 @@ from repeatlab.repetition.mappings import Linear, LinearRepeats, Mapping, Trace
 from repeatlab.store.records import Run
 from repeatlab.tasks import TASKS, load_task
 from repeatlab.tasks.supervised import Supervised
-from repeatlab.training import loop, one_run
+from repeatlab.training import making, one_run
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.rates_and_budget import Budget, Rates
 from repeatlab.training.visits import LongSteps
 
@@ -207,7 +207,7 @@ def clock(monkeypatch) -> Clock:
             ticking.now += 1000
             return super().evaluate(split)
 
-    monkeypatch.setattr(loop, "load_task", lambda target: Timed)
+    monkeypatch.setattr(making, "load_task", lambda target: Timed)
     monkeypatch.setattr(one_run, "perf_counter", ticking)
     monkeypatch.setattr(rho, "perf_counter", ticking)
     return ticking

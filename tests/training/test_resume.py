@@ -15,9 +15,9 @@ from every_method import METHODS, REFUSED, config, tried
 
 from repeatlab.core.files import write_sealed
 from repeatlab.store.records import Run, Store
-from repeatlab.training import checkpoint, loop
+from repeatlab.training import checkpoint, making
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.one_run import CheckpointPlan, Training
 from repeatlab.training.prerequisites import prerequisites
 
@@ -252,8 +252,8 @@ def test_rows_after_the_checkpoint_are_made_again_not_kept_twice(killed_run, tmp
 
 def test_another_version_s_checkpoint_is_not_gone_on_from(killed_run, tmp_path, monkeypatch):
     run, _ = killed_run
-    described = loop.describe
-    monkeypatch.setattr(loop, "describe", lambda device: described(device) | {"commit": "other"})
+    described = making.describe
+    monkeypatch.setattr(making, "describe", lambda device: described(device) | {"commit": "other"})
     monkeypatch.setattr(Training, "load_state_dict", lambda *_: pytest.fail("went on"))
     same_record(train(run, tmp_path / "unbroken"), train(run, tmp_path / "killed"))
 

@@ -9,7 +9,7 @@ import torch
 
 from repeatlab.core.seeding import derive
 from repeatlab.data import load_splits
-from repeatlab.training import loop
+from repeatlab.training import making
 from repeatlab.training.config import RunConfig
 from repeatlab.training.visits import build_mapping
 
@@ -24,7 +24,7 @@ def run_config(task: str, method: dict | None = None, *, seed: int = 0) -> RunCo
 
 
 def indices(config: RunConfig) -> list[list[int]]:
-    task = loop.build_task(config, "cpu")
+    task = making.build_task(config, "cpu")
     return [task.stream.indices(index).tolist() for index in range(5)]
 
 
@@ -44,7 +44,7 @@ def test_tasks_on_the_same_data_draw_other_batches_from_a_seed(drawn, a, b):
 
 def test_all_arms_of_a_task_share_their_batches_and_weights():
     arms = [{}, {"mapping": {"name": "constant", "repeats": 3}}, {"rate": 2.0}]
-    tasks = [loop.build_task(run_config("supervised", arm), "cpu") for arm in arms]
+    tasks = [making.build_task(run_config("supervised", arm), "cpu") for arm in arms]
     for other in tasks[1:]:
         assert torch.equal(tasks[0].stream.indices(3), other.stream.indices(3))
         ours, theirs = tasks[0].model.state_dict(), other.model.state_dict()

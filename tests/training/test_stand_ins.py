@@ -14,7 +14,7 @@ from repeatlab.store.records import Store
 from repeatlab.tasks import TASKS, Task, load_task
 from repeatlab.training import stand_ins
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import build_task, train
+from repeatlab.training.making import build_task, train
 from repeatlab.training.one_run import Training
 from repeatlab.training.stand_ins import ObservedTask, SlowTask
 

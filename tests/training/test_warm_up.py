@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from repeatlab.core.schema import parse
 from repeatlab.tasks.supervised import Supervised
 from repeatlab.training.config import RunConfig
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.one_run import Training
 
 T, BATCH, LR = 24, 32, 0.02

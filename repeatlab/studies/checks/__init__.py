@@ -23,7 +23,7 @@ from repeatlab.studies.checks.probe import Subject
 from repeatlab.studies.checks.report import Report, Result
 from repeatlab.tasks import TASKS, Task, TaskConfig, load_task
 from repeatlab.training.config import TaskChoice
-from repeatlab.training.loop import torch_settings
+from repeatlab.training.making import torch_settings
 
 __all__ = ["CHECKS", "EXPECTATIONS", "Expectations", "Report", "Result", "check"]
 

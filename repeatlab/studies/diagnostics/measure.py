@@ -26,7 +26,7 @@ from repeatlab.studies.diagnostics.prediction import (
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS, Task, TaskConfig, load_task
 from repeatlab.training.config import EvaluationConfig, MethodConfig, RunConfig
-from repeatlab.training.loop import torch_settings
+from repeatlab.training.making import torch_settings
 from repeatlab.training.one_run import Training
 from repeatlab.training.stand_ins import ObservedTask, StandIn
 

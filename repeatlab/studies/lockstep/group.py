@@ -19,7 +19,7 @@ from repeatlab.tasks import Task
 from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.tasks.reinforcement import Reinforcement
 from repeatlab.tasks.single_index import SingleIndex
-from repeatlab.training import loop
+from repeatlab.training import making
 from repeatlab.training.config import RunConfig
 from repeatlab.training.one_run import CheckpointPlan
 from repeatlab.training.stand_ins import StandIn
@@ -35,13 +35,13 @@ def train_group(
     runs: str | Path | Store = "runs",
     *,
     plan: CheckpointPlan | None = None,
-    watch: loop.Watch = nullcontext,
+    watch: making.Watch = nullcontext,
     stop: Stop | None = None,
 ) -> dict[str, str | None]:
     """Make these runs in lock-step, and return by run id why one has failed, or None.
 
-    As `loop.train` on each of them: what the store has is not made again, a run that was begun goes
-    on from its checkpoint, one that diverges or fails leaves and the others go on. Their
+    As `making.train` on each of them: what the store has is not made again, a run that was begun
+    goes on from its checkpoint, one that diverges or fails leaves and the others go on. Their
     environment notes how many there were (`lockstep`).
 
     Args:
@@ -49,8 +49,8 @@ def train_group(
             `plan.groups` finds them. None needs another of them.
         runs: The run store, or its directory.
         plan: When checkpoints are written.
-        watch: As of `loop.train`.
-        stop: As of `loop.train`.
+        watch: As of `making.train`.
+        stop: As of `making.train`.
 
     Raises:
         StoreError: the store cannot be written.
@@ -63,14 +63,14 @@ def train_group(
     store.check_writable()
     group = Group(store, pick_device(configs[0].device), plan=plan, stop=stop)
     for config in configs:
-        loop.make_needs(config, store, watch=watch, stop=stop)
+        making.make_needs(config, store, watch=watch, stop=stop)
     with ExitStack() as held:
         # In one order everywhere: two processes with common runs wait, and never for each other.
         for config in sorted(configs, key=lambda config: config.run_id):
             run = store.run(config.task.name, config.run_id)
-            held.enter_context(store.locked(run, waiting=partial(loop.leave_if_stopped, stop)))
+            held.enter_context(store.locked(run, waiting=partial(making.leave_if_stopped, stop)))
         held.enter_context(watch(configs))
-        with loop.torch_settings(configs[0].threads, configs[0].stream_seed):
+        with making.torch_settings(configs[0].threads, configs[0].stream_seed):
             group.open(configs)
             group.train()
     if "interrupted" in group.outcomes.values():
@@ -143,7 +143,7 @@ class Group:
 
     def _open(self, config: RunConfig, arms: int) -> None:
         run = self.store.run(config.task.name, config.run_id)
-        opened = loop.open_run(config, self.store, run, device=self.device)
+        opened = making.open_run(config, self.store, run, device=self.device)
         try:
             write_json(run.path / "environment.json", {**run.environment, "lockstep": arms})
             task, through = self._build_task(config)
@@ -171,7 +171,7 @@ class Group:
         if config.seed in self._beginnings:
             parts["beginning"] = self._beginnings[config.seed]
         kind = STACKS[config.task.name].task
-        task = loop.build_task(config, self.device, kind=kind, **parts)
+        task = making.build_task(config, self.device, kind=kind, **parts)
         if isinstance(task, Reinforcement):
             self._beginnings.setdefault(config.seed, task.lived())
             return task, task

@@ -31,11 +31,11 @@ from repeatlab.repetition.mappings import Constant
 from repeatlab.store.records import Run, Store
 from repeatlab.tasks.models import small_cnn
 from repeatlab.tasks.supervised import Supervised
-from repeatlab.training import loop, one_run
+from repeatlab.training import making, one_run
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.fresh_batches import FreshBatches
-from repeatlab.training.loop import train
+from repeatlab.training.making import train
 from repeatlab.training.visits import build_mapping
 
 T = 23
@@ -157,7 +157,7 @@ def train_watched(config: RunConfig, store: Path, kind: type[Supervised] = Watch
         return built[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_task", lambda target: build)
+        patch.setattr(making, "load_task", lambda target: build)
         run = train(config, store)
     return Trained(config, run, built[-1])
 
@@ -651,7 +651,7 @@ def test_a_done_run_is_not_made_again(tmp_path, monkeypatch):
         raise AssertionError("a done run was touched")
 
     for name in ("load_task", "describe", "Training"):
-        monkeypatch.setattr(loop, name, never)
+        monkeypatch.setattr(making, name, never)
     monkeypatch.setattr("repeatlab.store.records.write_json", never)
     run = train(config, Store(tmp_path))
     assert run.summary["status"] == "complete"
@@ -678,7 +678,7 @@ def test_an_unwritable_store_is_refused_before_any_work(tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("work was done for nothing")
 
-    monkeypatch.setattr(loop, "load_task", never)
+    monkeypatch.setattr(making, "load_task", never)
     for name in ("standard", "threshold auto"):
         with pytest.raises(StoreError, match="file"):
             train(run_config(METHODS[name]), tmp_path / "file")

@@ -1,4 +1,4 @@
-"""One run: `train(config)` makes exactly T updates and leaves its record in the store."""
+"""Making a run: `train(config)` makes exactly T updates and leaves its record in the store."""
 
 from __future__ import annotations
 
