@@ -34,6 +34,8 @@ def save_figure(
         The file, so that a notebook's cell can end on this call and show it: drawing the figure
         anew would take as long again.
     """
+    from IPython.display import Image
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     safe_name("figure name", name)
@@ -61,8 +63,6 @@ def save_figure(
         manifest = read_manifest(directory) | {name: entry}
         write_json(directory / "manifest.json", dict(sorted(manifest.items())))
     plt.close(figure)
-    from IPython.display import Image
-
     width, height = (round(inches * STYLE["figure.dpi"]) for inches in figure.get_size_inches())
     return Image(filename=str(directory / f"{name}.png"), width=width, height=height)
 

@@ -271,18 +271,15 @@ def run_studies(
     missing = {i: config for i, config in configs.items() if not handles[i].done}
     alone = (study.planned() for study in studies if not study.lockstep)
     apart = {p.config.run_id for planned in alone for p in planned}
-    try:
-        outcomes = make_runs(missing, store, places or Places(workers=workers), apart=apart)
-    except Interrupted:
-        raise Interrupted(_stopped(handles.values())) from None
+    outcomes = make_runs(configs, store, places or Places(workers=workers), apart=apart)
     failed = {i: ABSENT for i in missing if not handles[i].done}
     failed |= {i: outcome.failure for i, outcome in outcomes.items() if outcome.failure}
-    # Those that another process has made meanwhile.
-    found = sum(not (outcome.failure or outcome.trained) for outcome in outcomes.values())
+    # The others were made by another process meanwhile.
+    trained = sum(bool(outcome.failure or outcome.trained) for outcome in outcomes.values())
     attempts = {i: handles[i].environment.get("attempts", 1) for i in missing}
     report = Report(
         {i: handle.status["status"] for i, handle in handles.items()},
-        trained=len(missing) - found,
+        trained=trained,
         retried={i: number for i, number in attempts.items() if number > 1},
     )
     if failed:
@@ -294,22 +291,30 @@ def run_studies(
 def make_runs(
     configs: Mapping[str, RunConfig], store: Store, places: Places, *, apart: Container[str] = ()
 ) -> dict[str, Outcome]:
-    """Make runs that the store lacks, with a bar of progress, and return how each ended.
+    """Make the runs that the store lacks, with a bar of progress, and return how each ended.
 
     Args:
         configs: By their ids.
         store: Where they go.
         places: Where they are made.
         apart: The ids of those that are not trained in lock-step.
+
+    Raises:
+        Stopped: as `run_studies`.
     """
-    if not configs:
+    handles = {i: store.run(config.task.name, i) for i, config in configs.items()}
+    missing = {i: config for i, config in configs.items() if not handles[i].done}
+    if not missing:
         return {}
     # Once and here, so that what is not there is one message, and workers do not all fetch it.
-    for task in {config.task for config in configs.values()}:
+    for task in {config.task for config in missing.values()}:
         task.prepare()
     with open_trainer(store, places) as train:
-        outcomes = train(configs, apart=apart)
-        return dict(tqdm(outcomes, total=len(configs), desc="runs", unit="run"))
+        outcomes = train(missing, apart=apart)
+        try:
+            return dict(tqdm(outcomes, total=len(missing), desc="runs", unit="run"))
+        except Interrupted:
+            raise Interrupted(_stopped(handles.values())) from None
 
 
 def failure_message(reasons: Mapping[Path, str], *, of: int) -> str:
