@@ -32,7 +32,7 @@ def short_profile(tree: Path, to: Path, updates: int) -> list[Path]:
         (to / path.name).write_text(path.read_text())
     for path in sorted((tree / "params" / "quick").glob("*.yaml")):
         content = yaml.safe_load(path.read_text())
-        study = content["parameters"].get("study")
+        study = content.get("parameters", {}).get("study")  # a plan has none
         if not isinstance(study, dict) or not content["notebook"].startswith("1"):
             continue
         study |= {"max_updates": updates, "seeds": 1}
