@@ -280,58 +280,6 @@ def search(parameters: Path, runs: Path, workers: int | None) -> None:
 
 
 @cli.command()
-@click.argument("study")
-@click.option("--task", help="What the study calls the task, if it has several.")
-@click.option("--method", help="The arm, if the study has several.")
-@click.option("--seed", "seeds", type=int, multiple=True, help="May be repeated; all by default.")
-@click.option(
-    "--of",
-    "kind",
-    type=click.Choice(["seeds", "checkpoints"]),
-    default="seeds",
-    show_default=True,
-    help="Of all seeds; or, seed by seed, of the evaluations that kept their weights.",
-)
-@click.option(
-    "--network",
-    type=click.Choice(["model", "ema"]),
-    help="The weights or their average; by default what the task evaluates.",
-)
-@click.option(
-    "--split",
-    type=click.Choice(["validation", "test"]),
-    default="validation",
-    show_default=True,
-    help="The test split is to be read once.",
-)
-@click.option(
-    "--k",
-    type=click.FloatRange(min=0, min_open=True),
-    default=2.0,
-    show_default=True,
-    help="A backward's time in forwards, for cost_units; `repeatlab measure` finds it.",
-)
-@RUNS
-def ensemble(
-    study: str, kind: str, network: str | None, split: str, k: float, runs: Path, **arm: Any
-) -> None:
-    """Evaluate ensembles of networks that a study's runs have kept, beside the single ones."""
-    from repeatlab.core.environment import pick_device
-    from repeatlab.training import ensembles
-
-    try:
-        found = ensembles.runs_of(Store(runs), study, **arm)
-        if kind == "seeds":
-            groups = [ensembles.of_seeds(found, network=network)]
-        else:
-            groups = [ensembles.of_checkpoints(run, network=network) for run in found]
-        for members in groups:
-            click.echo(str(ensembles.evaluate(members, split, k=k, device=pick_device("auto"))))
-    except ValueError as error:  # what makes no ensemble says why
-        raise ConfigError(str(error)) from error
-
-
-@cli.command()
 @click.argument("task")
 @click.option("--dataset", help="By default the embedded one.")
 def check(task: str, dataset: str | None) -> None:

@@ -86,18 +86,6 @@ class TraceConfig(Model):
         return Trace(self.counts)
 
 
-class DistillationConfig(Model):
-    """How a run learns from an ensemble besides the labels; see `repeatlab.tasks.distillation`."""
-
-    teachers: Annotated[int, Field(ge=1, le=100)] = 3
-    """Standard runs of other seeds; their cost is charged to the run that learns from them."""
-    updates: PositiveInt | None = None
-    """Of each teacher; null makes as many as the run's T."""
-    temperature: Annotated[float, Field(gt=0)] = 4.0
-    share: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Of the teachers in the loss; the rest is the labels'."""
-
-
 class MethodConfig(Model):
     """Which samples make a batch, how often it is visited and at what rate; `{}` is standard."""
 
@@ -113,9 +101,7 @@ class MethodConfig(Model):
     schedule: choice("schedule", SCHEDULES) | None = None
     rate: Annotated[float, Field(gt=0)] = 1.0
     """The arm's learning rate in units of the task's, on top of the schedule. The short run of
-    `t: auto`, teachers and models that a sampler trains beforehand keep the task's own."""
-    distillation: DistillationConfig | None = None
-    """Of an ensemble into the run's network, on the supervised task."""
+    `t: auto`, and models that a sampler trains beforehand, keep the task's own."""
     apply: Annotated[choice("apply", PULLS), WrapValidator(_plain_or_pull)] = "repeat"
     """What N does: N visits of the batch; one update at N times the learning rate (`step_size`); N
     updates on samples drawn anew each time (`fresh_samples`: from the replay buffer, without
@@ -324,27 +310,6 @@ class RunConfig(Common):
         for path, part in parts.items():
             if part in refusals:
                 raise ValueError(f"{path} is not for the task {self.task.name}: {refusals[part]}")
-        return self
-
-    @model_validator(mode="after")
-    def _can_be_distilled(self) -> Self:
-        task, method = self.task, self.method
-        if method.distillation is None:
-            return self
-        noisy, auto = getattr(task, "label_noise", 0), method.calibrated
-        rho = method.sampler is not None and method.sampler.name == "rho_loss"
-        refused = {
-            f"it is not for the task {task.name}, only for supervised": task.name != "supervised",
-            "with task.split: by_seed teachers of other seeds see the run's validation images": (
-                getattr(task, "split", "fixed") == "by_seed"
-            ),
-            "teachers of other seeds see other label noise: they would tell the labels": noisy,
-            "t: auto is measured on the cross-entropy, not on its driver loss: give t": auto,
-            "rho_loss trains models beforehand that would need teachers of their own": rho,
-        }
-        for reason, holds in refused.items():
-            if holds:
-                raise ValueError(f"method.distillation: {reason}")
         return self
 
     @property

@@ -19,9 +19,8 @@ from repeatlab.tasks import TASKS, Task, load_task, precision
 from repeatlab.training import checkpoint
 from repeatlab.training.calibration import calibrate, calibration_run
 from repeatlab.training.config import RunConfig
-from repeatlab.training.ensembles import distilled_task
 from repeatlab.training.one_run import CheckpointPlan, Training
-from repeatlab.training.prerequisites import prerequisites, source_run, teacher_runs
+from repeatlab.training.prerequisites import prerequisites, source_run
 from repeatlab.training.visits import Source
 
 # Of the runs that are about to be made: what is open while they are.
@@ -84,15 +83,11 @@ def _train(
     config: RunConfig, store: Store, run: Run, *, plan: CheckpointPlan | None, stop: Stop
 ) -> None:
     """Begin a run, or go on with it, and bring its record to its end."""
-    why, device = "distillation needs its teachers", pick_device(config.device)
-    teachers = [_needed(teacher, store, why) for teacher in teacher_runs(config)]
+    device = pick_device(config.device)
     writer, state, calibration, source = open_run(config, store, run, device=device)
     try:
         with torch_settings(config.threads, config.stream_seed):
-            if teachers:
-                task = distilled_task(config, teachers, device=device)
-            else:
-                task = build_task(config, device)
+            task = build_task(config, device)
             parts = {"calibration": calibration, "source": source, "plan": plan, "stop": stop}
             Training(config, task, writer, **parts).run(state)
     except Interrupted:

@@ -1,4 +1,4 @@
-"""The weights that a run comes back to, or keeps for ensembles, distillation and use elsewhere.
+"""The weights that a run comes back to, or keeps for use elsewhere.
 
     runs/<task>/<run id>/weights-<update>.pt   of every network of the task, by name
 

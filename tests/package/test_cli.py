@@ -7,10 +7,7 @@ import sys
 
 import pytest
 
-from repeatlab.analysis.frames import load
 from repeatlab.cli import ROOT, main
-from repeatlab.studies.parameter_files import read_job
-from repeatlab.studies.study import Study
 
 STUDY = """
 notebook: 10_supervised
@@ -93,7 +90,7 @@ def test_a_process_of_its_own_ends_with_status_2_and_one_message(tmp_path):
         ),
         (
             {"method": "linear"},
-            "methods.arm: must be a mapping with keys among apply, distillation",
+            "methods.arm: must be a mapping with keys among apply, fresh_views",
         ),
         (
             {"method": "{mapping: {name: quantile, levels: auto}}"},
@@ -218,93 +215,3 @@ def test_verify_names_a_damaged_run_and_remove_makes_room_for_it(tmp_path, repea
     code, out, _ = repeatlab("run", path, "--workers", 0)
     assert (code, out) == (0, "1 run: 1 complete (1 trained now, 0 in the store)\n")
     assert repeatlab("verify") == (0, "1 runs read, 0 damaged\n", "")
-
-
-# --- ensembles ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """Return a store with the study of the documented file, at a budget for tests."""
-    study = read_job(ROOT / "params" / "ensembles" / "supervised.yaml", ROOT).parameters["study"]
-    study |= {"max_updates": 12, "seeds": 2}
-    study["evaluation"] |= {"every": 4}
-    root = tmp_path_factory.mktemp("kept")
-    Study.of(**study).run(root, workers=0)
-    return root
-
-
-def tables(out):
-    """Return the rows of every table printed: its label, then accuracy, ..., networks."""
-    found = []
-    for line in out.splitlines():
-        if line.split()[0] == "accuracy":
-            found.append({})
-        else:
-            label, *values = line.rsplit(maxsplit=6)
-            found[-1][label] = [float(value) for value in values]
-    return found
-
-
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_ensemble_sets_all_seeds_beside_their_ensemble(split, kept, repeatlab):
-    command = ("ensemble", "ensembles-supervised", "--method", "standard", "--split", split)
-    code, out, _ = repeatlab(*command, "--runs", kept)
-    assert code == 0
-    (table,) = tables(out)
-    runs = load(kept, "ensembles-supervised").runs.query("method == 'standard'")
-    expected = [f"seed {r.seed}, update 12, ema of {r.id[:6]}" for r in runs.itertuples()]
-    assert list(table) == [*expected, "mean of members", "ensemble"]
-    for label, accuracy in zip(expected, runs[f"{split}.accuracy"], strict=True):
-        assert table[label][0] == pytest.approx(accuracy, abs=1e-4)
-    assert table["ensemble"][2] == 2 * 12  # updates
-    assert [row[-1] for row in table.values()] == [1, 1, 1, 2]  # networks
-
-
-def test_ensemble_of_what_each_run_kept(kept, repeatlab):
-    command = ("ensemble", "ensembles-supervised", "--method", "standard", "--runs", kept)
-    names = [f"update {update}, model" for update in (4, 8, 12)]
-    code, out, _ = repeatlab(*command, "--of", "checkpoints", "--network", "model")
-    assert code == 0
-    for seed, table in enumerate(tables(out)):
-        singles = list(table)[:-2]
-        assert [label.rpartition(" of ")[0] for label in singles] == [
-            f"seed {seed}, {name}" for name in names
-        ]
-    assert seed == 1
-    code, out, _ = repeatlab(*command, "--of", "checkpoints", "--seed", 1)
-    assert [next(iter(table)).split(",")[0] for table in tables(out)] == ["seed 1"]
-
-
-def test_the_distilled_network_is_charged_for_the_ensemble_that_it_learnt_from(kept, repeatlab):
-    command = ("ensemble", "ensembles-supervised", "--method", "distilled", "--runs", kept)
-    code, out, _ = repeatlab(*command, "--seed", 0)
-    assert code == 0
-    (table,) = tables(out)
-    updates, networks = table["ensemble"][2], table["ensemble"][-1]
-    assert (updates, networks) == (12 * (1 + 3), 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["ensemble-supervised"], "holds no study 'ensemble-supervised' (it holds: ensembles-sup"),
-        ([], "method: say which of those of 'ensembles-supervised': standard, distilled"),
-        (["--method", "distiled"], "no method 'distiled'; did you mean 'distilled'?"),
-        (["--task", "digit"], "no task 'digit'; did you mean 'digits'?"),
-        (["--method", "standard", "--seed", "7"], "has no seed 7 (known: 0, 1)"),
-    ],
-)
-def test_ensemble_names_what_is_not_there(arguments, message, kept, repeatlab):
-    if arguments[:1] != ["ensemble-supervised"]:
-        arguments = ["ensembles-supervised", *arguments]
-    code, _, err = repeatlab("ensemble", *arguments, "--runs", kept)
-    assert code == 2
-    assert message in err
-
-
-def test_ensemble_of_runs_that_kept_nothing_says_what_to_set(tmp_path, repeatlab):
-    assert repeatlab("run", _write(tmp_path), "--workers", 0)[0] == 0
-    code, _, err = repeatlab("ensemble", "tiny")
-    assert code == 2
-    assert "keeps no weights: set evaluation.keep" in err

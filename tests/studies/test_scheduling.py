@@ -767,14 +767,12 @@ def planned(study: Study) -> dict:
 
 
 def test_runs_come_after_those_they_need_and_never_more_than_there_are_workers(monkeypatch):
-    """Teachers, too."""
-    methods = CONTROLLED | {"distilled": {"distillation": {"teachers": 2}}}
-    configs, workers = planned(study(methods=methods, seeds=3)), Instant()
+    configs, workers = planned(study(methods=CONTROLLED, seeds=3)), Instant()
     made = trained_by(workers, configs, Path("runs"), monkeypatch)
     assert made == dict.fromkeys(configs, Outcome())
     needed = with_needs(configs.values())
     assert sorted(workers.order) == sorted(needed)
-    assert len(needed) == 3 * (4 + 1 + 2)  # with a calibration run and two teachers for each seed
+    assert len(needed) == 3 * (3 + 1)  # with a calibration run for each seed
     for run_id, config in needed.items():
         for before in scheduling.prerequisites(config):
             assert workers.order.index(before.run_id) < workers.order.index(run_id)

@@ -307,7 +307,6 @@ OF = {"mapping": {"name": "trace", "of": {"mapping": LINEAR}}}
         (lambda n: {"task": {"name": "unsupervised", "latent": n}}, "task.latent: must be at "),
         (lambda n: {"task": {"name": "reinforcement", "hidden": [64, n]}}, "task.hidden: must "),
         (lambda n: {"task": {"name": "reinforcement", "capacity": n}}, "task.capacity: must be "),
-        (lambda n: {"method": {"distillation": {"teachers": n}}}, "method.distillation.teachers: "),
         (lambda n: {"method": mapping("zscore", window=n)}, "method.mapping.window: must be at "),
         (lambda n: {"method": mapping("quantile", window=n)}, "method.mapping.window: must be "),
         (lambda n: {"method": mapping("constant", repeats=n)}, "method.mapping.repeats: must be "),

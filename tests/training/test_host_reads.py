@@ -233,7 +233,6 @@ def watched(monkeypatch) -> list[weakref.ref]:
 MORE = {
     "standard": {},
     "hard_mining": {"sampler": {"name": "hard_mining"}},
-    "distilled": {"distillation": {"teachers": 1}},
     "diverged": {"mapping": {"name": "linear", "t": 0.5}},
 }
 

@@ -309,7 +309,6 @@ def test_what_is_not_set_is_no_part_of_a_run_s_identity():
         "mapping": {"name": "constant", "repeats": 2},
         "schedule": None,
         "rate": 1.0,
-        "distillation": None,
         "apply": "repeat",
         "fresh_views": False,
     }
