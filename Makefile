@@ -1,5 +1,5 @@
 # Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
-.PHONY: figures readme test test-frameworks test-versions notebooks test-browser bench bench-tasks lab api lines
+.PHONY: figures readme test test-frameworks test-versions notebooks test-browser bench bench-tasks lab api site lines
 .DEFAULT_GOAL := figures
 SHELL := /bin/bash
 
@@ -13,10 +13,9 @@ export OMP_NUM_THREADS ?= 1
 figures: $(STAMP)
 	$(BIN)/repeatlab figures --profile $(PROFILE)
 
-# What the figures' runs say in numbers, into both READMEs: a test holds them to it.
+# What stands between the READMEs' markers, from figures/results.md and docstrings: tests hold them to it.
 readme:
-	sed -i -e '/<!-- results -->/,/<!-- end of results -->/{//!d}' \
-		-e '/<!-- results -->/r figures/results.md' README.md README.zh-CN.md
+	python3 docs/readme.py
 
 test: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,14 +53,20 @@ bench: $(STAMP)
 bench-tasks: $(STAMP)
 	$(BIN)/pytest tests/benchmarks/test_task_*.py -s
 
-# Pages of the public modules, from their docstrings: build/api/index.html. Needs a network only once.
+# The pages as a web site, with API, executed notebooks and method cards: build/site/index.html. Needs
+# a network only once, for the packages.
+site: $(VENV)/.site-installed
+	$(BIN)/python docs/site.py build/site
+
+$(VENV)/.site-installed: pyproject.toml constraints.txt | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The API alone, as pages of the public modules: build/api/index.html.
 # The warnings left out say that an annotation of a named tuple is shown as it is written.
-api: $(BIN)/pdoc
+api: $(VENV)/.site-installed
 	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --docformat google \
 		--output-directory build/api repeatlab
-
-$(BIN)/pdoc: | $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 
 # Lines of code by wing, and which wing imports which.
 lines:
