@@ -56,7 +56,7 @@ bench-tasks: $(STAMP)
 # The pages as a web site, with API, executed notebooks and method cards: build/site/index.html. Needs
 # a network only once, for the packages.
 site: $(VENV)/.site-installed
-	$(BIN)/python docs/site.py build/site
+	$(BIN)/python docs/website.py build/site
 
 $(VENV)/.site-installed: pyproject.toml constraints.txt | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -105,7 +105,7 @@ def entries() -> set[str]:
     """Return the terms that the glossary has an entry for, as a link names them."""
     return {
         re.sub(r"\s+", "-", name.strip().lower())
-        for line in re.findall(r"^### (.*)$", GLOSSARY, re.MULTILINE)
+        for line in re.findall(r"^## (.*)$", GLOSSARY, re.MULTILINE)
         for name in line.split(",")
     }
 
