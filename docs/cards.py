@@ -292,8 +292,9 @@ def _there(read: Callable[[], Any]) -> Any:
 
 def interval(values: np.ndarray, scale: np.ndarray) -> str:
     """Return mean and 95 % interval of values as a cell, with the digits that a scale has."""
-    mean, low, high = (float(part) for part in mean_interval(values))
     digits = 3 if abs(scale.mean()) < 10 else 1
+    # 0 is added for -0.0.
+    mean, low, high = (round(float(part), digits) + 0 for part in mean_interval(values))
     shown = f"{mean:.{digits}f}"
     return f"{shown} [{low:.{digits}f}, {high:.{digits}f}]" if isfinite(low) else shown
 

@@ -13,6 +13,7 @@ html_theme = "furo"
 html_title = "repeatlab"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_show_copyright = False
 html_show_sourcelink = False
 html_copy_source = False
 
@@ -25,6 +26,7 @@ nb_mime_priority_overrides = [
     ("html", "application/vnd.jupyter.widget-view+json", None),
     ("html", "application/javascript", None),
 ]
+highlight_language = "none"  # a block without a language is a shell's
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence", "deflist"]
 # A YAML file is no dialect of its own, and a notebook may print what is no code at all.
@@ -39,6 +41,7 @@ napoleon_custom_sections = [("Class attributes", "Attributes")]
 napoleon_use_ivar = True
 
 PLAIN = re.compile(r"(`[^`]*`)")
+ALIGNED = re.compile(r"\S.* {3,}\S")
 SECTION = re.compile(r"[A-Z][a-z]+( attributes)?:")
 
 
@@ -50,27 +53,31 @@ def _plain(line: str) -> str:
 
 
 def _as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Make docstrings reStructuredText: tables and indented code literal, nothing else marked up."""
-    written, in_table, in_code, before = [], False, False, ""
-    for number, line in enumerate(lines):
+    """Make docstrings reStructuredText: tables and indented code literal, all else plain."""
+    written: list[str] = []
+    literal, before, last = "", "", ""  # what is literal now, the last text, the last line
+    for line in lines:
         text, indented = line.strip(), line.startswith("    ")
-        # What is indented behind a paragraph, as against what a section such as Args holds.
+        # What is indented behind a paragraph is code, as against what a section such as Args holds.
         paragraph = before[:1].strip() and not SECTION.fullmatch(before)
-        starts = bool(indented and paragraph and not lines[number - 1].strip()) and not in_code
-        in_code = starts or (in_code and (indented or not text))
-        before = line if text else before
-        table = text.startswith("|") and text.endswith("|") and text.count("|") > 2
-        if (table and not in_table) or starts:
+        begun, goes_on = literal, (indented or not text) if literal == "    " else bool(text)
+        if not (literal and goes_on):
+            literal = ""
+        if not literal and text[:1] == text[-1:] == "|" and text.count("|") > 2:
+            literal = "table"
+        elif not literal and not indented and not last and ALIGNED.match(line):
+            literal = "columns"
+        elif not literal and indented and paragraph and not last:
+            literal = "    "
+        if literal and not begun:
             written += ["::", ""]
-        elif in_table and not table:
+        elif begun and not literal:
             written.append("")
-        in_table = table
-        if table:
-            written.append(f"    {text}")
-        elif in_code or text.startswith((">>>", "...")):
-            written.append(line)
+        if literal:
+            written.append(line if literal == "    " else f"    {line}")
         else:
-            written.append(_plain(line))
+            written.append(line if text.startswith((">>>", "...")) else _plain(line))
+        before, last = (line if text else before), text
     lines[:] = written
 
 

@@ -26,10 +26,11 @@ import yaml
 
 ROOT = readme.PROJECT
 PROFILE = "quick"
-GUIDES = "concepts mappings controls cost verdicts studies search own_data jupyter cluster"
+GUIDES = "concepts mappings controls cost verdicts studies searching own_data jupyter cluster"
 GUIDES = [*GUIDES.split(), "data_parallel", "frameworks"]
 MEASURED = ["results", "results.zh-CN", "reliability", "speed", "decisions"]
-FIRST = ("adaptability-heat-map", "adaptability-over-tasks", "convergence", "mechanism-controls")
+# On the first page: of each the first that there is.
+FIRST = ("adaptability-heat-map", "convergence-update", "mechanism-controls", "efficiency-profile")
 
 
 # --- what Sphinx reads ----------------------------------------------------------------------------
@@ -105,9 +106,10 @@ def _index(found: readme.Results, manifest: dict[str, Any]) -> str:
             f" [parameters](parameters.md#{PROFILE}-plan-yaml) of the plan `{plan}` ·"
             " [what such verdicts are worth](decisions.md) · [in Chinese](zh-CN.md)"
         )
-    for name in manifest:
-        if name.startswith(FIRST):
-            parts.append(_figure(name, manifest))
+    for start in FIRST:
+        parts += [
+            _figure(n, manifest) for n in sorted(manifest, reverse=True) if n.startswith(start)
+        ][:1]
     parts.append("[All figures](figures.md)")
     parts += [
         _contents("Guides", *GUIDES, "glossary"),
@@ -128,7 +130,7 @@ def _figure(name: str, manifest: dict[str, Any]) -> str:
     file = _parameter_file(notebook)
     parameters = f" · [parameters](parameters.md#{_anchor(file)})" if file else ""
     return (
-        f":::{{figure}} figures/{name}.png\n:alt: {name.replace('-', ' ')}\n:class: gallery\n\n"
+        f":::{{figure}} figures/{name}.png\n:alt: {name.replace('-', ' ')}\n\n"
         f"`{name}`: [notebook](notebooks/{notebook}.ipynb){parameters} ·"
         f" [{len(entry['runs'])} runs](runs.md#set-{number + 1}) · commit `{entry['commit']}`\n:::"
     )
@@ -201,9 +203,10 @@ def _notebooks(folder: Path, runs: Path) -> str:
         if there and "error" in {o["output_type"] for o in _outputs(notebook)}:  # cut short
             there, notebook = False, json.loads(file.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
-            cell["outputs"] = _shown(cell["outputs"]) if "outputs" in cell else []
-            if cell["cell_type"] != "code":
-                del cell["outputs"]
+            source = "".join(cell["source"])
+            cell["source"] = re.sub(r'"/[^"\n]*/(runs|figures)"', r'"../\1"', source)
+            if cell["cell_type"] == "code":
+                cell["outputs"] = _shown(cell["outputs"])
         if not there:
             said = "*Without outputs: these pages were built where it had not been executed.*"
             note = {"cell_type": "markdown", "metadata": {}, "id": "site-note", "source": said}
@@ -225,13 +228,12 @@ def _outputs(notebook: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _shown(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return outputs that a page can show: no progress bars, no widgets without their picture."""
+    """Return outputs that a page can show: no progress bars, no widgets without a picture."""
     kept = []
     for output in outputs:
         data = output.get("data", {})
-        data.pop("application/vnd.jupyter.widget-view+json", None)
+        widget = data.pop("application/vnd.jupyter.widget-view+json", None)
         pictured = any(kind.startswith(("image/", "text/html")) for kind in data)
-        widget = "".join(data.get("text/plain", "")).endswith("…)")
         progress = output.get("name") == "stderr"
         if not progress and (pictured or not widget) and (data or "text" in output):
             kept.append(output)
