@@ -44,6 +44,8 @@ SCORED: dict[str, Callable[[Any], float]] = {
     "selective": lambda sampler: sampler.beta + 1,
     "rho_loss": lambda sampler: sampler.presample,
 }
+# Batches of data that it draws for one update, while it is on.
+DRAWN = SCORED | {"multiplicity": lambda sampler: 1 / sampler.views}
 # Mean N of mappings that a formula gives, whatever the losses are.
 DOSES: dict[str, Callable[[Any], float]] = {
     "constant": lambda mapping: mapping.repeats,
@@ -162,7 +164,8 @@ def predicted(arm: Arm) -> str:
         said.append("The short run that finds t is charged beside.")
     name = getattr(mapping, "name", None)
     if mapping is None:
-        said.append("Every batch is visited once: T fresh batches.")
+        drawn = DRAWN.get(getattr(sampler, "name", None), lambda sampler: 1)(sampler)
+        said.append(f"Every batch is visited once: data of {drawn:g} T batches.")
     elif arm.method.apply == "step_size":
         said.append("Every batch is visited once, with a step of N times the rate.")
     elif name in DOSES:

@@ -8,17 +8,19 @@ import re
 import subprocess
 import sys
 from textwrap import indent
+from typing import get_args
 
 import pytest
 import readme
 import yaml
 
-from repeatlab.cli import ROOT
+from repeatlab.cli import ROOT, cli
 from repeatlab.core.schema import parse
+from repeatlab.repetition.mappings import MAPPINGS
 from repeatlab.studies.plan import Plan
 from repeatlab.studies.search import Search
 from repeatlab.studies.study import Study
-from repeatlab.training.config import MethodConfig
+from repeatlab.training.config import Control, MethodConfig
 
 DOCS = ROOT / "docs"
 GUIDES = {file.stem: file.read_text(encoding="utf-8") for file in sorted(DOCS.glob("*.md"))}
@@ -87,6 +89,16 @@ def test_own_data_as_shown_is_read(tmp_path, monkeypatch):
     assert images.shape == (200, 1, 8, 8)
     assert labels.tolist() == [n % 4 for n in range(200)]
     assert test is None
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("mappings", MAPPINGS), ("controls", get_args(Control)), ("studies", cli.commands)],
+)
+def test_a_guide_names_all_that_there_is(name, known):
+    rest = {"search", "figures"}  # commands that have pages of their own
+    written = re.findall(r"`(\w+)`|^repeatlab (\w+)", GUIDES[name], re.MULTILINE)
+    assert set(known) - rest <= {word for pair in written for word in pair}
 
 
 @pytest.mark.parametrize("name", GUIDES)

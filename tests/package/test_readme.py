@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from torch.nn.functional import cross_entropy
 
 from repeatlab.cli import ROOT, cli
+from repeatlab.report.paper.wording import OPENINGS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
@@ -249,6 +250,30 @@ def test_no_sentence_of_the_results_stays_english_in_chinese():
         page = readme.chinese_page(found)
         for english in ("updates", "seeds", "nothing", "verdict", "is better", "visits", "runs"):
             assert english not in re.sub(r"`[^`]*`|\([^)]*png\)", "", told + page), english
+
+
+SAID = [
+    *(opening.format(margin="10 %") for opening in OPENINGS.values()),
+    "Linear (1.31 visits a batch) saved 4 % of the updates (95 %: -3 % to 10 %), but evaluations"
+    " are too far apart for equivalence (20 % on digits of the way to the target); quantile cost"
+    " 3 % more updates (95 %: -1 % to no bound); and 2 more.",
+    "Threshold was worse than every budget that was tried (with so few seeds there are no limits).",
+    "With 8 seeds, flipped as wholes over all tasks, p cannot fall below 0.0078, or 0.055 among the"
+    " 7 comparisons of H1 to H3: equivalence can be shown at this scale, a difference cannot.",
+    "With 12 seeds, flipped as wholes over all tasks, p cannot fall below 0.00049: at this scale a"
+    " verdict can go either way.",
+    "The comparisons it rests on: 4 undecided, 1 better, 2 worse, 1 equivalent.",
+]
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_what_results_can_say_is_said_in_chinese_with_the_same_numbers(said):
+    translated = readme.in_chinese(said)
+    assert re.findall(r"[a-z]{3,}", translated.lower().replace("digits", "")) == [
+        arm for arm in ("linear", "quantile", "threshold") if arm in said.lower()
+    ]
+    numbers = [sorted(re.findall(r"\d+(?:\.\d+)?", text)) for text in (said, translated)]
+    assert numbers[0] == numbers[1]
 
 
 @pytest.mark.parametrize("suffix", schematic.WORDS)

@@ -59,6 +59,8 @@ def test_a_card_says_what_its_arm_is_and_that_no_run_is_there(name, bare):
         ("quantile", "Expected dose 1.70"),
         ("threshold", "The short run that finds t is charged"),
         ("spaced", "The short run that finds t is charged"),
+        ("multiplicity", "data of 0.25 T batches"),
+        ("importance", "data of 3 T batches"),
         ("importance", "not on `selfsupervised`"),
         ("linear", "tests/benchmarks/results/cost_model.csv"),
     ],
