@@ -1,8 +1,9 @@
 """Writes what stands between the markers of README.md and README.zh-CN.md: `make readme`.
 
 Results from figures/results.md, every number of which `make figures` has written; the tasks and the
-map of the package from its docstrings; the tables of docs/*.md from tests/benchmarks/results, each
-where a comment names a file and its columns. Needs the standard library alone.
+map of the package from its docstrings, as the mappings and controls of their guides; the tables of
+docs/*.md from tests/benchmarks/results, each where a comment names a file and its columns.
+Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -165,6 +166,29 @@ def tasks(known: Mapping[str, str], heads: list[str]) -> str:
     return table(rows) + "\n"
 
 
+def mappings() -> str:
+    """Return the table of the mappings: name, class, and what the class says first."""
+    tree = ast.parse((PROJECT / "repeatlab/repetition/mappings.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    (named,) = (
+        n.value for n in tree.body if getattr(getattr(n, "target", 0), "id", 0) == "MAPPINGS"
+    )
+    rows = [["name in YAML", "class", "N"]]
+    for key, kind in zip(named.keys, named.values, strict=True):
+        said = ast.get_docstring(classes[kind.id]) or ""
+        first = " ".join(said.split("\n\n")[0].split())
+        rows.append([f"`{key.value}`", f"`{kind.id}`", first])
+    return table(rows) + "\n"
+
+
+def controls() -> str:
+    """Return the table of the controls, as their module has it."""
+    tree = ast.parse((PROJECT / "repeatlab/methods/controls.py").read_text(encoding="utf-8"))
+    return (
+        table(_cells("\n".join(re.findall(r"^\|.*", ast.get_docstring(tree), re.MULTILINE)))) + "\n"
+    )
+
+
 def wings(known: Mapping[str, str]) -> str:
     """Return the map of the package: a line for each wing, in the order of their imports."""
     lines = []
@@ -226,16 +250,26 @@ def _cell(text: str) -> str:
     return text.replace("the plan's agent", "the agent of params/paper")
 
 
+def filled(page: str, parts: Mapping[str, str]) -> str:
+    """Return a page with each part between the markers of its name."""
+    for mark, block in parts.items():
+        marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)", re.DOTALL)
+        page = marks.sub(lambda found, block=block: f"{found[1]}{block}{found[2]}", page)
+    return page
+
+
+def guide(page: str) -> str:
+    """Return a page of docs/ with what is generated of it."""
+    return with_tables(filled(page, {"mappings": mappings(), "controls": controls()}))
+
+
 def update(root: Path) -> None:
     """Write the blocks into the pages under `root`."""
     for path in (root / "docs").glob("*.md"):
-        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(guide(path.read_text(encoding="utf-8")), encoding="utf-8")
     for name, parts in blocks(root).items():
         page = (root / name).read_text(encoding="utf-8")
-        for mark, block in parts.items():
-            marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)", re.DOTALL)
-            page = marks.sub(lambda found, block=block: f"{found[1]}{block}{found[2]}", page)
-        (root / name).write_text(page, encoding="utf-8")
+        (root / name).write_text(filled(page, parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

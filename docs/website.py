@@ -115,7 +115,7 @@ def _index(found: readme.Results, manifest: dict[str, Any]) -> str:
         _contents("Guides", *GUIDES, "glossary"),
         _contents("Measured", *MEASURED, "figures", "runs"),
         _contents("Reference", "notebooks/index", "methods/index", "parameters", "api/index"),
-        _contents("About", "prior_work", "contributing", "zh-CN"),
+        _contents("About", "prior_work", "contributing", "中文 <zh-CN>"),
     ]
     return "\n\n".join(parts) + "\n"
 
