@@ -30,7 +30,7 @@ GUIDES = "concepts mappings controls cost verdicts studies searching own_data ju
 GUIDES = [*GUIDES.split(), "data_parallel", "frameworks"]
 MEASURED = ["results", "results.zh-CN", "reliability", "speed", "decisions"]
 # On the first page: of each the first that there is.
-FIRST = ("adaptability-heat-map", "convergence-update", "mechanism-controls", "efficiency-profile")
+FIRST = ("adaptability-heat-map", "convergence-update", "mechanism-controls", "efficiency-pareto")
 
 
 # --- what Sphinx reads ----------------------------------------------------------------------------
