@@ -129,8 +129,8 @@ class DaskWorkers:
             raise ConnectionError(
                 f"scheduler: no connection to {address}: {error}. It must be the address that "
                 "`dask scheduler` prints, such as tcp://HOST:8786; one with tls:// needs the "
-                "certificates of Dask's configuration (distributed.comm.tls), which README shows "
-                "how to set"
+                "certificates of Dask's configuration (distributed.comm.tls), which "
+                "docs/cluster.md shows how to set"
             ) from error
         self._token = f"stop-{uuid4().hex}"
         self._event = Event(self._token, client=self._client)
