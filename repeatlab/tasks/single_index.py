@@ -10,8 +10,9 @@ noise (the information exponent of He3 is 3), and a run that has not found w* ex
 second step on the *same* batch does have one: gradient descent that reuses batches learns such
 targets in time linear in d, where that on fresh batches needs far more samples (Dandi et al. 2024,
 arXiv 2402.03220; Lee et al. 2024, arXiv 2406.01581). So repetition has to win at equal fresh data.
-At equal updates there is nothing to find once every arm has its own learning rate; at one that
-suits the repeating arm, and is too low for the other, it seems to win.
+At equal updates, once every arm has its own learning rate and T is so long that all have found w*,
+nothing is left of that, though repetition still finds it in fewer updates; at a T that is too short
+for one visit a batch, or at a rate that is too low for it, repetition seems to win.
 
 With `blank` that share of the batches shows x = 0, whose target is 0: they are soon learnt and hold
 nothing of w*, so that their losses say which batches teach. Extra visits that go to high losses
