@@ -42,18 +42,22 @@ def cli() -> None:
 @cli.command()
 @click.argument("notebooks", nargs=-1)
 @click.option("--profile", default="quick", show_default=True, help="A directory in params/.")
+@click.option("--force", is_flag=True, help="Execute also notebooks of which nothing has changed.")
 @RUNS
 @FIGURES
-def figures(notebooks: tuple[str, ...], profile: str, runs: Path, figures: Path) -> None:
+def figures(
+    notebooks: tuple[str, ...], profile: str, force: bool, runs: Path, figures: Path
+) -> None:
     """Train a profile's studies and execute its notebooks: all of them, or those named.
 
-    Runs that the store has are not trained again.
+    Runs that the store has are not trained again, and a notebook is executed again only where its
+    source, its parameters, its runs, its figures or the code changed.
     """
     from repeatlab.report.notebooks import NotebookError, execute_profile
 
     places = {"root": ROOT, "runs": runs, "figures": figures}
     try:
-        names = execute_profile(profile, **places, only=notebooks, echo=click.echo)
+        names = execute_profile(profile, **places, only=notebooks, force=force, echo=click.echo)
     except NotebookError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{len(names)} figures in {figures}/ (PDF and PNG, manifest.json):")

@@ -66,7 +66,7 @@ def commit() -> str | None:
     """Return the commit of the source tree, or "COMMIT+changes.DIGEST"; None outside git.
 
     There are changes where package, notebooks or parameters differ from the commit. The digest is
-    that of the package's Python files: it is equal where the code is.
+    `code_digest`'s: it is equal where the code is.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
@@ -78,11 +78,18 @@ def commit() -> str | None:
             return head
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{head}+changes.{code_digest()[:8]}"
+
+
+def code_digest() -> str:
+    """Return the digest of the package's files, Python and others, but for what is compiled."""
+    root = Path(__file__).resolve().parents[2]
     digest = sha256()
-    for path in sorted((root / "repeatlab").rglob("*.py")):
-        digest.update(os.fsencode(path.relative_to(root)) + b"\0")
-        digest.update(sha256(path.read_bytes()).digest())
-    return f"{head}+changes.{digest.hexdigest()[:8]}"
+    for path in sorted((root / "repeatlab").rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(os.fsencode(path.relative_to(root)) + b"\0")
+            digest.update(sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -15,12 +15,15 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from threading import Timer
 from time import perf_counter
 from typing import Any
 
+from repeatlab.core.schema import parse
+from repeatlab.report.redrawing import Drawn
 from repeatlab.studies.parameter_files import Job, plans_of, read_profile
 
 # How long Ctrl-C waits for a kernel, whose runs leave their checkpoints.
@@ -147,12 +150,14 @@ def execute_profile(
     runs: Path,
     figures: Path,
     only: Collection[str] = (),
+    force: bool = False,
     echo: Callable[[str], None] = print,
 ) -> list[str]:
     """Train a profile's studies, execute its notebooks, and return the figures that they wrote.
 
     All parameter files are checked before anything is trained, a plan's stages last. Where
-    notebooks are named in `only`, just their studies are trained and just they are executed.
+    notebooks are named in `only`, just their studies are trained and just they are executed. What
+    nothing has changed of since it was last done is left as it is, unless by `force`.
 
     Raises:
         ConfigError: a parameter file is not valid.
@@ -162,33 +167,46 @@ def execute_profile(
     """
     from repeatlab.figures import read_manifest
     from repeatlab.studies.plan import read_plan, run_plan
-    from repeatlab.studies.study import run_all
+    from repeatlab.studies.study import Study, run_studies
 
-    plans = [] if only else [read_plan(path) for path in plans_of(profile, root)]
+    plans = [] if only else [(path, read_plan(path)) for path in plans_of(profile, root)]
     jobs = read_profile(profile, root, only=only)
-    studies = {
-        f"{job.source}: parameters.{name}": study
+    output = runs / "notebooks" / profile
+    drawn = Drawn(output, runs, figures)
+    studies = [
+        parse(Study, study, source=f"{job.source}: parameters.{name}")
         for job in jobs
-        if not job.alone
+        if not job.alone and job.studies and (force or drawn.changes(job))
         for name, study in job.studies.items()
-    }
+    ]
     if studies:
         start = perf_counter()
-        echo(f"{len(studies)} studies: {run_all(studies, runs)}, {perf_counter() - start:.0f} s")
-    for plan in plans:
-        start = perf_counter()
-        echo(f"plan {plan.name}: {run_plan(plan, runs)}, {perf_counter() - start:.0f} s")
+        echo(
+            f"{len(studies)} studies: {run_studies(studies, runs)}, {perf_counter() - start:.0f} s"
+        )
     kernels = Kernels()
-    places = {"output": runs / "notebooks" / profile, "runs": runs, "figures": figures}
 
-    def run(job: Job) -> None:
-        echo(f"{job.notebook.stem} ({job.source.relative_to(root)})")
+    def run(job: Job, name: str, do: Callable[[], Any]) -> None:
+        changed = drawn.changes(job)
+        if not changed and not force:
+            echo(f"{name}: nothing has changed")
+            return
+        echo(f"{name}: changed: {', '.join(changed) or 'nothing, but it is forced'}")
         start = perf_counter()
-        execute(job, **places, kernels=kernels)
-        echo(f"{job.notebook.stem}: {perf_counter() - start:.0f} s")
+        with drawn.noting(job):
+            done = do()
+        echo(f"{name}: {done or 'drawn'}, {perf_counter() - start:.0f} s")
+
+    for path, plan in plans:
+        job = Job(path, path, {"plan": plan.name, "digest": plan.digest}, alone=True)
+        run(job, f"plan {plan.name}", partial(run_plan, plan, runs))
+
+    def draw(job: Job) -> None:
+        places = {"output": output, "runs": runs, "figures": figures}
+        run(job, job.notebook.stem, partial(execute, job, **places, kernels=kernels))
 
     for (_, alone), group in groupby(jobs, key=lambda job: job.stage):
-        _side_by_side(run, group, kernels, most=1 if alone else os.cpu_count())
+        _side_by_side(draw, group, kernels, most=1 if alone else os.cpu_count())
     notebooks = {job.notebook.stem for job in jobs}
     manifest = read_manifest(figures)
     return [name for name, entry in manifest.items() if entry["notebook"] in notebooks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -199,26 +199,6 @@ def run_study(
     from its manifest, without loading torch: a notebook that only draws starts at once.
     """
     return _in_store(fields, Store(runs)) or Study.of(**fields).run(runs, workers=workers)
-
-
-def run_all(studies: Mapping[str, dict[str, Any]], runs: str | Path = "runs") -> Report:
-    """Make what the store lacks of many studies, by the same processes; see `run_study`.
-
-    Args:
-        studies: Where the fields of a study stand, for error messages -> the fields.
-        runs: Directory of the run store.
-
-    Raises:
-        ConfigError: fields are not valid; nothing was trained then.
-    """
-    lacking, stored = [], {}
-    for where, fields in studies.items():
-        if (found := _in_store(fields, Store(runs))) is None:
-            lacking.append(parse(Study, fields, source=where))
-        else:
-            stored |= found.status
-    report = run_studies(lacking, runs) if lacking else Report({}, trained=0)
-    return replace(report, status=stored | report.status)
 
 
 def _in_store(fields: dict[str, Any], store: Store) -> Report | None:
