@@ -1,5 +1,6 @@
 # Two commands: `make figures` and `make test`. Both set up .venv first, from nothing if need be.
-.PHONY: figures readme test test-frameworks test-versions notebooks test-browser bench bench-tasks lab api site lines
+.PHONY: figures readme test test-frameworks test-versions notebooks test-browser bench bench-tasks \
+	bench-throughput gpu lab api site lines
 .DEFAULT_GOAL := figures
 SHELL := /bin/bash
 
@@ -52,6 +53,17 @@ bench: $(STAMP)
 
 bench-tasks: $(STAMP)
 	$(BIN)/pytest tests/benchmarks/test_task_*.py -s
+
+# Runs per hour of every task at reference scale, one by one on one core, and hours of the whole plan:
+# a few minutes of timed updates, extrapolated.
+bench-throughput: $(STAMP)
+	$(BIN)/python tests/benchmarks/throughput.py
+
+# Nine minutes on a CUDA device, with what PYTHON finds; where there is none it says what it would do.
+GPU_RESULTS ?= tests/benchmarks/results/gpu
+gpu: PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu:
+	$(PYTHON) tests/gpu.py $(GPU_RESULTS)
 
 # The pages as a web site, with API, executed notebooks and method cards: build/site/index.html. Needs
 # a network only once, for the packages.
