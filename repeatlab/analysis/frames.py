@@ -353,19 +353,6 @@ def target_summary(times: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def median_times(times: pd.DataFrame, x: str) -> pd.DataFrame:
-    """Return the median time to target (methods, tasks), infinite where half of the runs missed it.
-
-    A method without a run on a task has not reached its target there.
-
-    Args:
-        times: What `to_target` returns, of several tasks.
-        x: A key of `AXES`.
-    """
-    medians = target_summary(times).pivot_table(index="method", columns="task", values=x)
-    return medians.reindex(times["method"].unique(), columns=times["task"].unique()).fillna(np.inf)
-
-
 # --- the end ----------------------------------------------------------------------------------
 
 
