@@ -226,6 +226,12 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, 
     return mean, mean - half, mean + half
 
 
+def mean_and_limits(values: np.ndarray) -> dict[str, float]:
+    """Return `mean_interval` of numbers (n,) by name: mean, low and high; NaN without any."""
+    found = mean_interval(values) if len(values) else [np.nan] * 3
+    return dict(zip(["mean", "low", "high"], map(float, found), strict=True))
+
+
 def with_cost(evals: pd.DataFrame, k: float | Mapping[str, float]) -> pd.DataFrame:
     """Return `evals` with the column `cost`: what was spent so far, in one sample's forward.
 
@@ -369,8 +375,7 @@ def final_points(evals: pd.DataFrame, metric: str, *, x: str) -> pd.DataFrame:
         last = last.assign(value=last["value"].where(last["status"] != "diverged"))
     rows = []
     for (task, method), runs in last.groupby(["task", "method"], sort=False):
-        mean, low, high = map(float, mean_interval(runs["value"].to_numpy(float)))
-        point = {"mean": mean, "low": low, "high": high, "n": len(runs)}
+        point = mean_and_limits(runs["value"].to_numpy(float)) | {"n": len(runs)}
         rows.append({"task": task, "method": method, x: runs[x].mean(), **point})
     return pd.DataFrame(rows, columns=["task", "method", x, "mean", "low", "high", "n"])
 

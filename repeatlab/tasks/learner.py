@@ -227,21 +227,28 @@ class LearningTask(Saved):
 
     Attributes:
         learners: All that is trained.
-        learner: The only one, where there is one; likewise `optimizer`.
+        learner: The only one, where there is one; likewise `optimizer`, `model` and `ema`.
         noise: The generator of what a visit redraws, if anything.
     """
 
+    saved: ClassVar[Mapping[str, str]] = {
+        "model": "model",
+        "optimizer": "learner.optimizer_step",
+        "ema": "ema",
+    }
     learners: Sequence[Learner] = ()
     noise: torch.Generator | None = None
     environment_steps = 0
 
     def train_with(self, *learners: Learner) -> None:
-        """Have these networks trained."""
+        """Have these networks trained; one alone is `model`, the average of its weights `ema`."""
         self.learners = learners
         self.optimizer_steps = [learner.optimizer_step for learner in learners]
         self.optimizers = [learner.optimizer for learner in learners]
         self.learner, self.optimizer = learners[0], self.optimizers[0]
         self.precision = self.learner.precision
+        if len(learners) == 1:
+            self.model, self.ema = self.learner.network, self.learner.average
 
     @property
     def skipped_steps(self) -> int:

@@ -45,7 +45,7 @@ lie in [-1, 0]. Public reference: CleanRL's DQN reaches 488.69 +- 16.11 after 50
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -130,12 +130,7 @@ class Reinforcement(LearningTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = ReinforcementConfig
-    saved: ClassVar[Mapping[str, str]] = {
-        "model": "model",
-        "target": "target",
-        "optimizer": "learner.optimizer_step",
-        "updates": "updates",
-    }
+    saved = LearningTask.saved | {"target": "target", "updates": "updates"}
 
     def __init__(
         self,
@@ -158,7 +153,6 @@ class Reinforcement(LearningTask):
         with drawn_from(seed):
             model = q_network(config.hidden)
         self.train_with(Learner(model, config, device=device))
-        self.model = self.learner.network
         self.target = deepcopy(self.model).requires_grad_(False)
         self.batch_size = self.backward_samples = config.batch_size
         self.forward_samples = 3 * config.batch_size

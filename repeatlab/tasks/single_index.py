@@ -23,7 +23,7 @@ No sample is seen in two batches: "train" is evaluated on samples that are none 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -84,11 +84,6 @@ class SingleIndex(LearningTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = SingleIndexConfig
-    saved: ClassVar[Mapping[str, str]] = {
-        "model": "model",
-        "optimizer": "learner.optimizer_step",
-        "ema": "ema",
-    }
 
     def __init__(self, config: SingleIndexConfig, *, seed: int, device: str) -> None:
         self.config, self.seed, self.device = config, seed, torch.device(device)
@@ -100,7 +95,6 @@ class SingleIndex(LearningTask):
                 nn.Linear(config.inputs, config.width), nn.ReLU(), nn.Linear(config.width, 1)
             )
         self.train_with(Learner(student, config, device=device))
-        self.model, self.ema = self.learner.network, self.learner.average
 
     def samples(self, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return new inputs, (count, d), and their targets, (count,), on the device."""

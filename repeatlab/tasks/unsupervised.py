@@ -21,7 +21,6 @@ binarised pixels unless the method asks for `fresh_views`. There is no BatchNorm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -77,12 +76,7 @@ class Unsupervised(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = UnsupervisedConfig
-    saved: ClassVar[Mapping[str, str]] = {
-        "model": "model",
-        "optimizer": "learner.optimizer_step",
-        "noise": "noise",
-        "ema": "ema",
-    }
+    saved = DatasetTask.saved | {"noise": "noise"}
 
     def __init__(self, config: UnsupervisedConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
@@ -97,7 +91,6 @@ class Unsupervised(DatasetTask):
         model.precision = Precision.of(config, device)
         parts = (model.encoder, model.decoder)
         self.train_with(Learner(model, config, device=device, parts=parts))
-        self.model, self.ema = self.learner.network, self.learner.average
         self.noise = generator(seed, "epsilon")
         self.fid = Fid(self.data, config.extractor)
 
