@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repeatlab.data import ImageSet, Splits, iter_batches
+from repeatlab.data import ImageSet, Splits, gather, iter_batches
 from repeatlab.tasks.optimization import (
     OptimizationConfig,
     OptimizerStep,
@@ -261,6 +261,15 @@ class LearningTask(Saved):
     @property
     def bound_samples(self) -> int:
         return self.forward_samples
+
+    def refresh(self, batch: Any, visit: int) -> Any:
+        return batch  # where nothing is augmented
+
+    def candidates(self, index: int, block: int) -> Any:
+        return self.fresh_batch(block)
+
+    def pick(self, blocks: Sequence[Any], picks: Tensor, index: int) -> Any:
+        return gather(blocks, picks, index)
 
     def step(
         self,

@@ -214,9 +214,6 @@ class PPO(LearningTask):
     def population(self, index: int) -> range:
         return range(index * self.batch_size, (index + 1) * self.batch_size)
 
-    def refresh(self, batch: Rollout, visit: int) -> Rollout:
-        return batch
-
     # --- learning ---------------------------------------------------------------------------------
 
     def outputs(self, batch: Rollout) -> Tensor:

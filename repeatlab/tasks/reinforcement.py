@@ -45,7 +45,7 @@ lie in [-1, 0]. Public reference: CleanRL's DQN reaches 488.69 +- 16.11 after 50
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -57,7 +57,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.core.seeding import EndlessDraws, generator
-from repeatlab.data import gather
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.cartpole import ACTIONS, OBSERVED, CartPole, CartPoleConfig, greedy_episodes
 from repeatlab.tasks.learner import Learner, LearningTask
@@ -256,9 +255,6 @@ class Reinforcement(LearningTask):
         """Return the transitions `indices`, int64, (batch,), as fresh batch `index`."""
         return self.buffer.batch(indices, index).to(self.device)
 
-    def refresh(self, batch: Transitions, visit: int) -> Transitions:
-        return batch
-
     def resample(self, batch: Transitions, visit: int) -> Transitions:
         return self.replay(batch.index, visit)
 
@@ -275,9 +271,6 @@ class Reinforcement(LearningTask):
 
     def batch_of(self, indices: Tensor, index: int) -> Transitions:
         return self.buffer.batch(indices.cpu(), index).to(self.device)
-
-    def pick(self, blocks: Sequence[Transitions], picks: Tensor, index: int) -> Transitions:
-        return gather(blocks, picks, index)
 
     def step(
         self, batch: Transitions, report: Callable[..., None], weights: Tensor | None = None
