@@ -45,7 +45,7 @@ lie in [-1, 0]. Public reference: CleanRL's DQN reaches 488.69 +- 16.11 after 50
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -129,7 +129,12 @@ class Reinforcement(LearningTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = ReinforcementConfig
-    saved = LearningTask.saved | {"target": "target", "updates": "updates"}
+    saved: ClassVar[Mapping[str, str]] = {
+        "model": "model",
+        "target": "target",
+        "optimizer": "learner.optimizer_step",
+        "updates": "updates",
+    }
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ Public reference, error on CIFAR-10 with 4,000 labels, WRN-28-2: 4.26 +- 0.05 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -137,7 +137,12 @@ class SemiSupervised(ClassifierTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = SemiSupervisedConfig
-    saved = ClassifierTask.saved | {"last_index": "last_index"}
+    saved: ClassVar[Mapping[str, str]] = {
+        "model": "model",
+        "optimizer": "learner.optimizer_step",
+        "last_index": "last_index",
+        "ema": "ema",
+    }
 
     def __init__(self, config: SemiSupervisedConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)

@@ -21,6 +21,7 @@ binarised pixels unless the method asks for `fresh_views`. There is no BatchNorm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -76,7 +77,12 @@ class Unsupervised(DatasetTask):
     """See the module's docstring, and `repeatlab.tasks.Task` for the methods."""
 
     Config: ClassVar[type[TaskConfig]] = UnsupervisedConfig
-    saved = DatasetTask.saved | {"noise": "noise"}
+    saved: ClassVar[Mapping[str, str]] = {
+        "model": "model",
+        "optimizer": "learner.optimizer_step",
+        "noise": "noise",
+        "ema": "ema",
+    }
 
     def __init__(self, config: UnsupervisedConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
