@@ -196,19 +196,16 @@ def repeating(found: Mapping[str, Any], doses: Mapping[str, Dose]) -> dict[str, 
     }
 
 
-def updates_until(run: pd.DataFrame, goal: Goal, limit: float) -> float:
+def updates_until(run: pd.DataFrame, goal: Goal, limit: float) -> tuple[float, float]:
     """Return the updates until the target, interpolated between evaluations; `limit` if missed.
+
+    And what share of them lies between the evaluations around it; NaN where there are none.
 
     Args:
         run: The rows of one run, of the metric in question, in order.
         goal: The metric's target.
         limit: The budget, which a run that misses the target counts as.
     """
-    return _crossing(run, goal, limit)[0]
-
-
-def _crossing(run: pd.DataFrame, goal: Goal, limit: float) -> tuple[float, float]:
-    """Return `updates_until`, and what share of them lies between the evaluations around it."""
     x = run["update"].to_numpy(float)
     y = goal.sign * (run["value"].to_numpy(float) - goal.target)
     hits = np.flatnonzero(y >= 0)
@@ -232,7 +229,7 @@ def _until(
         rows = records.measured(goal.metric, "validation")
         rows = rows[(rows["task"] == task) & rows["method"].isin([declared.against, *found])]
         crossings = {
-            key: _crossing(run, goal, goal.updates)
+            key: updates_until(run, goal, goal.updates)
             for key, run in rows.groupby(["method", "seed"], sort=False)
         }
         shares = [share for _, share in crossings.values() if np.isfinite(share)]

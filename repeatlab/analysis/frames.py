@@ -226,6 +226,12 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, 
     return mean, mean - half, mean + half
 
 
+def mean_and_limits(values: np.ndarray) -> dict[str, float]:
+    """Return `mean_interval` of numbers (n,) by name: mean, low and high; NaN without any."""
+    found = mean_interval(values) if len(values) else [np.nan] * 3
+    return dict(zip(["mean", "low", "high"], map(float, found), strict=True))
+
+
 def with_cost(evals: pd.DataFrame, k: float | Mapping[str, float]) -> pd.DataFrame:
     """Return `evals` with the column `cost`: what was spent so far, in one sample's forward.
 
@@ -353,19 +359,6 @@ def target_summary(times: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def median_times(times: pd.DataFrame, x: str) -> pd.DataFrame:
-    """Return the median time to target (methods, tasks), infinite where half of the runs missed it.
-
-    A method without a run on a task has not reached its target there.
-
-    Args:
-        times: What `to_target` returns, of several tasks.
-        x: A key of `AXES`.
-    """
-    medians = target_summary(times).pivot_table(index="method", columns="task", values=x)
-    return medians.reindex(times["method"].unique(), columns=times["task"].unique()).fillna(np.inf)
-
-
 # --- the end ----------------------------------------------------------------------------------
 
 
@@ -382,8 +375,7 @@ def final_points(evals: pd.DataFrame, metric: str, *, x: str) -> pd.DataFrame:
         last = last.assign(value=last["value"].where(last["status"] != "diverged"))
     rows = []
     for (task, method), runs in last.groupby(["task", "method"], sort=False):
-        mean, low, high = map(float, mean_interval(runs["value"].to_numpy(float)))
-        point = {"mean": mean, "low": low, "high": high, "n": len(runs)}
+        point = mean_and_limits(runs["value"].to_numpy(float)) | {"n": len(runs)}
         rows.append({"task": task, "method": method, x: runs[x].mean(), **point})
     return pd.DataFrame(rows, columns=["task", "method", x, "mean", "low", "high", "n"])
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from repeatlab.analysis.comparison import comparison_table
 from repeatlab.analysis.declaration import LARGER_STEP
-from repeatlab.analysis.frames import RUN_KEYS, Records, mean_interval
+from repeatlab.analysis.frames import RUN_KEYS, Records, mean_and_limits
 from repeatlab.analysis.paired_differences import Endpoint, pairs
 from repeatlab.store.records import Run, fresh_batches
 
@@ -63,8 +63,7 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFra
     rows = []
     if value in frame:
         for keys, group in frame.dropna(subset=value).groupby(list(by), sort=False):
-            mean, low, high = mean_interval(group[value].to_numpy())
-            limits = {"mean": float(mean), "low": float(low), "high": float(high)}
+            limits = mean_and_limits(group[value].to_numpy())
             rows.append(dict(zip(by, keys, strict=True)) | limits | {"n": len(group)})
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from repeatlab.analysis.frames import RUN_KEYS, Records, mean_interval
+from repeatlab.analysis.frames import RUN_KEYS, Records, mean_and_limits
 from repeatlab.store.records import Run
 
 SETTINGS = {
@@ -101,12 +101,9 @@ def over(frame: pd.DataFrame, x: str) -> pd.DataFrame:
     for (method, value), group in frame.dropna(subset=x).groupby(["method", x], sort=False):
         ended = group.dropna(subset="value")
         diverged = int((group["status"] == "diverged").sum())
-        mean, low, high = np.full(3, np.nan)
-        if len(ended):
-            mean, low, high = mean_interval(ended["value"].to_numpy())
         counts = {"n": len(ended), "diverged": diverged}
         counts["missing"] = len(group) - len(ended) - diverged
-        limits = {"mean": float(mean), "low": float(low), "high": float(high)}
+        limits = mean_and_limits(ended["value"].to_numpy())
         repeats = ended["repeats"].mean()
         rows.append({"method": method, "x": value, "repeats": repeats} | counts | limits)
     ordered = pd.DataFrame(rows, columns=OVER)

@@ -25,6 +25,7 @@ from torch import Tensor
 from repeatlab.core.seeding import generator
 from repeatlab.data import own_data
 from repeatlab.data.sources import DataError
+from repeatlab.data.unlabelled import EpochOrder
 
 ARITHMETIC = ("gcd", "addition")
 HELD_OUT = 20  # a part in so many validates, and as large a one tests, but no more than
@@ -154,11 +155,10 @@ class SequenceStream:
         self.data = rows.index_select(0, order.to(rows.device))
         self.batch_size, self.seed = config.batch_size, seed
         self._repeated, self._share = config.repeated_set, config.repeated_share
-        self._once = len(self.data) - self._repeated
-        if self._once < 1:
+        once = len(self.data) - self._repeated
+        if once < 1:
             raise ValueError(f"samples must be more than the repeated set's {self._repeated}")
-        self._pass: int | None = None
-        self._order = torch.empty(0)
+        self._passes = EpochOrder(once, config.batch_size, seed=seed, name="order")
 
     def indices(self, index: int) -> Tensor:
         """Return which samples the fresh batch number `index` holds: int64, (batch_size,)."""
@@ -168,22 +168,13 @@ class SequenceStream:
         again = self.batch_size - (end - place)
         draws = generator(self.seed, "repeated", index)
         parts = [torch.randint(self._repeated, (again,), generator=draws)] if again else []
-        while place < end:
-            number, start = divmod(place, self._once)
-            parts.append(self._visited(number)[start : start + end - place])
-            place += len(parts[-1])
+        parts.append(self._passes.between(place, end) + self._repeated)
         return torch.cat(parts).to(self.data.device, non_blocking=True)
 
     def _drawn_once(self, batches: int) -> int:
         """Return how many samples of the first `batches` batches are not of the repeated set."""
         samples = batches * self.batch_size
         return samples - int(samples * self._share)
-
-    def _visited(self, number: int) -> Tensor:
-        if number != self._pass:
-            order = torch.randperm(self._once, generator=generator(self.seed, "order", number))
-            self._pass, self._order = number, order + self._repeated
-        return self._order
 
     def batch_of(self, indices: Tensor, index: int, view: int = 0) -> SequenceBatch:
         """Return a batch of samples that the caller has chosen; every view shows the same."""

@@ -12,8 +12,7 @@ import hashlib
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -145,40 +144,34 @@ def _verify(path: Path, expected: str) -> None:
 
 
 def _fetch(url: str, path: Path, checksum: str) -> None:
-    """Download `url` to `path`, which appears only once it is complete and verified."""
-    with urlopen(url, timeout=TIMEOUT_SECONDS) as response, _complete(path) as partial:
-        _copy(response, partial)
-        _verify(partial, checksum)
+    with urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+        _write(response, path, checksum)
 
 
 def _gunzip(packed: Path) -> None:
-    with gzip.open(packed) as content, _complete(packed.with_suffix("")) as partial:
-        _copy(content, partial)
+    with gzip.open(packed) as content:
+        _write(content, packed.with_suffix(""))
 
 
 def _untar(packed: Path, members: list[str], directory: Path) -> None:
     with tarfile.open(packed, "r:gz") as archive:
         for member in archive:  # in its own order: it cannot be read backwards cheaply
             if member.name in members:
-                with _complete(directory / member.name) as partial:
-                    _copy(archive.extractfile(member), partial)
+                _write(archive.extractfile(member), directory / member.name)
 
 
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """Give the name of a file that takes its place at `path` once it is whole."""
+def _write(content: BinaryIO, path: Path, checksum: str | None = None) -> None:
+    """Write a file that appears at `path` only once it is whole and, by its checksum, verified."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = temporary_beside(path)
     try:
-        yield partial
+        with partial.open("wb") as file:
+            shutil.copyfileobj(content, file, 1 << 20)
+        if checksum is not None:
+            _verify(partial, checksum)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _copy(content: BinaryIO, path: Path) -> None:
-    with path.open("wb") as file:
-        shutil.copyfileobj(content, file, 1 << 20)
 
 
 def advice(source: Source, directory: Path, missing: list[str], error: Exception) -> str:

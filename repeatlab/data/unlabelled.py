@@ -56,8 +56,11 @@ class EpochOrder:
 
     def piece(self, index: int) -> Tensor:
         """Return the piece number `index`, from 0: int64, (size,), on the CPU."""
+        return self.between(index * self.size, (index + 1) * self.size)
+
+    def between(self, position: int, end: int) -> Tensor:
+        """Return what the sequence holds from `position` to before `end`: int64, on the CPU."""
         pieces = [self._order[:0]]
-        position, end = index * self.size, (index + 1) * self.size
         while position < end:
             epoch, place = divmod(position, self.total)
             if epoch != self._epoch:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,6 @@ from torch.nn import functional
 from repeatlab.core.seeding import generator
 from repeatlab.data import Batch, ImageSet, Splits
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig, make_stream
-from repeatlab.tasks.learner import Learner
 from repeatlab.tasks.models import build_encoder, drawn_from
 from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, chosen
 
@@ -45,16 +44,6 @@ class ClassifierTask(DatasetTask):
 
     What the network makes of a batch are its logits, (b, classes).
     """
-
-    saved: ClassVar[Mapping[str, str]] = {
-        name: f"learner.{path}" for name, path in Learner.saved.items()
-    }
-
-    def train_with(self, *learners: Learner) -> None:
-        """Have these networks trained; one alone is `model`, the average of its weights `ema`."""
-        super().train_with(*learners)
-        if len(learners) == 1:
-            self.model, self.ema = self.learner.network, self.learner.average
 
     def learn_noisy(self) -> None:
         """Have the train split for batches, with label noise as configured; see `corrupt`."""

@@ -32,6 +32,7 @@ view. BatchNorm's running statistics see a batch at every visit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Annotated, ClassVar, Literal
 
@@ -115,6 +116,9 @@ class Continual(ClassifierTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = ContinualConfig
+    saved: ClassVar[Mapping[str, str]] = {
+        name: f"learner.{path}" for name, path in Learner.saved.items()
+    }
 
     def __init__(self, config: ContinualConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repeatlab.core.schema import ConfigError, did_you_mean
 from repeatlab.core.seeding import derive
-from repeatlab.data import DATASETS, ImageSet, Splits, TrainStream, gather, load_splits
+from repeatlab.data import DATASETS, ImageSet, Splits, TrainStream, load_splits
 from repeatlab.data.own_data import is_path
 from repeatlab.data.unlabelled import labelled_subset
 from repeatlab.tasks import TaskConfig
@@ -117,14 +117,8 @@ class DatasetTask(LearningTask):
     def population(self, index: int) -> range:
         return range(len(self.stream.data))
 
-    def candidates(self, index: int, block: int) -> Any:
-        return self.fresh_batch(block)
-
     def batch_of(self, indices: Tensor, index: int) -> Any:
         return self.make_batch(indices, index)
-
-    def pick(self, blocks: Sequence[Any], picks: Tensor, index: int) -> Any:
-        return gather(blocks, picks, index)
 
 
 def make_stream(

@@ -33,34 +33,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.core.files import StoreError, replacing
-from repeatlab.core.seeding import derive
 from repeatlab.core.tensor_files import read_tensors, write_tensors
 from repeatlab.data import DataError, Splits, TrainStream, load_splits
 from repeatlab.data.augment import normalize
 from repeatlab.data.sources import data_directory
+from repeatlab.tasks.models import drawn_from, norm_cnn
 
 Extractor = Literal["classifier", "inception"]
 CLASSIFIER_UPDATES, CLASSIFIER_EPOCHS = 1000, 40  # whichever is less
-CLASSIFIER_FEATURES = 64
+CLASSIFIER_WIDTH = 16  # a quarter of its features
 # Part of the file's name: raise it when network or training change.
 CLASSIFIER_VERSION = 1
 BATCH = {"classifier": 500, "inception": 50}
 
 
 # --- the distance -----------------------------------------------------------------------------
-
-
-def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
-    """Return the squared Fréchet distance of the Gaussians fitted to two sets of features.
-
-    Args:
-        features: (n, d), n at least 2.
-        others: (m, d), m at least 2.
-
-    Raises:
-        ValueError: the shapes do not fit.
-    """
-    return gaussian_distance(*moments(features), *moments(others))
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -197,29 +184,9 @@ def classifier_path(data: Splits) -> Path:
     return data_directory() / "extractors" / name
 
 
-def build_classifier(channels: int, classes: int) -> nn.Sequential:
-    """Three 3x3 convolutions with BatchNorm, pooled to 64 features, and a linear layer."""
-
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    return nn.Sequential(
-        *block(channels, 16),
-        nn.MaxPool2d(2),
-        *block(16, 32),
-        nn.MaxPool2d(2),
-        *block(32, CLASSIFIER_FEATURES),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(CLASSIFIER_FEATURES, classes),
-    )
-
-
 def _initial_classifier(data: Splits) -> nn.Sequential:
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(derive(0, "fid classifier"))
-        return build_classifier(data.train.images.shape[1], data.classes)
+    with drawn_from(0, "fid classifier"):
+        return norm_cnn(data.train.images.shape[1], data.classes, width=CLASSIFIER_WIDTH)
 
 
 def train_classifier(data: Splits) -> nn.Sequential:

@@ -19,7 +19,6 @@ Public reference for characters, of Shakespeare: 1.4697 nats (github.com/karpath
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import log
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -162,11 +161,6 @@ class Language(DatasetTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = LanguageConfig
-    saved: ClassVar[Mapping[str, str]] = {
-        "model": "model",
-        "optimizer": "learner.optimizer_step",
-        "ema": "ema",
-    }
     data: Sequences
     stream: SequenceStream
 
@@ -181,7 +175,6 @@ class Language(DatasetTask):
         with drawn_from(seed):
             model = Transformer(self.data.classes, length, **sizes)
         self.train_with(Learner(model, config, device=device))
-        self.model, self.ema = self.learner.network, self.learner.average
 
     def outputs(self, batch: SequenceBatch) -> Tensor:
         """Return the logits of the predicted characters, (b, answer, classes)."""

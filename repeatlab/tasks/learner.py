@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repeatlab.data import ImageSet, Splits, iter_batches
+from repeatlab.data import ImageSet, Splits, gather, iter_batches
 from repeatlab.tasks.optimization import (
     OptimizationConfig,
     OptimizerStep,
@@ -227,21 +227,28 @@ class LearningTask(Saved):
 
     Attributes:
         learners: All that is trained.
-        learner: The only one, where there is one; likewise `optimizer`.
+        learner: The only one, where there is one; likewise `optimizer`, `model` and `ema`.
         noise: The generator of what a visit redraws, if anything.
     """
 
+    saved: ClassVar[Mapping[str, str]] = {
+        "model": "model",
+        "optimizer": "learner.optimizer_step",
+        "ema": "ema",
+    }
     learners: Sequence[Learner] = ()
     noise: torch.Generator | None = None
     environment_steps = 0
 
     def train_with(self, *learners: Learner) -> None:
-        """Have these networks trained."""
+        """Have these networks trained; one alone is `model`, the average of its weights `ema`."""
         self.learners = learners
         self.optimizer_steps = [learner.optimizer_step for learner in learners]
         self.optimizers = [learner.optimizer for learner in learners]
         self.learner, self.optimizer = learners[0], self.optimizers[0]
         self.precision = self.learner.precision
+        if len(learners) == 1:
+            self.model, self.ema = self.learner.network, self.learner.average
 
     @property
     def skipped_steps(self) -> int:
@@ -254,6 +261,15 @@ class LearningTask(Saved):
     @property
     def bound_samples(self) -> int:
         return self.forward_samples
+
+    def refresh(self, batch: Any, visit: int) -> Any:
+        return batch  # where nothing is augmented
+
+    def candidates(self, index: int, block: int) -> Any:
+        return self.fresh_batch(block)
+
+    def pick(self, blocks: Sequence[Any], picks: Tensor, index: int) -> Any:
+        return gather(blocks, picks, index)
 
     def step(
         self,

@@ -38,7 +38,6 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -137,9 +136,7 @@ class PPO(LearningTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = PPOConfig
-    saved: ClassVar[Mapping[str, str]] = {
-        "model": "model",
-        "optimizer": "learner.optimizer_step",
+    saved = LearningTask.saved | {
         "environments": "environments",
         "environment_steps": "environment_steps",
     }
@@ -150,7 +147,6 @@ class PPO(LearningTask):
         with drawn_from(seed):
             model = ActorCritic(config.hidden)
         self.train_with(Learner(model, config, device=device))
-        self.model = self.learner.network
         count = range(config.environments)
         self.environments = [CartPole(config, derive(seed, "environment", e)) for e in count]
         self._chances = EndlessDraws(
@@ -217,9 +213,6 @@ class PPO(LearningTask):
 
     def population(self, index: int) -> range:
         return range(index * self.batch_size, (index + 1) * self.batch_size)
-
-    def refresh(self, batch: Rollout, visit: int) -> Rollout:
-        return batch
 
     # --- learning ---------------------------------------------------------------------------------
 

@@ -6,14 +6,14 @@ seed, so that all arms of one seed start from the same network. Within a process
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import deepcopy
 from functools import lru_cache
 from time import perf_counter
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from repeatlab.core.schema import Model
@@ -30,14 +30,6 @@ class PretrainingConfig(Model):
     """0 keeps the first weights: nothing is known beforehand."""
     lr: Annotated[float, Field(gt=0)] = 0.05
     batch_size: Annotated[int, Field(ge=1)] = 64
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """Weights of encoder and head, as `load_state_dict` takes them, and the ledger's entries."""
-
-    weights: dict[str, Tensor]
-    spent: dict[str, float]
 
 
 def pretrained(
@@ -68,11 +60,8 @@ def pretrained(
         width=config.width,
         augment=config.augment,
     )
-    found = _trained(own, settings, classes, outputs, seed=seed, device=device)
-    data = config.splits(seed, device)
-    network = make_classifier(own, data, outputs, seed=seed).to(device)
-    network.load_state_dict(found.weights)
-    return network, dict(found.spent)
+    network, spent = _trained(own, settings, classes, outputs, seed=seed, device=device)
+    return deepcopy(network), dict(spent)
 
 
 @lru_cache(maxsize=4)
@@ -84,7 +73,7 @@ def _trained(
     *,
     seed: int,
     device: str,
-) -> Pretrained:
+) -> tuple[nn.Sequential, dict[str, float]]:
     data = config.splits(seed, device)
     network = make_classifier(config, data, outputs, seed=seed).to(device)
     stream = make_stream(
@@ -111,4 +100,4 @@ def _trained(
         "pretraining_backward_samples": samples,
         "pretraining_seconds": perf_counter() - start,
     }
-    return Pretrained(network.state_dict(), spent)
+    return network, spent

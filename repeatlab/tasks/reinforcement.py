@@ -45,7 +45,7 @@ lie in [-1, 0]. Public reference: CleanRL's DQN reaches 488.69 +- 16.11 after 50
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -57,7 +57,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.core.seeding import EndlessDraws, generator
-from repeatlab.data import gather
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.cartpole import ACTIONS, OBSERVED, CartPole, CartPoleConfig, greedy_episodes
 from repeatlab.tasks.learner import Learner, LearningTask
@@ -158,7 +157,6 @@ class Reinforcement(LearningTask):
         with drawn_from(seed):
             model = q_network(config.hidden)
         self.train_with(Learner(model, config, device=device))
-        self.model = self.learner.network
         self.target = deepcopy(self.model).requires_grad_(False)
         self.batch_size = self.backward_samples = config.batch_size
         self.forward_samples = 3 * config.batch_size
@@ -262,9 +260,6 @@ class Reinforcement(LearningTask):
         """Return the transitions `indices`, int64, (batch,), as fresh batch `index`."""
         return self.buffer.batch(indices, index).to(self.device)
 
-    def refresh(self, batch: Transitions, visit: int) -> Transitions:
-        return batch
-
     def resample(self, batch: Transitions, visit: int) -> Transitions:
         return self.replay(batch.index, visit)
 
@@ -281,9 +276,6 @@ class Reinforcement(LearningTask):
 
     def batch_of(self, indices: Tensor, index: int) -> Transitions:
         return self.buffer.batch(indices.cpu(), index).to(self.device)
-
-    def pick(self, blocks: Sequence[Transitions], picks: Tensor, index: int) -> Transitions:
-        return gather(blocks, picks, index)
 
     def step(
         self, batch: Transitions, report: Callable[..., None], weights: Tensor | None = None

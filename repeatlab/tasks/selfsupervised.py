@@ -141,7 +141,6 @@ class SelfSupervised(DatasetTask):
         networks = nn.ModuleList([encoder, head])
         self.train_with(Learner(networks, config, device=device, parts=(encoder, head)))
         self.encoder, self.head = encoder, head
-        self.ema = self.learner.average
         self.forward_samples = self.backward_samples = 2 * config.batch_size
 
     # --- batches ------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ No sample is seen in two batches: "train" is evaluated on samples that are none 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -84,11 +83,6 @@ class SingleIndex(LearningTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = SingleIndexConfig
-    saved: ClassVar[Mapping[str, str]] = {
-        "model": "model",
-        "optimizer": "learner.optimizer_step",
-        "ema": "ema",
-    }
 
     def __init__(self, config: SingleIndexConfig, *, seed: int, device: str) -> None:
         self.config, self.seed, self.device = config, seed, torch.device(device)
@@ -100,7 +94,6 @@ class SingleIndex(LearningTask):
                 nn.Linear(config.inputs, config.width), nn.ReLU(), nn.Linear(config.width, 1)
             )
         self.train_with(Learner(student, config, device=device))
-        self.model, self.ema = self.learner.network, self.learner.average
 
     def samples(self, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return new inputs, (count, d), and their targets, (count,), on the device."""
@@ -121,22 +114,11 @@ class SingleIndex(LearningTask):
         """Return the fresh batches from number `first` on."""
         return [self.fresh_batch(index) for index in range(first, first + count)]
 
-    def refresh(self, batch: SingleIndexBatch, visit: int) -> SingleIndexBatch:
-        return batch
-
     def population(self, index: int) -> range:
         return range(index * self.batch_size, (index + 1) * self.batch_size)
 
-    def candidates(self, index: int, block: int) -> SingleIndexBatch:
-        return self.fresh_batch(block)
-
     def batch_of(self, indices: Tensor, index: int) -> SingleIndexBatch:
         return gather([self.fresh_batch(index)], indices - index * self.batch_size, index)
-
-    def pick(
-        self, blocks: Sequence[SingleIndexBatch], picks: Tensor, index: int
-    ) -> SingleIndexBatch:
-        return gather(blocks, picks, index)
 
     def outputs(self, batch: SingleIndexBatch) -> Tensor:
         """Return what the student says of every sample, (b,)."""

@@ -15,7 +15,7 @@ Public reference for ResNet-18 on CIFAR-10, 200 epochs: 93.02 % (github.com/kuan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -55,11 +55,6 @@ class Supervised(ClassifierTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = SupervisedConfig
-    saved: ClassVar[Mapping[str, str]] = {
-        "model": "model",
-        "optimizer": "learner.optimizer_step",
-        "ema": "ema",
-    }
 
     def __init__(
         self, config: SupervisedConfig, *, seed: int, device: str, data: Splits | None = None

@@ -18,6 +18,7 @@ Embeddings, the encoder's features, are also judged by retrieval within the eval
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -81,6 +82,9 @@ class Transfer(ClassifierTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = TransferConfig
+    saved: ClassVar[Mapping[str, str]] = {
+        name: f"learner.{path}" for name, path in Learner.saved.items()
+    }
 
     def __init__(self, config: TransferConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)

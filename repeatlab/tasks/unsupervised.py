@@ -97,7 +97,6 @@ class Unsupervised(DatasetTask):
         model.precision = Precision.of(config, device)
         parts = (model.encoder, model.decoder)
         self.train_with(Learner(model, config, device=device, parts=parts))
-        self.model, self.ema = self.learner.network, self.learner.average
         self.noise = generator(seed, "epsilon")
         self.fid = Fid(self.data, config.extractor)
 

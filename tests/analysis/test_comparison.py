@@ -230,7 +230,7 @@ def test_what_a_run_did_after_it_reached_the_target_does_not_matter(records):
     }
     study = records(runs)
     goal, rows = Goal("accuracy", 0.4, 20), study.measured("accuracy", "validation")
-    until = {m: updates_until(run, goal, 20) for m, run in rows.groupby(["method", "seed"])}
+    until = {m: updates_until(run, goal, 20)[0] for m, run in rows.groupby(["method", "seed"])}
     assert [until["linear", seed] for seed in range(3)] == [0, 20, 20]
     times = to_target(study.evals, "accuracy", 0.4).set_index(["method", "seed"])
     assert times["reached"].tolist() == [True, True, True, False, True, False]
