@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from repeatlab.cost import CostModel
 from repeatlab.figures.sliders import OFFERED, CostForm, MappingForm, mapping_page
 from repeatlab.figures.trace import binned
+from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import MAPPINGS, ControlLimit, Linear, Quantile, Threshold
 from repeatlab.repetition.repeater import BatchRepeater
 
@@ -113,6 +114,28 @@ def test_n_in_the_browser_is_n_in_a_loop(node, name, losses, data):
     mapping = MAPPINGS[name](**values)
     found = ask(name=name, fields=values, losses=losses, max_updates=max_updates)
     assert found == counted_by_the_loop(mapping, losses, max_updates)
+
+
+@needs_node
+@pytest.mark.parametrize("root", [3, 7, 13, 16])
+def test_where_only_rounding_decides_the_browser_rounds_as_numpy_does(node, root):
+    """One loss b among n - 1 of a lies sqrt(n - 1) deviations above the mean: on a whole number."""
+    ask, _ = node
+    window, draws, found = root**2 + 1, np.random.default_rng(0), []
+    for a, b in np.sort(draws.uniform(0.1, 9, (60, 2)).astype(np.float32)).tolist():
+        losses = [a] * (window // 2) + [b] + [a] * (window - window // 2 - 1) + [b]
+        for name, values in (
+            ("control_limit", {"k": root, "repeats": 2, "window": window}),
+            ("zscore", {"step": root, "max_repeats": 2, "window": window}),
+        ):
+            size = len(losses) + 1
+            counts = ask(name=name, fields=values, losses=losses, max_updates=size)
+            stats = LossStats(window)
+            for loss in losses[:-1]:
+                stats.observe(loss)
+            found.append(MAPPINGS[name](**values)(b, stats))
+            assert counts == [1] * window + [found[-1]], (a, b)
+    assert set(found) == {1, 2}  # both are met
 
 
 @needs_node
