@@ -48,7 +48,7 @@ function binned(values) {
 }
 
 /** Return round numbers from `low` to `high`, about `count` of them. */
-function ticks({ low, high, log }, count = 4) {
+function ticks({ low, high, log }, count = 5) {
   const exponents = (unit) => [Math.floor(Math.log10(unit)), Math.floor(Math.log10(high))];
   if (log) {
     const [from, to] = exponents(low);
@@ -127,7 +127,8 @@ function charts(host, { panels, series, xlabel }) {
     const values = [...found.flatMap((one) => one.y), ...lines.map((line) => line.value), ...(zero ? [0] : [])];
     const y = scale(values, bottom, top, { log });
     const level = (value, more) => rule(LEFT, y.at(value), width - RIGHT, y.at(value), more);
-    for (const tick of ticks(y)) {
+    // N is a whole number, though a mean of several need not be.
+    for (const tick of ticks(y).filter((one) => !step || Number.isInteger(one))) {
       level(tick, { "stroke-opacity": 0.12 });
       element(svg, "text", { x: LEFT - 5, y: y.at(tick) + 4, "text-anchor": "end" }, shown(tick));
     }
@@ -153,13 +154,16 @@ function charts(host, { panels, series, xlabel }) {
     const write = ({ data }, key) => {
       if (!data[key]?.x.length) return "";
       const { x: xs, y, low, high } = data[key];
+      const past = at - xs.at(-1) > xs.at(-1) - (xs.at(-2) ?? 0); // a run that ended before
+      if (past && at !== Infinity) return "";
       const place = Math.max(0, xs.findLastIndex((value) => value <= at));
       const band = low?.[place] == null ? "" : ` [${shown(low[place])}, ${shown(high[place])}]`;
       return shown(y[place]) + band;
     };
+    const where = at === Infinity ? "at the end" : `${xlabel} ${shown(x.high > 20 ? Math.round(at) : at)}`;
     table.replaceChildren();
     const head = element(table, "tr");
-    element(head, "th", { class: "number" }, at === Infinity ? "at the end" : `${xlabel} ${shown(at)}`);
+    element(head, "th", { class: "number" }, where);
     for (const { label } of panels) element(head, "th", { class: "number" }, label);
     for (const one of series.filter(({ of }) => !of)) {
       const row = element(table, "tr");

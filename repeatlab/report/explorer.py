@@ -15,10 +15,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Thread
-from time import monotonic
-from typing import Any
+from typing import IO, Any
 
 import anywidget
 import numpy as np
@@ -32,10 +33,11 @@ from repeatlab.core.schema import read_yaml
 from repeatlab.figures.front_end import CSS, module
 from repeatlab.figures.look import SOLID, label
 from repeatlab.figures.trace import binned
-from repeatlab.store.records import Run, Store, fresh_batches
+from repeatlab.store.records import UPDATES, Run, Store, fresh_batches
 
 POINTS = 500  # of a curve
 REFRESH_SECONDS = 2.0
+EVALS = ["update", "split", "metric", "value"]
 PREFIX = "validation."  # the test split is to be read once, at the end
 
 
@@ -86,6 +88,7 @@ class Explorer(anywidget.AnyWidget):
     ) -> None:
         self._store, self._records = Store(runs), Records(pd.DataFrame())
         self._process: subprocess.Popen | None = None
+        self._stopping = False
         super().__init__(params=str(params))
         self.studies = _done_of_planned(self._store)
         if not self.studies:
@@ -145,9 +148,21 @@ class Explorer(anywidget.AnyWidget):
         chosen = rows[rows["id"].isin(self.clicked)].drop_duplicates("id")
         self.curves = [
             {"id": row.id, "name": f"{row.task}, {label(row.method)}, seed {row.seed}"}
-            | {"data": run_curves(Run(Path(row.path)), self.metric)}
+            | {"data": self._curves_of(Run(Path(row.path)))}
             for row in chosen.itertuples()
         ]
+
+    def _curves_of(self, run: Run) -> dict[str, dict[str, list]]:
+        found = {
+            "updates": pd.DataFrame(columns=UPDATES.names),
+            "evals": pd.DataFrame(columns=EVALS),
+        }
+        for name in found:
+            try:
+                found[name] = getattr(run, name)
+            except (StoreError, OSError) as error:  # nothing yet, damaged, or it ends right now
+                self.said = str(error)
+        return run_curves(**found, metric=self.metric)
 
     def _show_comparison(self, change: Any = None) -> None:
         runs = self._records.runs
@@ -155,7 +170,11 @@ class Explorer(anywidget.AnyWidget):
         if not len(chosen.done):
             self.comparison = {}
             return
-        axes = [axis for axis in counted_axes(chosen.evals) if axis != "cost"]  # which needs a k
+        try:
+            axes = [axis for axis in counted_axes(chosen.evals) if axis != "cost"]  # it needs a k
+        except StoreError as error:
+            self.said, self.comparison = str(error), {}
+            return
         if self.axis not in axes:
             self.axis = "update"
         self.comparison = {"axis": self.axis, "axes": {axis: AXES[axis] for axis in axes}}
@@ -181,34 +200,35 @@ class Explorer(anywidget.AnyWidget):
         if self.running:
             return
         command = [sys.executable, "-m", "repeatlab", "run", self.params]
+        output = TemporaryFile()  # noqa: SIM115  closed by what follows it
         self._process = subprocess.Popen(
-            [*command, "--runs", str(self._store.root)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
+            [*command, "--runs", str(self._store.root)], stdout=output, stderr=subprocess.STDOUT
         )
-        self.running, self.said = True, "starting"
-        Thread(target=self._follow, args=(self._process,), daemon=True).start()
+        self.running, self.said, self._stopping = True, "starting", False
+        Thread(target=self._follow, args=(self._process, output), daemon=True).start()
 
     def stop(self) -> None:
         """Make the runs under way leave checkpoints and the training end."""
         if self._process:
-            self.said = "stopping: the runs under way leave checkpoints"
+            self.said, self._stopping = "stopping: the runs under way leave checkpoints", True
             # A kernel may ignore SIGINT between two cells, and so would what it has started then.
             self._process.send_signal(signal.SIGTERM)
 
-    def _follow(self, process: subprocess.Popen) -> None:
-        """Say what the training says, and show what it has made, until it ends."""
+    def _follow(self, process: subprocess.Popen, output: IO[bytes]) -> None:
+        """Show what the training has made until it ends, and then what it said last."""
         name = (read_yaml(Path(self.params)).get("parameters") or {}).get("study", {}).get("name")
-        seen = monotonic()
-        for line in process.stdout:  # a bar's "\r" ends a line, too
-            self.said = line.strip() or self.said
-            if monotonic() > seen + REFRESH_SECONDS:
-                self._show_trained(name)
-                seen = monotonic()
-        process.wait()
-        self._show_trained(name)
+        ended = False
+        while not ended:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(REFRESH_SECONDS)
+            ended = process.poll() is not None
+            self._show_trained(name)
+            if name in self.studies and not self._stopping:
+                self.said = f"training: {self.studies[name]} runs done"
+        with output:
+            output.seek(0)
+            lines = output.read().decode(errors="replace").split("\n")
+        self.said = next((line for line in reversed(lines) if line.strip()), "")
         self.running = False
 
     def _show_trained(self, name: str | None) -> None:
@@ -245,22 +265,21 @@ def _points(x: Iterable[float], y: Iterable[float]) -> dict[str, list[float | No
     return {"x": _plain(x[edges[:-1]]), "y": _plain(means)}
 
 
-def run_curves(run: Run, metric: str) -> dict[str, dict[str, list]]:
+def run_curves(
+    updates: pd.DataFrame, evals: pd.DataFrame, *, metric: str
+) -> dict[str, dict[str, list]]:
     """Return a run's loss, N and learning rate at first visits, and its metric, each over updates.
 
-    Of one that is not done what it has recorded so far; of one that has recorded nothing, nothing.
+    Args:
+        updates: The rows of the run, maybe none.
+        evals: Its evaluations, maybe none.
+        metric: Of the evaluations on the validation split.
     """
-    try:
-        batches = fresh_batches(run.updates)
-        found = {"loss": "loss", "N": "repeats", "rate": "lr"}
-        data = {name: _points(batches["update"], batches[of]) for name, of in found.items()}
-    except StoreError:
-        data = {name: _points([], []) for name in ("loss", "N", "rate")}
-    try:
-        rows = run.evals.query("metric == @metric and split == 'validation'")
-        return data | {"metric": _points(rows["update"], rows["value"])}
-    except StoreError:
-        return data | {"metric": _points([], [])}
+    batches = fresh_batches(updates) if len(updates) else updates
+    named = {"loss": "loss", "N": "repeats", "rate": "lr"}
+    rows = evals[(evals["metric"] == metric) & (evals["split"] == "validation")]
+    found = {name: _points(batches["update"], batches[of]) for name, of in named.items()}
+    return found | {"metric": _points(rows["update"], rows["value"])}
 
 
 def compare(records: Records, arms: list[str], *, metric: str, axis: str) -> dict[str, list]:
