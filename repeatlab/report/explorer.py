@@ -177,8 +177,9 @@ class Explorer(anywidget.AnyWidget):
             return
         if self.axis not in axes:
             self.axis = "update"
-        self.comparison = {"axis": self.axis, "axes": {axis: AXES[axis] for axis in axes}}
-        self.comparison |= compare(chosen, self.arms, metric=self.metric, axis=self.axis)
+        found = compare(chosen, self.arms, metric=self.metric, axis=self.axis)
+        named = {axis: AXES[axis] for axis in axes}
+        self.comparison = found | {"axis": self.axis, "axes": named}
 
     # --- training -----------------------------------------------------------------------------
 
