@@ -94,8 +94,8 @@ function path(xs, ys, x, y, step = false) {
 
 /** Begin a drawing as wide as its host, over the x axis `x(width)`. */
 function canvas(host, height, x, label, count) {
-  const width = Math.max(300, host.clientWidth);
-  const svg = element(host, "svg", { viewBox: `0 0 ${width} ${height}`, height });
+  const width = Math.max(200, host.clientWidth);
+  const svg = element(host, "svg", { viewBox: `0 0 ${width} ${height}` });
   const centred = { "text-anchor": "middle" };
   for (const tick of ticks(x(width), count ?? width / 110)) {
     element(svg, "text", { x: x(width).at(tick), y: height - 20, ...centred }, shown(tick));

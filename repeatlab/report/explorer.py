@@ -95,25 +95,21 @@ class Explorer(anywidget.AnyWidget):
             self.said = f"{runs} holds no study; `repeatlab run` makes one"
         done = {name: int(said.split()[0]) for name, said in self.studies.items()}
         self.study = study or max(done, key=done.get, default="")
-        self.observe(self._show_study, "study")
+        self.observe(lambda change: self._show(), "study")
         self.observe(self._show_curves, ["clicked", "metric"])
         self.observe(self._show_comparison, ["task", "arms", "metric", "axis"])
         self.on_msg(self._obey)
-        self._show_study()
+        self._show()
 
     # --- what is shown ------------------------------------------------------------------------
 
     def refresh(self) -> None:
         """Read the store again."""
         self.studies = _done_of_planned(self._store)
-        if self.study in self.studies:
-            self._records = load(self._store.root, self.study)
-            self._show_table()
-            self._show_curves()
-            self._show_comparison()
+        self._show(anew=not self.metrics)  # before a run was done there was nothing to choose
 
-    def _show_study(self, change: Any = None) -> None:
-        """Show another study: two arms of its first task and a run of the second."""
+    def _show(self, *, anew: bool = True) -> None:
+        """Show the study; anew: two arms of its first task and a run of the second."""
         if not self.study:
             return
         try:
@@ -124,10 +120,11 @@ class Explorer(anywidget.AnyWidget):
         runs, done = self._records.runs, self._records.done
         with self.hold_trait_notifications():
             self._show_table()
-            self.task = runs["task"].iloc[0]
-            methods = runs["method"][runs["task"] == self.task].unique()
-            self.arms = [arm for arm in SOLID if arm in methods] or [*methods[:2]]
-            self.clicked = [*done["id"][done["method"] == self.arms[-1]].iloc[:1]]
+            if anew:
+                self.task = runs["task"].iloc[0]
+                methods = runs["method"][runs["task"] == self.task].unique()
+                self.arms = [arm for arm in SOLID if arm in methods] or [*methods[:2]]
+                self.clicked = [*done["id"][done["method"] == self.arms[-1]].iloc[:1]]
         self._show_curves()
         self._show_comparison()
 
@@ -136,7 +133,7 @@ class Explorer(anywidget.AnyWidget):
         names = [name for name in runs if name.startswith(PREFIX)]
         self.metrics = [name.removeprefix(PREFIX) for name in names]
         if self.metric not in self.metrics:
-            self.metric = next((m for m in self.metrics if m != "loss"), "loss")
+            self.metric = next((m for m in self.metrics if m != "loss"), "".join(self.metrics))
         table = {name: [*runs[name]] for name in ("task", "method", "seed", "status", "id")}
         if "updates" in runs:
             table["N"] = _plain(runs["updates"] / runs["fresh_batches"])

@@ -71,7 +71,9 @@ def test_it_opens_with_the_fullest_study_and_its_standard_and_linear_arm(runs):
 def test_differences_are_those_by_hand_and_what_is_not_finite_travels(runs):
     explorer = Explorer(runs)
     sent = []
-    explorer.observe(lambda change: sent.append(json.dumps(change["new"], allow_nan=False)))
+    explorer.observe(
+        lambda change: sent.append(json.dumps(change["new"], allow_nan=False)), "comparison"
+    )
     explorer.arms = ["standard", "linear", "fixed2"]
     found = json.loads(sent[-1])
     table = pd.DataFrame(found["pairs"]).set_index(["method", "seed"])
@@ -207,7 +209,8 @@ def test_a_study_is_started_shown_and_said_to_have_ended(tmp_path, parameters):
     assert explorer.said.startswith("2 runs: 2 complete")
     assert (explorer.study, explorer.studies) == ("trained", {"trained": "2 of 2"})
     assert explorer.table["status"] == ["complete", "complete"]
-    assert explorer.comparison["pairs"] == []  # one arm is chosen where there is no linear
+    assert (explorer.metric, explorer.arms) == ("accuracy", ["standard"])  # there is no linear
+    assert len(explorer.clicked) == len(explorer.curves) == 1
 
 
 def test_a_study_is_stopped_and_leaves_checkpoints(tmp_path, parameters):
