@@ -25,7 +25,7 @@ test: $(STAMP)
 	$(MAKE) --no-print-directory notebooks
 
 # Task notebooks first: the viewpoints read the studies that they leave in the store.
-NBVAL := $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg \
+NBVAL := REPEATLAB_SMOKE=1 $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg \
 	--nbval-cell-timeout 300 -o addopts=-ra
 
 notebooks: $(STAMP)

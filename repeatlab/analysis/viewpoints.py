@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import pandas as pd
 
 from repeatlab.analysis.frames import Records, load, together
 from repeatlab.analysis.paired_differences import Endpoint
+from repeatlab.core.schema import read_yaml
 from repeatlab.store.measurements import measured_k
-from repeatlab.store.records import Run
+from repeatlab.store.records import Run, Store
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,40 @@ class Views:
         return {
             task: Endpoint(metric=self.tasks[task]["metric"], k=k) for task, k in self.k(k).items()
         }
+
+
+def fullest(
+    runs: str | Path,
+    views: Sequence[Mapping[str, Any]],
+    viewpoint: str,
+    *,
+    params: str | Path = "../params",
+) -> dict[str, Any]:
+    """Return what a viewpoint looks at by default: the parameters of the fullest profile.
+
+    That is the one of whose views' studies the store has most runs that are done. Only views of the
+    smoke scale give way to it, and not where REPEATLAB_SMOKE is set, as for tests whose outcome is
+    not to depend on what else the store has.
+
+    Args:
+        runs: The run store.
+        views: The notebook's own.
+        viewpoint: Name of its parameter file in each profile, "convergence".
+        params: Where the profiles are.
+    """
+    own = {"views": views}
+    smoke = all(view["study"].startswith("smoke-") for view in views)
+    if not smoke or os.environ.get("REPEATLAB_SMOKE"):
+        return own
+    store = Store(runs)
+    known = store.studies()
+
+    def done(parameters: Mapping[str, Any]) -> int:
+        names = [view["study"] for view in parameters["views"] if view["study"] in known]
+        return sum(store.run(*p["run"]).done for n in names for p in store.read_study(n)["runs"])
+
+    files = sorted(Path(params).glob(f"*/{viewpoint}.yaml"))
+    return max([own, *(read_yaml(file)["parameters"] for file in files)], key=done)
 
 
 def load_views(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Views:

@@ -1,176 +1,161 @@
 """Forms with sliders for a notebook: what a mapping, or other hardware, would change.
 
-`MappingForm` asks a mapping for its N over the losses that a run has recorded, `CostForm` a cost
-model for its curves. Pictures are images, not outputs of a cell, which a form that is moved faster
-than it draws could mix up. Never imports torch.
+`MappingForm` asks two mappings for their N over the losses that a run has recorded, in the browser
+(`mappings.js`), with a kernel or without; `CostForm` asks a cost model for its curves. Never
+imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
-from html import escape
-from math import log10
+import json
+from base64 import b64encode
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import anywidget
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+import traitlets
 
 from repeatlab.cost import CostModel
 from repeatlab.figures.cost import cost_curves
+from repeatlab.figures.front_end import CSS, module
 from repeatlab.figures.look import png
-from repeatlab.figures.trace import repeats_on_trace
-from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import MAPPINGS, Mapping
 
-Slider = widgets.IntSlider | widgets.FloatSlider | widgets.FloatLogSlider
-# A mapping's field -> the slider that asks for it, as functions of its default. `t` is a loss, so
-# that its range follows from the trace.
-_SLIDERS: dict[str, Callable[[Any], Slider]] = {
-    "repeats": lambda value: widgets.IntSlider(value, 1, 10),
-    "max_repeats": lambda value: widgets.IntSlider(value, 1, 10),
-    "low": lambda value: widgets.IntSlider(value, 1, 10),
-    "high": lambda value: widgets.IntSlider(value, 1, 10),
-    "window": lambda value: widgets.IntSlider(value, 2, 500),
-    "k": lambda value: widgets.FloatSlider(value, min=0.1, max=6, step=0.1),
-    "step": lambda value: widgets.FloatSlider(value, min=0.1, max=4, step=0.1),
-    "levels": lambda value: widgets.FloatSlider(value[0], min=0.05, max=0.99, step=0.01),
-}
-_NOT_ASKED = {"seed"}
+# Those of `mappings.js`: not those that look at every visit's loss, which a trace has not, nor
+# recorded counts, nor draws.
+OFFERED = (
+    "constant",
+    "threshold",
+    "linear",
+    "cosine",
+    "ramp",
+    "control_limit",
+    "quantile",
+    "zscore",
+)
+_MODULE = module(Path(__file__).with_name("mappings.js"))
 
 
-def offered() -> list[str]:
-    """Return the mappings that a trace of first losses can be given to, by name.
+class MappingForm(anywidget.AnyWidget):
+    """Sliders for two mappings; their N over recorded losses are drawn anew at every move.
 
-    Not those that look at every visit's loss, which a trace has not, and not recorded counts.
-    """
-    known = _SLIDERS.keys() | _NOT_ASKED | {"t"}
-    return [
-        name
-        for name, kind in MAPPINGS.items()
-        if not kind.asks_again and {field.name for field in fields(kind)} <= known
-    ]
-
-
-def counts_on_trace(mapping: Mapping, losses: Iterable[float], *, max_updates: int) -> np.ndarray:
-    """Return the N that `mapping` gives to fresh batches with these losses, in their order.
-
-    Up to the batch on which the budget is spent, whose N is cut; fewer where the losses end before.
-    A real run would have had other losses: repetition changes what the next batch's loss is.
-
-    Args:
-        mapping: The mapping.
-        losses: First losses of fresh batches, finite.
-        max_updates: T.
-    """
-    stats, counts, left = LossStats(mapping.window), [], max_updates
-    for index, loss in enumerate(losses):
-        if not left:
-            break
-        stats.index, stats.progress = index, (max_updates - left) / max_updates
-        counts.append(min(mapping(loss, stats), left))
-        left -= counts[-1]
-        stats.observe(loss)
-    return np.array(counts, dtype=int)
-
-
-class MappingForm(widgets.VBox):
-    """Sliders for a mapping and its fields; N over a recorded trace is drawn anew at every move.
+    N of the fresh batches in their order, up to the one on which the budget is spent. A real run
+    would have had other losses: repetition changes what the next batch's loss is.
 
     Args:
         updates: Rows of one run with `repeat` and `loss`, in their order; as many as its T.
-        mapping: The name of the mapping to begin with.
-        fields: Values of its fields to begin with.
-
-    Attributes:
-        mapping: The mapping as the sliders have it.
-        counts: N of the fresh batches of the trace, up to T; see `counts_on_trace`.
+        mapping: The name of the first mapping to begin with, one of `OFFERED`.
+        other: That of the second.
+        t: The loss that mappings with a t begin with; by default the losses' lower quartile.
+        fields: Values of the first mapping's other fields to begin with.
 
     Raises:
-        ValueError: `mapping` is not one of `offered()`, or there is no finite loss.
+        ValueError: a name is not one of `OFFERED`, or there is no finite loss.
     """
 
+    _esm, _css = _MODULE, CSS
+    losses = traitlets.Bytes().tag(sync=True)
+    max_updates = traitlets.Int().tag(sync=True)
+    t = traitlets.Float().tag(sync=True)
+    chosen = traitlets.List().tag(sync=True)
+
     def __init__(
-        self, updates: pd.DataFrame, mapping: str = "linear", **fields: float | int
+        self,
+        updates: pd.DataFrame,
+        mapping: str = "linear",
+        other: str = "threshold",
+        *,
+        t: float | None = None,
+        **fields: float | int,
     ) -> None:
-        if mapping not in offered():
-            raise ValueError(f"the mapping must be one of {', '.join(offered())}; not {mapping!r}")
-        losses = updates.loc[updates["repeat"] == 0, "loss"].to_numpy(dtype=float)
-        self._losses, self._max_updates = losses[np.isfinite(losses)], len(updates)
-        if not len(self._losses):
-            raise ValueError("the trace holds no finite loss")
-        self.mapping: Mapping | None = None
-        self.counts = np.array([], dtype=int)
-        self._name = _named(widgets.Dropdown(options=offered(), value=mapping), "mapping")
-        self._fields = widgets.VBox()
-        self._said = widgets.HTML()
-        self._picture = _image()
-        self._name.observe(lambda change: self._ask(change["new"]), "value")
-        super().__init__([self._name, self._fields, self._said, self._picture])
-        self._ask(mapping, **fields)
+        losses = updates.loc[updates["repeat"] == 0, "loss"]
+        state = _state(losses, len(updates), [{"name": mapping, **fields}, {"name": other}], t)
+        super().__init__(**state)
 
-    def _ask(self, name: str, **values: float | int) -> None:
-        """Show the sliders of another mapping."""
-        sliders = []
-        for field in fields(MAPPINGS[name]):
-            if field.name in _NOT_ASKED:
-                continue
-            if field.name == "t":
-                slider = _loss_slider(self._losses)
-            else:
-                slider = _SLIDERS[field.name](field.default)
-            _named(slider, field.name)
-            slider.value = values.get(field.name, slider.value)
-            slider.observe(self._redraw, "value")
-            sliders.append(slider)
-        self._fields.children = sliders
-        self._redraw()
+    @property
+    def mappings(self) -> tuple[Mapping, ...]:
+        """Both mappings as the sliders have them."""
+        found = []
+        for name, fields in ((side["name"], side) for side in self.chosen):
+            kind = MAPPINGS[name]
+            given = {key: value for key, value in fields.items() if key != "name"}
+            if "levels" in given:
+                given["levels"] = tuple(np.atleast_1d(given["levels"]))
+            found.append(kind(**({"t": self.t} if kind.calibrated == "t" else {}) | given))
+        return tuple(found)
 
-    def _redraw(self, change: Any = None) -> None:
-        kind = MAPPINGS[self._name.value]
-        values = {slider.description: slider.value for slider in self._fields.children}
-        if "levels" in values:
-            values["levels"] = (values["levels"],)
-        try:
-            self.mapping = kind(**values)
-        except ValueError as error:  # two sliders that contradict each other
-            self._said.value = escape(str(error))
-            return
-        self.counts = counts_on_trace(self.mapping, self._losses, max_updates=self._max_updates)
-        self._said.value = escape(_in_words(self.counts, len(self._losses), self._max_updates))
-        t = getattr(self.mapping, "t", None)
-        self._picture.value = png(repeats_on_trace(self._losses, self.counts, t=t))
+
+def _state(
+    losses: Iterable[float], max_updates: int, chosen: list[dict[str, Any]], t: float | None
+) -> dict[str, Any]:
+    """Return what the front end starts from: losses are float32, in which they are compared."""
+    for side in chosen:
+        if side["name"] not in OFFERED:
+            raise ValueError(
+                f"the mapping must be one of {', '.join(OFFERED)}; not {side['name']!r}"
+            )
+    numbers = np.asarray(losses, dtype="<f4")
+    numbers = numbers[np.isfinite(numbers)]
+    if not len(numbers):
+        raise ValueError("the trace holds no finite loss")
+    positive = numbers[numbers > 0]
+    t = t or (float(np.quantile(positive, 0.25)) if len(positive) else 1.0)
+    return {"losses": numbers.tobytes(), "max_updates": max_updates, "t": t, "chosen": chosen}
+
+
+def mapping_page(
+    losses: Iterable[float],
+    *,
+    max_updates: int | None = None,
+    mapping: str = "linear",
+    other: str = "threshold",
+) -> str:
+    """Return a page of HTML with what `MappingForm` shows, which needs neither kernel nor network.
+
+    Args:
+        losses: First losses of fresh batches, in their order.
+        max_updates: T; by default as many as there are losses.
+        mapping: The name of the first mapping to begin with, one of `OFFERED`.
+        other: That of the second.
+
+    Raises:
+        ValueError: as `MappingForm`.
+    """
+    losses = list(losses)
+    state = _state(losses, max_updates or len(losses), [{"name": mapping}, {"name": other}], None)
+    told = json.dumps(state | {"losses": b64encode(state["losses"]).decode()})
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What would a mapping do?</title>
+<style>{CSS}</style>
+<div id="mappings"></div>
+<script type="module">
+{_MODULE}
+const state = {told};
+const bytes = Uint8Array.from(atob(state.losses), (letter) => letter.charCodeAt(0));
+state.losses = new DataView(bytes.buffer);
+const model = {{
+  get: (name) => state[name],
+  set: (name, value) => (state[name] = value),
+  save_changes: () => {{}},
+}};
+render({{ model, el: document.getElementById("mappings") }});
+</script>
+</html>
+"""
 
 
 def _named(widget: Any, name: str) -> Any:
     widget.description = name
     widget.style.description_width = "7em"
     return widget
-
-
-def _image() -> widgets.Image:
-    # Else a box stretches what is in it to its own width.
-    return widgets.Image(format="png", layout={"align_self": "flex-start"})
-
-
-def _loss_slider(losses: np.ndarray) -> widgets.FloatLogSlider:
-    positive = losses[losses > 0]
-    low, middle, high = (
-        np.quantile(positive, [0, 0.25, 1]) if len(positive) else np.array([0.01, 1.0, 10.0])
-    )
-    return widgets.FloatLogSlider(
-        value=middle, min=log10(low / 10), max=log10(high * 2), step=0.01, readout_format=".3g"
-    )
-
-
-def _in_words(counts: np.ndarray, batches: int, max_updates: int) -> str:
-    made = int(counts.sum())
-    spent = "the budget is spent" if made == max_updates else "the trace ends"
-    return (
-        f"mean N {counts.mean():.3f}, N > 1 on {np.mean(counts > 1):.1%} of fresh batches; "
-        f"after {len(counts)} of {batches} {spent}: {made} of {max_updates} updates"
-    )
 
 
 class CostForm(widgets.VBox):
@@ -195,7 +180,8 @@ class CostForm(widgets.VBox):
         for name, slider in self._sliders.items():
             _named(slider, name)
             slider.observe(self._redraw, "value")
-        self._picture = _image()
+        # Else a box stretches what is in it to its own width.
+        self._picture = widgets.Image(format="png", layout={"align_self": "flex-start"})
         super().__init__([*self._sliders.values(), self._picture])
         self._redraw()
 

@@ -19,7 +19,14 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import nbformat
+import pandas as pd
 import pytest
+import yaml
+
+from repeatlab.analysis.frames import load
+from repeatlab.figures.sliders import mapping_page
+from repeatlab.studies.study import Study
 
 ROOT = Path(__file__).parents[2]
 RECIPE = re.compile(r"bin/jupyter lab (.*)")
@@ -195,23 +202,136 @@ def test_a_notebook_runs_to_its_end_and_its_sliders_draw(page, lab, name):
     # Drawn once: pyplot's figures are shown at a cell's end, and as its value, too.
     assert all(len(found) == len(set(found)) for found in figures)
 
-    form = page.locator(CELLS).last
+    form = page.locator(CELLS).last.locator(".repeatlab")
     form.scroll_into_view_if_needed()
-    said, picture = form.locator(".widget-html-content"), form.locator("img.widget-image")
+    _moves_with_its_sliders(page, form)
+    assert page.problems == []
+
+
+def _moves_with_its_sliders(page, form) -> None:
+    """See that a mapping form says and draws something else after its first slider was moved."""
+    said, curve = form.locator(".said").first, form.locator("svg path").nth(1)
     assert "mean N" in said.text_content()
-    shown = [said.text_content(), picture.get_attribute("src")]
-    handle = form.locator(".noUi-handle").first
-    handle.focus()
-    for _ in range(30):
-        handle.press("ArrowLeft")
+    shown = [said.text_content(), curve.get_attribute("d")]
+    slider = form.locator("input[type=range]").first
+    slider.focus()
+    for _ in range(60):
+        slider.press("ArrowRight")
+    assert "mean N" in said.text_content()
+    assert said.text_content() != shown[0]
+    assert curve.get_attribute("d") != shown[1]
+    # The pointer names the loss and both N.
+    svg = form.locator("svg").bounding_box()
+    page.mouse.move(svg["x"] + 70, svg["y"] + 40)
+    assert re.match(r"fresh batch \d+", form.locator("th").first.text_content())
+    values = form.locator("td.number").all_text_contents()
+    assert len([value for value in values if value]) == 3
+
+
+@pytest.mark.parametrize("width", [1280, 620])
+def test_the_mapping_page_lives_without_a_kernel(page, tmp_path, width):
+    losses = [3 / (1 + step / 50) + 0.2 * (step % 3) for step in range(400)]
+    (tmp_path / "page.html").write_text(mapping_page(losses), encoding="utf-8")
+    page.set_viewport_size({"width": width, "height": 1000})
+    page.goto(f"file://{tmp_path}/page.html")
+    form = page.locator(".repeatlab")
+    form.locator("svg").wait_for()
+    _moves_with_its_sliders(page, form)
+    form.get_by_label("mapping").last.select_option("ramp")
+    before = form.locator(".said").last.text_content()
+    form.get_by_label("low").fill("8")
+    assert form.locator(".said").last.text_content() == "low must not exceed high, but 8 > 5"
+    form.get_by_label("low").fill("2")
+    assert form.locator(".said").last.text_content() != before
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.problems == []
+
+
+ARMS = {
+    "standard": {},
+    "fixed2": {"mapping": {"name": "constant", "repeats": 2}},
+    "linear": {"mapping": {"name": "linear", "t": 0.5}},
+}
+
+
+@pytest.fixture
+def explorer_notebook(lab):
+    """Write a notebook with an explorer, a store that it shows, and a study that it can start."""
+    _, _, folder = lab
+    fields = {"tasks": {"digits": {"name": "supervised", "lr": 0.05}}, "methods": ARMS, "seeds": 2}
+    fields |= {"max_updates": 30, "evaluation": {"every": 10}}
+    Study.of(name="made", **fields).run(folder / "explored", workers=0)
+    to_train = {"notebook": "10_supervised", "parameters": {"study": fields | {"name": "started"}}}
+    to_train["parameters"]["study"] |= {"seeds": 1, "max_updates": 4, "evaluation": {"every": 2}}
+    (folder / "started.yaml").write_text(yaml.safe_dump(to_train))
+    code = (
+        "from repeatlab.report.explorer import Explorer\n"
+        "Explorer('../explored', params='../started.yaml')"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbformat.write(notebook, folder / "notebooks" / "explorer.ipynb")
+    return "explorer"
+
+
+def test_the_store_can_be_clicked_through_and_a_study_started(page, lab, explorer_notebook):
+    for width in (1280, 620):
+        page.set_viewport_size({"width": width, "height": 1400})
+        _run_all(page, lab, explorer_notebook)
+        explorer = page.locator(".repeatlab")
+        explorer.locator("svg").nth(2).wait_for()
+        if folder := os.environ.get("SCREENSHOTS"):
+            explorer.screenshot(path=f"{folder}/explorer-{width}.png")
+    page.set_viewport_size({"width": 1280, "height": 1400})
+
+    def waits(what: str, holds: str) -> None:
+        page.wait_for_function(
+            "([what, holds]) => [...document.querySelectorAll(what)].at(-1)"
+            "?.textContent.includes(holds)",
+            arg=[what, holds],
+            polling=100,
+        )
+
+    # Filters leave what fits.
+    names = explorer.locator(".runs td:nth-child(3)")
+    assert names.all_text_contents() == list(ARMS)
+    explorer.get_by_label("method").select_option("fixed2")
+    assert names.all_text_contents() == ["fixed2"]
+    explorer.get_by_label("seed", exact=True).select_option("1")
+    chip = explorer.locator(".runs button")
+    assert chip.all_text_contents() == ["1"]
+    # A run that is clicked is drawn; the pointer names its loss, N, metric and rate.
+    chip.click()
+    waits(".repeatlab", "digits, fixed2, seed 1")
+    explorer.get_by_label("method").select_option("")
+    explorer.get_by_label("seed", exact=True).select_option("")
+    box = explorer.locator("svg").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60)
+    row = explorer.locator("tr:has-text('digits, fixed2, seed 1') td.number").all_text_contents()
+    assert row[1] == "2"
+    assert len([float(value) for value in row]) == 4
+    # A third arm is compared, and another one is what the others are compared with.
+    explorer.get_by_label("compare fixed2 on digits").check()
+    waits(".repeatlab", "seeds")
     page.wait_for_function(
-        """([cells, words, picture]) => {
-            const form = [...document.querySelectorAll(cells)].at(-1);
-            return form.querySelector('.widget-html-content').textContent != words
-                && form.querySelector('img.widget-image').src != picture;
-        }""",
-        arg=[CELLS, *shown],
+        "() => document.querySelectorAll('.repeatlab svg')[2].querySelectorAll('circle').length"
+        " == 4",
         polling=100,
     )
-    assert "mean N" in said.text_content()
+    explorer.get_by_label("compared with").select_option("fixed2")
+    waits(".repeatlab svg:last-of-type", "better than fixed2")
+    explorer.locator("circle").first.hover()
+    waits(".repeatlab", "seed ")
+    with page.expect_download() as saved:
+        explorer.locator("button:text-is('CSV')").last.click()
+    pairs = pd.read_csv(saved.value.path())
+    shown = pairs.set_index(["method", "seed"])["difference"]
+    records = load(lab[2] / "explored", "made").runs.set_index(["method", "seed"])
+    final = records["validation.accuracy"]
+    for method in ("standard", "linear"):
+        by_hand = final[method] - final["fixed2"]
+        assert shown[method].tolist() == pytest.approx(by_hand.tolist())
+    # The kernel stays free while a study is trained.
+    explorer.locator("button:text-is('Start or go on')").click()
+    waits(".repeatlab .said", "complete")
+    assert explorer.get_by_label("study").input_value() == "started"
     assert page.problems == []

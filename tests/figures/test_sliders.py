@@ -1,8 +1,12 @@
-"""Forms with sliders: what they compute agrees with the loop, and what they show follows."""
+"""Forms with sliders: what the browser computes is what Python does, and what they begin with."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 from dataclasses import fields
+from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -11,13 +15,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repeatlab.cost import CostModel
-from repeatlab.figures.sliders import CostForm, MappingForm, counts_on_trace, offered
+from repeatlab.figures.sliders import OFFERED, CostForm, MappingForm, mapping_page
 from repeatlab.figures.trace import binned
-from repeatlab.repetition.mappings import MAPPINGS, ControlLimit, Linear, Threshold
+from repeatlab.repetition.loss_stats import LossStats
+from repeatlab.repetition.mappings import MAPPINGS, ControlLimit, Linear, Quantile, Threshold
 from repeatlab.repetition.repeater import BatchRepeater
 
 PNG = b"\x89PNG\r\n\x1a\n"
-LOSSES = st.lists(st.floats(0.015625, 20.0, width=32), min_size=1, max_size=60)
+# Few values as well as many: equal losses and ties are where the order of a sum shows.
+LOSS = st.sampled_from([0.1, 0.2, 0.3, 1.0, 3.0]) | st.floats(0.015625, 20.0, width=32)
+LOSSES = st.lists(LOSS, min_size=1, max_size=400)
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(NODE is None, reason="no node to run the front end's module in")
+# Answers each line of questions with a line.
+ASK = """
+import widget from "./widget.mjs";
+import { createInterface } from "node:readline";
+const { MAPPINGS, countsOnTrace } = widget;
+console.log(JSON.stringify(Object.fromEntries(
+  Object.entries(MAPPINGS).map(([name, { fields }]) => [name, Object.keys(fields)]))));
+for await (const line of createInterface({ input: process.stdin })) {
+  const { name, fields, losses, max_updates } = JSON.parse(line);
+  const traced = Float32Array.from(losses);
+  console.log(JSON.stringify(countsOnTrace(name, fields, traced, max_updates)));
+}
+"""
 
 
 def trace(losses, visits=1) -> pd.DataFrame:
@@ -30,17 +52,6 @@ def trace(losses, visits=1) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def slider(form, name):
-    """Return the form's slider with this description, wherever in it."""
-    (found,) = [
-        w
-        for box in form.children
-        for w in (*getattr(box, "children", ()), box)
-        if getattr(w, "description", None) == name
-    ]
-    return found
-
-
 def counted_by_the_loop(mapping, losses, max_updates) -> list[int]:
     """N of each fresh batch in a real loop whose batches have these losses."""
     repeater = BatchRepeater(losses, mapping, max_updates=max_updates)
@@ -50,81 +61,109 @@ def counted_by_the_loop(mapping, losses, max_updates) -> list[int]:
     return rows.groupby("fresh_batch").size().tolist()
 
 
-@pytest.mark.parametrize("name", offered())
-@settings(max_examples=25, deadline=None)
+@pytest.fixture(scope="module")
+def node(tmp_path_factory):
+    """Return what asks the front end's module, under node, for N; and the fields that it knows."""
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "widget.mjs").write_text(MappingForm._esm, encoding="utf-8")
+    (folder / "ask.mjs").write_text(ASK, encoding="utf-8")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([NODE, str(folder / "ask.mjs")], **pipes) as process:
+        known = json.loads(process.stdout.readline())
+
+        def ask(**question) -> list[int]:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask, known
+        process.stdin.close()
+
+
+@needs_node
+def test_the_browser_knows_the_mappings_offered_with_all_their_fields(node):
+    _, known = node
+    own = {name: [f.name for f in fields(MAPPINGS[name])] for name in OFFERED}
+    assert {name: sorted(names) for name, names in known.items()} == {
+        name: sorted(names) for name, names in own.items()
+    }
+    left = {name for name in set(MAPPINGS) - set(OFFERED) if not MAPPINGS[name].asks_again}
+    assert left == {"uniform", "trace"}  # draws and recorded counts
+
+
+FIELDS = {
+    "t": st.sampled_from([0.1, 0.3, 1.0]) | st.floats(0.01, 5),
+    "k": st.sampled_from([0.5, 1.0, 2.0, 3.0]) | st.floats(0.1, 6),
+    "step": st.sampled_from([0.5, 1.0, 2.0]) | st.floats(0.1, 4),
+    "window": st.integers(2, 300),
+    "levels": st.lists(st.floats(0.05, 0.95), min_size=1, max_size=3),
+}
+
+
+@needs_node
+@pytest.mark.parametrize("name", OFFERED)
+@settings(max_examples=60, deadline=None)
 @given(losses=LOSSES, data=st.data())
-def test_counts_are_those_of_the_loop_for_every_mapping_offered(name, losses, data):
-    kind = MAPPINGS[name]
-    needed = {"t": 1.0} if "t" in {f.name for f in fields(kind)} else {}
-    mapping = kind(**needed)
+def test_n_in_the_browser_is_n_in_a_loop(node, name, losses, data):
+    ask, known = node
+    counts = st.integers(1, 10)
+    values = {field: data.draw(FIELDS.get(field, counts)) for field in known[name]}
+    if "low" in values:
+        values["low"], values["high"] = sorted((values["low"], values["high"]))
     max_updates = data.draw(st.integers(1, len(losses)))  # so that the trace suffices
-    counts = counts_on_trace(mapping, losses, max_updates=max_updates)
-    assert counts.tolist() == counted_by_the_loop(mapping, losses, max_updates)
-    assert counts.sum() == max_updates
+    mapping = MAPPINGS[name](**values)
+    found = ask(name=name, fields=values, losses=losses, max_updates=max_updates)
+    assert found == counted_by_the_loop(mapping, losses, max_updates)
 
 
-def test_a_window_shorter_than_the_trace_is_looked_back_on():
-    losses = [1.0, 1.1, 0.9, 1.0, 5.0, 1.0, 1.05, 0.95, 1.0, 5.0]
-    mapping = ControlLimit(k=1.5, repeats=3, window=3)
-    counts = counts_on_trace(mapping, losses, max_updates=10)
-    assert counts.tolist() == counted_by_the_loop(mapping, losses, 10)
-    assert 3 in counts
+@needs_node
+@pytest.mark.parametrize("root", [3, 7, 13, 16])
+def test_where_only_rounding_decides_the_browser_rounds_as_numpy_does(node, root):
+    """One loss b among n - 1 of a lies sqrt(n - 1) deviations above the mean: on a whole number."""
+    ask, _ = node
+    window, draws, found = root**2 + 1, np.random.default_rng(0), []
+    for a, b in np.sort(draws.uniform(0.1, 9, (60, 2)).astype(np.float32)).tolist():
+        losses = [a] * (window // 2) + [b] + [a] * (window - window // 2 - 1) + [b]
+        for name, values in (
+            ("control_limit", {"k": root, "repeats": 2, "window": window}),
+            ("zscore", {"step": root, "max_repeats": 2, "window": window}),
+        ):
+            size = len(losses) + 1
+            counts = ask(name=name, fields=values, losses=losses, max_updates=size)
+            stats = LossStats(window)
+            for loss in losses[:-1]:
+                stats.observe(loss)
+            found.append(MAPPINGS[name](**values)(b, stats))
+            assert counts == [1] * window + [found[-1]], (a, b)
+    assert set(found) == {1, 2}  # both are met
 
 
-def test_counts_end_with_the_trace_where_the_budget_is_larger():
-    counts = counts_on_trace(Threshold(t=1.0), [2.0, 0.5, 3.0], max_updates=100)
-    assert counts.tolist() == [2, 1, 2]
+@needs_node
+def test_counts_end_with_the_trace_where_the_budget_is_larger(node):
+    ask, _ = node
+    values = {"t": 1.0, "repeats": 2}
+    assert ask(name="threshold", fields=values, losses=[2, 0.5, 3], max_updates=99) == [2, 1, 2]
 
 
-def test_every_mapping_is_offered_but_those_that_a_trace_cannot_serve():
-    without = {"until", "until_limit", "while", "trace"}
-    assert set(MAPPINGS) - set(offered()) == without
+def test_a_form_begins_with_the_first_losses_and_what_was_asked_for():
+    form = MappingForm(trace([0.1, 3.0, np.nan], visits=2), "quantile", t=0.5, window=20)
+    assert np.frombuffer(form.losses, "<f4").tolist() == [np.float32(0.1), 3.0]
+    assert form.max_updates == 6
+    assert form.mappings == (Quantile(window=20), Threshold(t=0.5))
 
 
-def test_moving_t_redraws_n_at_once():
-    losses = np.linspace(3.0, 0.1, 50)
-    form = MappingForm(trace(losses, visits=2), "linear", t=1.0)
-    picture = form.children[-1]
-    assert form.mapping == Linear(t=1.0)
-    assert form.counts.tolist() == counts_on_trace(Linear(t=1.0), losses, max_updates=100).tolist()
-    before = bytes(picture.value)
-    assert before.startswith(PNG)
-    slider(form, "t").value = 0.3
-    assert form.mapping == Linear(t=slider(form, "t").value)
-    assert form.counts.tolist() == counts_on_trace(form.mapping, losses, max_updates=100).tolist()
-    assert bytes(picture.value).startswith(PNG)
-    assert picture.value != before
+def test_a_form_has_the_mappings_that_the_browser_leaves():
+    form = MappingForm(trace([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert form.mappings == (Linear(t=2.0), Threshold(t=2.0))
+    form.chosen = [
+        {"name": "quantile", "levels": 0.9, "window": 10},
+        {"name": "control_limit", "k": 2, "repeats": 3, "window": 50},
+    ]
+    assert form.mappings == (Quantile((0.9,), 10), ControlLimit(2, 3, 50))
 
 
-@pytest.mark.parametrize("name", offered())
-def test_choosing_a_mapping_brings_its_sliders_and_its_counts(name):
-    losses = np.linspace(3.0, 0.1, 40)
-    form = MappingForm(trace(losses), "constant" if name != "constant" else "linear")
-    slider(form, "mapping").value = name
-    assert type(form.mapping) is MAPPINGS[name]
-    asked = [s.description for s in form.children[1].children]
-    assert asked == [f.name for f in fields(MAPPINGS[name]) if f.name != "seed"]
-    expected = counts_on_trace(form.mapping, losses, max_updates=40)
-    assert form.counts.tolist() == expected.tolist()
-    assert f"mean N {expected.mean():.3f}" in form.children[2].value
-
-
-def test_sliders_that_contradict_each_other_are_told_and_the_last_picture_stays():
-    form = MappingForm(trace(np.linspace(3.0, 0.1, 20)), "uniform", low=2, high=4)
-    picture, mapping = form.children[-1].value, form.mapping
-    slider(form, "low").value = 7
-    assert "low must not exceed high" in form.children[2].value
-    assert (form.children[-1].value, form.mapping) == (picture, mapping)
-    slider(form, "high").value = 8
-    assert "mean N" in form.children[2].value
-    assert (form.mapping.low, form.mapping.high) == (7, 8)
-
-
-def test_a_diverged_run_is_shown_up_to_where_it_ended_and_negative_losses_can_be_shown():
-    form = MappingForm(trace([1.0, 2.0, np.nan]), "threshold", t=1.5)
-    assert form.counts.tolist() == [1, 2]
-    form = MappingForm(trace([-0.5, -0.7, -0.9]), "linear")
-    assert form.counts.tolist() == [1, 1, 1]
+def test_losses_that_are_not_positive_can_be_shown():
+    assert MappingForm(trace([-0.5, -0.7])).t == 1.0
 
 
 def test_what_cannot_be_shown_is_refused():
@@ -132,6 +171,22 @@ def test_what_cannot_be_shown_is_refused():
         MappingForm(trace([1.0]), "until")
     with pytest.raises(ValueError, match="no finite loss"):
         MappingForm(trace([np.inf]))
+    with pytest.raises(ValueError, match=r"must be one of .*; not 'trace'"):
+        mapping_page([1.0], other="trace")
+
+
+def test_a_page_needs_nothing_from_elsewhere():
+    page = mapping_page([1.0, 2.0])
+    asked = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            asked.extend(value for name, value in attributes if name in ("src", "href"))
+
+    Parser().feed(page)
+    assert asked == []
+    assert "import " not in page
+    assert page.count("</script>") == 1
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=100), st.integers(1, 40))
@@ -140,6 +195,12 @@ def test_bins_keep_the_sum_and_are_few(values, most):
     assert len(means) <= most
     assert (edges[0], edges[-1]) == (0, len(values))
     assert (means * np.diff(edges)).sum() == pytest.approx(sum(values), abs=1e-9)
+
+
+def slider(form, name):
+    """Return the form's slider with this description."""
+    (found,) = [w for w in form.children if getattr(w, "description", None) == name]
+    return found
 
 
 def test_a_cost_form_begins_with_what_was_measured_and_follows_its_sliders():

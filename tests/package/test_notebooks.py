@@ -40,6 +40,20 @@ def test_it_is_thin(notebook):
     assert len([line for line in lines if not line.lstrip().startswith("#")]) < 60
 
 
+def test_every_picture_that_it_draws_is_shown(notebook):
+    """Figures show themselves only as the value of a cell: in a loop they have to be displayed."""
+    for cell in _code(notebook):
+        body = ast.parse(cell.source).body
+        lost = [
+            node.value
+            for node in ast.walk(ast.Module(body, []))
+            if (isinstance(node, ast.Expr) and node is not body[-1])
+            or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_")
+        ]
+        called = {ast.unparse(value.func) for value in lost if isinstance(value, ast.Call)}
+        assert not called & {"picture_grid", "repeats_over_time", "tau_over_time", "save_figure"}
+
+
 def test_it_begins_with_what_it_is_for_and_its_parameters(notebook):
     assert notebook.cells[0].source.startswith("# ")
     assert "parameters" in notebook.cells[1].metadata.tags
