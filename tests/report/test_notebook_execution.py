@@ -164,7 +164,7 @@ def test_notebooks_run_side_by_side(project, monkeypatch):
     places = {"runs": Path("runs"), "figures": Path("figures")}
     assert execute_profile("tiny", root=root, **places) == []
     assert Path.cwd() == root  # which all threads share
-    executed = sorted(path.name for path in Path("runs/notebooks/tiny").iterdir())
+    executed = sorted(path.name for path in Path("runs/notebooks/tiny").glob("*.ipynb"))
     assert executed == ["left.ipynb", "right.ipynb"]
 
 
