@@ -12,7 +12,7 @@ PROFILE ?= quick
 export OMP_NUM_THREADS ?= 1
 
 figures: $(STAMP)
-	$(BIN)/repeatlab figures --profile $(PROFILE)
+	$(BIN)/repeatlab figures --profile $(PROFILE) $(if $(filter-out quick,$(PROFILE)),--figures figures/$(PROFILE))
 
 # What stands between the READMEs' markers, from figures/results.md and docstrings: tests hold them to it.
 readme:

@@ -155,9 +155,10 @@ def execute_profile(
 ) -> list[str]:
     """Train a profile's studies, execute its notebooks, and return the figures that they wrote.
 
-    All parameter files are checked before anything is trained, a plan's stages last. Where
-    notebooks are named in `only`, just their studies are trained and just they are executed. What
-    nothing has changed of since it was last done is left as it is, unless by `force`.
+    All parameter files are checked before anything is trained, a plan's stages last. A profile
+    whose exports lie in results/<profile> takes its plan's runs from them, and trains none of it.
+    Where notebooks are named in `only`, just their studies are trained and just they are executed.
+    What nothing has changed of since it was last done is left as it is, unless by `force`.
 
     Raises:
         ConfigError: a parameter file is not valid.
@@ -166,10 +167,16 @@ def execute_profile(
         KeyboardInterrupt: Ctrl-C; no kernel is left.
     """
     from repeatlab.figures import read_manifest
+    from repeatlab.store.exchange import import_runs
+    from repeatlab.store.records import Store
     from repeatlab.studies.plan import read_plan, run_plan
     from repeatlab.studies.study import Study, run_studies
 
-    plans = [] if only else [(path, read_plan(path)) for path in plans_of(profile, root)]
+    published = [file.parent for file in (root / "results" / profile).glob("*/plans.json")]
+    for export in sorted(published):
+        echo(f"{export.relative_to(root)}: {import_runs(Store(runs), export)} runs imported")
+    files = [] if only or published else plans_of(profile, root)
+    plans = [(path, read_plan(path)) for path in files]
     jobs = read_profile(profile, root, only=only)
     output = runs / "notebooks" / profile
     drawn = Drawn(output, runs, figures)

@@ -15,6 +15,7 @@ import pytest
 
 from repeatlab.cli import ROOT
 from repeatlab.report.notebooks import execute_profile
+from repeatlab.store.exchange import export
 from repeatlab.store.records import Store
 
 STUDY = """
@@ -269,3 +270,25 @@ def test_the_digests_are_in_the_store_and_not_with_what_is_committed(project, dr
     assert json.loads(record.read_text()).keys() > {"source", "parameters", "runs", "code"}
     manifest = json.loads((project / "figures" / "manifest.json").read_text())
     assert manifest["20_view"].keys() == {"notebook", "files"}
+
+
+PLAN = """
+name: never
+seeds: 1
+methods: {standard: {}, fixed2: {mapping: {name: constant, repeats: 2}}}
+judged: {arms: [fixed2], real: fixed2}
+tasks:
+  digits:
+    {task: {name: supervised, width: 2}, max_updates: 9, metric: accuracy, target: 0.9}
+"""
+
+
+def test_results_that_are_published_are_imported_and_their_plan_is_not_trained(project, draw):
+    (project / "params" / "tiny" / "plan.yaml").write_text(PLAN)
+    store = Store(project / "runs")
+    assert export(store, ["tiny-one", "tiny-other"], project / "results" / "tiny" / "both") == 2
+    shutil.rmtree(store.root)
+    said = draw()[1]
+    assert any("results/tiny/both: 2 runs imported" in line for line in said)
+    assert any("0 trained now, 2 in the store" in line for line in said)
+    assert store.read_plan("never") is None
