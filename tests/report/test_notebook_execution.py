@@ -359,7 +359,7 @@ def test_notebooks_can_be_named():
         read_profile("quick", ROOT, only=["10_supervized"])
 
 
-PLANS = [path for profile in ("quick", "paper") for path in plans_of(profile, ROOT)]
+PLANS = [path for folder in (ROOT / "params").iterdir() for path in plans_of(folder.name, ROOT)]
 PARAMETER_FILES = [
     path
     for path in sorted(ROOT.glob("params/*/*.yaml"))
