@@ -13,6 +13,8 @@ function element(parent, tag, attributes = {}, text = "") {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else if (value !== false && value != null) made.setAttribute(name, value);
   }
+  // Else JupyterLab takes keys such as the arrows of a slider for its own.
+  if (["input", "select", "button"].includes(tag)) made.setAttribute("data-lm-suppress-shortcuts", "true");
   if (text !== "") made.textContent = text;
   parent.append(made);
   return made;
