@@ -26,7 +26,7 @@ import yaml
 
 ROOT = readme.PROJECT
 PROFILE = "quick"
-GUIDES = "concepts mappings controls cost verdicts studies searching own_data jupyter cluster"
+GUIDES = "concepts mappings controls cost verdicts studies own_data jupyter cluster"
 GUIDES = [*GUIDES.split(), "data_parallel", "frameworks"]
 MEASURED = ["results", "results.zh-CN", "reliability", "speed", "decisions"]
 # On the first page: of each the first that there is.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from repeatlab.core.files import StoreError
-from repeatlab.core.schema import ConfigError, parse, read_yaml
+from repeatlab.core.schema import ConfigError, parse
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Store
 
@@ -266,21 +266,6 @@ def measure(parameters: tuple[Path, ...], runs: Path) -> None:
         of_tasks = measured(study, runs, anew=True)
         found |= {f"{study.name}: {task}": one for task, one in of_tasks.items()}
     click.echo(measurement_table(found).to_string())
-
-
-@cli.command()
-@click.argument("parameters", type=click.Path(path_type=Path))
-@RUNS
-@click.option("--workers", type=click.IntRange(min=0), help="Processes; 0 trains in this one.")
-def search(parameters: Path, runs: Path, workers: int | None) -> None:
-    """Search the hyperparameters of a file in params/search on the validation split."""
-    from repeatlab.studies.search import Search, run_search
-
-    content = read_yaml(parameters)
-    if "notebook" in content:
-        raise ConfigError(f"{parameters}: is a notebook's, which `repeatlab run` trains")
-    definition = parse(Search, content, source=str(parameters))
-    click.echo(str(run_search(definition, runs, workers=workers)))
 
 
 @cli.command()

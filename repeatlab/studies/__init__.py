@@ -1,4 +1,4 @@
-"""Many runs: studies, workers, lock-step, search, checks and measurements."""
+"""Many runs: studies, workers, lock-step, checks and measurements."""
 
 from repeatlab import require_lab
 

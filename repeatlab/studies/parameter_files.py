@@ -25,8 +25,6 @@ from repeatlab.studies.plan import is_plan
 
 # Where notebooks find store and figures; the batch decides that, not a parameter file.
 PLACES = ("runs", "figures")
-# The folder of params/ that holds searches, which have no notebook.
-SEARCHES = "search"
 
 
 class BatchEntry(Model):
@@ -83,8 +81,7 @@ def read_profile(profile: str, root: Path, *, only: Collection[str] = ()) -> lis
     directory = root / "params" / profile
     files = sorted(set(directory.glob("*.yaml")) - set(plans_of(profile, root)))
     if not files:
-        folders = (d for d in sorted((root / "params").glob("*")) if any(d.glob("*.yaml")))
-        known = [folder.name for folder in folders if folder.name != SEARCHES]
+        known = [d.name for d in sorted((root / "params").glob("*")) if any(d.glob("*.yaml"))]
         raise ConfigError(
             f"no profile {profile!r} in {root / 'params'}; {did_you_mean(profile, known)}"
         )
@@ -112,10 +109,7 @@ def read_job(path: Path, root: Path) -> Job:
     Raises:
         ConfigError: the file is not valid; see `read_profile`.
     """
-    content = read_yaml(path)
-    if "space" in content:
-        raise ConfigError(f"{path}: is a search, which `repeatlab search` makes")
-    entry = parse(BatchEntry, content, source=str(path))
+    entry = parse(BatchEntry, read_yaml(path), source=str(path))
     folder, parameters = root / "notebooks", _with_methods(entry.parameters, path)
     if not folder.is_dir():
         return Job(path, folder / f"{entry.notebook}.ipynb", parameters, alone=entry.alone)

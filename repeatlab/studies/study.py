@@ -251,7 +251,8 @@ def run_studies(
     missing = {i: config for i, config in configs.items() if not handles[i].done}
     alone = (study.planned() for study in studies if not study.lockstep)
     apart = {p.config.run_id for planned in alone for p in planned}
-    outcomes = make_runs(configs, store, places or Places(workers=workers), apart=apart)
+    places = places or Places(workers=workers)
+    outcomes = _make(missing, handles, store, places, apart=apart)
     failed = {i: ABSENT for i in missing if not handles[i].done}
     failed |= {i: outcome.failure for i, outcome in outcomes.items() if outcome.failure}
     # The others were made by another process meanwhile.
@@ -263,27 +264,21 @@ def run_studies(
         retried={i: number for i, number in attempts.items() if number > 1},
     )
     if failed:
-        reasons = {handles[i].path: why for i, why in failed.items()}
-        raise StudyError(failure_message(reasons, of=len(configs)), report)
+        lines = [f"{len(failed)} of {len(configs)} runs failed:"]
+        lines += [f"  {handles[i].path}: {why}" for i, why in failed.items()]
+        raise StudyError("\n".join(lines), report)
     return report
 
 
-def make_runs(
-    configs: Mapping[str, RunConfig], store: Store, places: Places, *, apart: Container[str] = ()
+def _make(
+    missing: Mapping[str, RunConfig],
+    handles: Mapping[str, Run],
+    store: Store,
+    places: Places,
+    *,
+    apart: Container[str],
 ) -> dict[str, Outcome]:
-    """Make the runs that the store lacks, with a bar of progress, and return how each ended.
-
-    Args:
-        configs: By their ids.
-        store: Where they go.
-        places: Where they are made.
-        apart: The ids of those that are not trained in lock-step.
-
-    Raises:
-        Stopped: as `run_studies`.
-    """
-    handles = {i: store.run(config.task.name, i) for i, config in configs.items()}
-    missing = {i: config for i, config in configs.items() if not handles[i].done}
+    """Make what is missing, with a bar of progress; of the runs in `apart` none in lock-step."""
     if not missing:
         return {}
     # Once and here, so that what is not there is one message, and workers do not all fetch it.
@@ -295,12 +290,6 @@ def make_runs(
             return dict(tqdm(outcomes, total=len(missing), desc="runs", unit="run"))
         except Interrupted:
             raise Interrupted(_stopped(handles.values())) from None
-
-
-def failure_message(reasons: Mapping[Path, str], *, of: int) -> str:
-    """Return why runs failed, a line for each."""
-    lines = [f"  {path}: {why}" for path, why in reasons.items()]
-    return "\n".join([f"{len(reasons)} of {of} runs failed:", *lines])
 
 
 def _stopped(handles: Collection[Run]) -> str:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from repeatlab.cli import ROOT, main
+from repeatlab.cli import main
 
 STUDY = """
 notebook: 10_supervised
@@ -142,15 +142,6 @@ def test_a_profile_without_a_paper(repeatlab):
     code, _, err = repeatlab("paper", "--profile", "tuning")
     assert code == 2
     assert "the profile 'tuning' has no paper.yaml" in err
-
-
-def test_a_parameter_file_of_the_other_kind_names_the_command_that_takes_it(tmp_path, repeatlab):
-    search = ROOT / "params" / "search" / "supervised.yaml"
-    code, _, err = repeatlab("run", search)
-    assert (code, err) == (2, f"Error: {search}: is a search, which `repeatlab search` makes\n")
-    study = _write(tmp_path)
-    code, _, err = repeatlab("search", study)
-    assert (code, err) == (2, f"Error: {study}: is a notebook's, which `repeatlab run` trains\n")
 
 
 def test_verify_of_a_store_that_is_not_there(repeatlab):

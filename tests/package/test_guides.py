@@ -19,7 +19,6 @@ from repeatlab.core.schema import parse
 from repeatlab.methods import controls
 from repeatlab.repetition.mappings import MAPPINGS
 from repeatlab.studies.plan import Plan
-from repeatlab.studies.search import Search
 from repeatlab.studies.study import Study
 from repeatlab.training.config import MethodConfig
 
@@ -68,8 +67,6 @@ def test_what_is_configured_is_valid(name, tmp_path, monkeypatch):
         data = yaml.safe_load(block)
         if "judged" in data:
             assert parse(Plan, data).judged.real in data["methods"]
-        elif "space" in data:
-            assert parse(Search, data).name == data["name"]
         elif "tasks" in data:
             planned = parse(Study, data).planned()
             assert {run.method for run in planned} == set(data["methods"])
@@ -93,7 +90,7 @@ def test_own_data_as_shown_is_read(tmp_path, monkeypatch):
 
 
 def test_the_guide_to_studies_names_every_command():
-    elsewhere = {"search", "figures"}  # have pages of their own
+    elsewhere = {"figures"}  # has a page of its own
     written = re.findall(r"`(\w+)`|^repeatlab (\w+)", GUIDES["studies"], re.MULTILINE)
     assert set(cli.commands) - elsewhere <= {word for pair in written for word in pair}
 

@@ -19,7 +19,6 @@ from repeatlab.cli import ROOT
 from repeatlab.core.schema import ConfigError, read_yaml
 from repeatlab.report.notebooks import Kernels, NotebookError, execute, execute_profile
 from repeatlab.studies.parameter_files import (
-    SEARCHES,
     Job,
     parameter_names,
     plans_of,
@@ -360,11 +359,7 @@ def test_notebooks_can_be_named():
 
 
 PLANS = [path for folder in (ROOT / "params").iterdir() for path in plans_of(folder.name, ROOT)]
-PARAMETER_FILES = [
-    path
-    for path in sorted(ROOT.glob("params/*/*.yaml"))
-    if path.parent.name != SEARCHES and path not in PLANS
-]
+PARAMETER_FILES = [path for path in sorted(ROOT.glob("params/*/*.yaml")) if path not in PLANS]
 
 
 @pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
