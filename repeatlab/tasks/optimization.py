@@ -11,8 +11,7 @@ several times in a step, and such forward and backward passes would not count ag
 
 Under float16 an update whose gradients overflow is skipped, and the scale of the losses halved. It
 counts against T all the same: the forward and backward passes were made, and the batch keeps its N.
-The ledger says how many there were (`skipped_steps`). RMSprop's step, and Adagrad's on CUDA, make
-the host wait then, since torch has no fused form of them that leaves itself out.
+The ledger says how many there were (`skipped_steps`).
 
 `ema_decay` evaluates an exponential moving average of the weights in place of the weights. It moves
 once per update, and so N times on a batch repeated N times; BatchNorm's statistics are copied.
@@ -42,7 +41,6 @@ N = TypeVar("N", bound=nn.Module)
 RANGES = {
     "weight_decay": (0.0, inf),
     "momentum": (0.0, 1.0),
-    "alpha": (0.0, 1.0),
     "betas": (0.0, 1.0),
     "eps": (nextafter(0.0, 1.0), inf),
 }
@@ -107,33 +105,6 @@ class Nesterov(Momentum):
         super().__post_init__()
         if not self.momentum:
             raise ValueError("momentum must be above 0 for nesterov")
-
-
-@dataclass(frozen=True)
-class Adagrad(TorchOptimizer):
-    """s += g^2; w -= lr g / (sqrt(s) + eps) (Duchi et al. 2011)."""
-
-    eps: float = 1e-10
-    weight_decay: float = 0.0
-
-    kind = torch.optim.Adagrad
-    fused = ("cpu",)
-
-
-@dataclass(frozen=True)
-class RMSprop(TorchOptimizer):
-    """s = alpha s + (1 - alpha) g^2; w -= lr g / (sqrt(s) + eps) (Tieleman and Hinton 2012).
-
-    With a momentum, that of v = momentum v + g / (sqrt(s) + eps).
-    """
-
-    alpha: float = 0.99
-    eps: float = 1e-8
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-
-    kind = torch.optim.RMSprop
-    fused = None
 
 
 @dataclass(frozen=True)
@@ -265,8 +236,6 @@ OPTIMIZERS: dict[str, type] = {
     "sgd": SGD,
     "momentum": Momentum,
     "nesterov": Nesterov,
-    "adagrad": Adagrad,
-    "rmsprop": RMSprop,
     "adam": Adam,
     "adamw": AdamW,
     "muon": Muon,

@@ -455,7 +455,7 @@ def test_every_worker_gets_a_group_of_whole_seeds_if_there_are_enough():
         {"task": {"ema_decay": 0.9}},
         {"task": {"label_smoothing": 0.1}},
         {"task": {"precision": "bfloat16"}},
-        {"task": {"optimizer": {"name": "adagrad"}}},
+        {"task": {"optimizer": {"name": "schedule_free"}}},
         {"loader": {"delay_ms": 1}},
         {"budget": {"unit": "cost", "k": 2.0}},
         {"evaluation": {"keep": 1}},
