@@ -82,11 +82,12 @@ def commit() -> str | None:
 
 
 def code_digest() -> str:
-    """Return the digest of the package's files, Python and others, but for what is compiled."""
+    """Return the digest of the package's files, but for what is compiled or hidden."""
     root = Path(__file__).resolve().parents[2]
     digest = sha256()
     for path in sorted((root / "repeatlab").rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
+        hidden = path.name.startswith(".") or "__pycache__" in path.parts
+        if path.is_file() and not hidden:
             digest.update(os.fsencode(path.relative_to(root)) + b"\0")
             digest.update(sha256(path.read_bytes()).digest())
     return digest.hexdigest()
