@@ -154,15 +154,25 @@ def power(name: str, runs: Path, share: float | None) -> None:
 @click.argument("studies", nargs=-1)
 @RUNS
 @click.option("--plan", "plans", multiple=True, help="Every study of this plan.")
+@click.option(
+    "--visits", multiple=True, help="Every update of this study alone; by default of all."
+)
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="A directory.")
-def export(studies: tuple[str, ...], plans: tuple[str, ...], runs: Path, to: Path) -> None:
+def export(
+    studies: tuple[str, ...],
+    plans: tuple[str, ...],
+    visits: tuple[str, ...],
+    runs: Path,
+    to: Path,
+) -> None:
     """Write the runs of studies, by default all, as a few Parquet files that `import` reads."""
     from repeatlab.store.exchange import export
 
     store = Store(runs)
     known = store.studies()
     chosen = list(studies) + [n for n in known for p in plans if n.startswith(f"{p}-")]
-    click.echo(f"{export(store, chosen or known, to)} runs written into {to}")
+    count = export(store, chosen or known, to, visits=visits or None)
+    click.echo(f"{count} runs written into {to}")
 
 
 @cli.command("import")

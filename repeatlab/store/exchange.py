@@ -2,7 +2,8 @@
 
     DIR/
         runs.parquet      one row per run: task, id, configuration, environment, summary (JSON)
-        updates.parquet   one row per update of every run
+        updates.parquet   one row per update of every run, or of the runs of some studies alone;
+                          seconds to the microsecond
         evals.parquet     one row per evaluated metric
         sampler.parquet, pictures.parquet   where runs have such
         studies.json      the studies: which runs they consist of; plans.json likewise
@@ -15,7 +16,7 @@ verdict is what it was where they were made. A run that the store already has st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,23 @@ FORMAT = 1
 TABLES = ("updates", "evals", "sampler")
 DIGESTS = ("files", "sha256")  # of a run's summary: made anew where it is put back
 BLOCK = 250  # runs that are held at once
-# Numbers that grow or repeat are stored as differences or by what they share.
-ENCODINGS = {"use_dictionary": True, "compression": "zstd", "compression_level": 12}
+VISITS = ("updates", "sampler")  # a row per update or fresh batch: nearly all of an export
+COMPRESSION = {"compression": "zstd", "compression_level": 12}
+GROWING = ("update", "fresh_batch", "seconds")  # in updates.parquet: stored as differences
+MICROSECONDS = 1e6
 
 
-def export(store: Store, studies: Sequence[str], to: str | Path) -> int:
+def export(
+    store: Store, studies: Sequence[str], to: str | Path, *, visits: Collection[str] | None = None
+) -> int:
     """Write the runs of `studies` that are done, with their plans, into `to`; return how many.
+
+    Args:
+        store: The store.
+        studies: Names of studies.
+        to: A directory, made if need be.
+        visits: Those of whose runs every update is written; by default all. Of the others what a
+            run came to is left, with its evaluations.
 
     Raises:
         StoreError: a study is not in the store, or a run is damaged; the message names it.
@@ -52,9 +64,12 @@ def export(store: Store, studies: Sequence[str], to: str | Path) -> int:
     manifests = {name: store.read_study(name) for name in studies}
     ids = dict.fromkeys(tuple(run["run"]) for study in manifests.values() for run in study["runs"])
     runs = [run for key in ids if (run := store.run(*key)).done]
+    chosen = manifests if visits is None else visits
+    visited = {tuple(run["run"])[1] for name in chosen for run in store.read_study(name)["runs"]}
     written = [_write(to / "runs.parquet", (_described(block) for block in _blocks(runs)))]
     for name in TABLES:
-        tables = (_stacked(name, b, i * BLOCK) for i, b in enumerate(_blocks(runs)))
+        whose = visited if name in VISITS else {run.path.name for run in runs}
+        tables = (_stacked(name, b, i * BLOCK, whose) for i, b in enumerate(_blocks(runs)))
         written.append(_write(to / f"{name}.parquet", tables))
     written.append(_write(to / "pictures.parquet", (_pictures(b) for b in _blocks(runs))))
     names = {study.get("study", {}).get("plan") for study in manifests.values()} - {None}
@@ -89,15 +104,27 @@ def _described(runs: Iterable[Run]) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def _stacked(name: str, runs: list[Run], first: int) -> pa.Table | None:
-    """Return one table of several runs, with the run's number in front."""
+def _stacked(name: str, runs: list[Run], first: int, whose: Collection[str]) -> pa.Table | None:
+    """Return one table of several runs, those of `whose` alone, with the run's number in front."""
     tables = []
     for number, run in enumerate(runs, first):
-        if f"{name}.parquet" in run.summary["files"]:
+        if run.path.name in whose and f"{name}.parquet" in run.summary["files"]:
             table = run.table(name)
+            if name == "updates":
+                table = _in_microseconds(table)
             column = pa.array([number] * len(table), pa.int32())
             tables.append(table.add_column(0, "run", column))
     return pa.concat_tables(tables, promote_options="permissive") if tables else None
+
+
+def _in_microseconds(updates: pa.Table) -> pa.Table:
+    whole = pc.round(pc.multiply(updates["seconds"], MICROSECONDS)).cast(pa.int64())
+    return updates.set_column(updates.column_names.index("seconds"), "seconds", whole)
+
+
+def _in_seconds(updates: pa.Table) -> pa.Table:
+    seconds = pc.divide(updates["seconds"].cast(pa.float64()), MICROSECONDS)
+    return updates.set_column(updates.column_names.index("seconds"), "seconds", seconds)
 
 
 def _pictures(runs: list[Run]) -> pa.Table | None:
@@ -114,10 +141,13 @@ def _write(path: Path, tables: Iterable[pa.Table | None]) -> Path | None:
     filled = [table for table in tables if table is not None and len(table)]
     if not filled:
         return None
+    table = pa.concat_tables(filled, promote_options="permissive")
+    encoded = {"loss": "BYTE_STREAM_SPLIT"} | dict.fromkeys(GROWING, "DELTA_BINARY_PACKED")
+    encoded = encoded if path.stem == "updates" else {}
+    shared = [name for name in table.column_names if name not in encoded]
+    options = COMPRESSION | {"use_dictionary": shared, "column_encoding": encoded}
     with replacing(path) as temporary:
-        pq.write_table(
-            pa.concat_tables(filled, promote_options="permissive"), temporary, **ENCODINGS
-        )
+        pq.write_table(table, temporary, **options)
     return path
 
 
@@ -156,7 +186,8 @@ def import_runs(store: Store, source: str | Path) -> int:
             for name, table in tables.items():
                 begin, end = starts[name][number]
                 if end > begin:
-                    parts[name] = _without_empty(table.slice(begin, end - begin))
+                    rows = _without_empty(table.slice(begin, end - begin))
+                    parts[name] = _in_seconds(rows) if name == "updates" else rows
             _restore(store, run, row, parts, pictures.get(row["run"]))
             new += 1
     for name, study in read_json(source / "studies.json").items():
