@@ -44,15 +44,8 @@ from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- tasks to draw from ---------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from loader_kinds import (
 from repeatlab.repetition.mappings import Constant, Linear, Quantile, Trace, Uniform, Until
 from repeatlab.repetition.repeater import BatchRepeater
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [
     pytest.param(
         name,
@@ -29,14 +30,6 @@ NAMES = [
     )
     for name in LOADERS | LIBRARIES
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- The contract ---------------------------------------------------------------------------------

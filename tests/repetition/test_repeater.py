@@ -36,13 +36,7 @@ from repeatlab.repetition.mappings import (
 )
 from repeatlab.repetition.repeater import BatchRepeater, NonFiniteLoss
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reference_visits(batches, rule, total):

@@ -9,20 +9,13 @@ from every_method import METHODS, REFUSED, config
 
 from repeatlab.tasks import TASKS, load_task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLED = [
     (name, method)
     for name in ("supervised", "semisupervised", "reinforcement")
     for method, choices in METHODS.items()
     if "sampler" in choices and (name, method) not in REFUSED
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(name: str, method: str = "standard", *, where: str):

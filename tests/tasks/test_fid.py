@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,17 +17,11 @@ from repeatlab.tasks import fid
 from repeatlab.tasks.fid import Fid, gaussian_distance, moments
 from repeatlab.tasks.models import norm_cnn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def distance_of(features: np.ndarray, others: np.ndarray) -> float:
     return gaussian_distance(*moments(features), *moments(others))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

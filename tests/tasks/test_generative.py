@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from math import log
 
 import numpy as np
@@ -28,15 +27,8 @@ from repeatlab.tasks.generative import (
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DRIVERS = ["discriminator", "generator", "sum"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(seed: int = 0, **fields) -> Generative:

@@ -32,16 +32,9 @@ from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCALE = np.array([2.0, 1.0, 10.0, 1.0], dtype=np.float32)
 SMALL = {"hidden": (16, 8), "learning_starts": 60, "epsilon_steps": 300, "evaluation_episodes": 4}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(seed: int = 0, **fields: Any) -> Reinforcement:

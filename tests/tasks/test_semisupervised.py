@@ -22,13 +22,7 @@ from repeatlab.tasks.semisupervised import SemiBatch, SemiSupervised, SemiSuperv
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed: int = 0, **fields) -> SemiSupervised:

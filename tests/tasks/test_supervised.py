@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from copy import deepcopy
 from math import log
 from pathlib import Path
@@ -26,13 +25,7 @@ from repeatlab.tasks.supervised import Supervised, SupervisedConfig, build_model
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed: int = 0, **fields) -> Supervised:

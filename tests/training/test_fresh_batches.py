@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, floor, sqrt
 from pathlib import Path
 from threading import Event, Thread, current_thread, main_thread
@@ -34,6 +34,7 @@ from repeatlab.training.making import train
 from repeatlab.training.prerequisites import prerequisites, source_run
 from repeatlab.training.visits import Source, build_mapping
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 T = 200
 BATCH = 32
 WIDTH = 4
@@ -41,14 +42,6 @@ LR = 0.05
 WINDOW = 10
 GAP = 3
 LINEAR = {"mapping": {"name": "linear", "t": 0.5}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_config(chosen: dict[str, Any], task: str = "supervised", **fields: Any) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,9 @@ from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
 from repeatlab.training.recorder import NoiseLog
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = 32
 T = 90
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_config(method: dict[str, Any] | None = None, noise: float = 0.4, **fields: Any):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from itertools import pairwise
 from math import ceil, cos, floor, isnan, pi
@@ -38,6 +38,7 @@ from repeatlab.training.fresh_batches import FreshBatches
 from repeatlab.training.making import train
 from repeatlab.training.visits import build_mapping
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 T = 23
 EVERY = 10
 BATCH = 32
@@ -138,14 +139,6 @@ class Trained(NamedTuple):
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train_watched(config: RunConfig, store: Path, kind: type[Supervised] = Watched) -> Trained:

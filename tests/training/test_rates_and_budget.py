@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import ceil, cos, inf, pi
 from typing import Any
 
@@ -26,16 +26,9 @@ from repeatlab.training.making import train
 from repeatlab.training.rates_and_budget import Budget, Rates
 from repeatlab.training.visits import LongSteps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = 16
 T = 100
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_config(method: dict[str, Any] | None = None, task: str = "supervised", **fields: Any):
