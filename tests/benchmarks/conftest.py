@@ -1,33 +1,16 @@
-"""How every benchmark measures: one thread, both sides in turn, tables that keep what was found."""
+"""How every benchmark measures: one thread, both sides in turn, runs that are kept."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """Measure every benchmark on one thread."""
-
-
-@pytest.fixture
-def record() -> Callable[[Path, list[dict]], None]:
-    """Return a function that puts rows into a table, in the place of those they are new for."""
-
-    def write(path: Path, rows: list[dict]) -> None:
-        keys = ["task", "data", "scale", "arm", "metric"]
-        path.parent.mkdir(exist_ok=True)
-        table = pd.DataFrame(rows)
-        if path.exists():
-            table = pd.concat([pd.read_csv(path), table]).drop_duplicates(keys, keep="last")
-        table.to_csv(path, index=False)
-
-    return write
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from time import process_time
 import numpy as np
 import pytest
 from benchmarks.interleaving import Turns, in_turns, train_in_turns
+from benchmarks.tables import record
 
 import repeatlab
 from repeatlab.core.environment import processor
@@ -101,7 +102,7 @@ def blocks(bench: Bench) -> Turns[None]:
 
 
 @pytest.mark.parametrize("name", [*SIX, *LARGER])
-def test_predicted_against_measured(name, tmp_path, capsys, record):
+def test_predicted_against_measured(name, tmp_path, capsys):
     task, store = LARGER.get(name) or quick_task(name), Store(tmp_path)
     arms = {}
     for arm, method in ARMS.items():

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from benchmarks.tables import record
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -118,7 +119,7 @@ def median_with_interval(ratios: np.ndarray) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("how", HOW)
-def test_what_the_decision_costs(how, rule, tmp_path, record, capsys):
+def test_what_the_decision_costs(how, rule, tmp_path, capsys):
     context = multiprocessing.get_context("fork")
     ranks = [
         context.Process(target=measure, args=(rank, tmp_path, how, rule)) for rank in range(RANKS)

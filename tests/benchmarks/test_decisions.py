@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from benchmarks.tables import record
 from scipy import stats
 from simulated_plans import DRAWS, RATIOS, Truth, draw, evidence, write
 
@@ -72,7 +73,7 @@ def row(data: str, scale: str, metric: str, hits: int, studies: int) -> dict:
     return labels | {"n": studies} | rounded | {"processor": processor()}
 
 
-def keep(capsys, record, table: list[dict]) -> None:
+def keep(capsys, table: list[dict]) -> None:
     record(RESULTS, table)
     with capsys.disabled():
         print(f"\n{pd.DataFrame(table).drop(columns=['task', 'arm', 'processor']).to_string()}")
@@ -110,24 +111,24 @@ def shares(found: list[dict[str, str]], *wanted: str) -> Counter:
 
 
 @pytest.mark.parametrize("name", NO_EFFECT)
-def test_no_effect_is_called_one_in_at_most_5_percent(name, capsys, record):
+def test_no_effect_is_called_one_in_at_most_5_percent(name, capsys):
     truth = NO_EFFECT[name]
     studies = STUDIES if truth.seeds < 12 else STUDIES // 2
     hits = shares(judged(truth, studies, 1), "H1 refuted", "H1 equivalent", "H2 equivalent")
     scale = f"no effect: {truth.tasks} tasks, {truth.seeds} seeds"
-    keep(capsys, record, [row(name, scale, key, hits[key], studies) for key in hits])
+    keep(capsys, [row(name, scale, key, hits[key], studies) for key in hits])
     assert hits["any of both"] <= most(studies, 0.05)
     if truth.equal:
         assert (hits["any of both"], hits["H2 equivalent"]) == (0, studies)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.1, 0.4])
-def test_tasks_that_correlate_make_no_more_false_verdicts(correlation, capsys, record):
+def test_tasks_that_correlate_make_no_more_false_verdicts(correlation, capsys):
     truth = Truth(correlation=correlation)
     hits = shares(judged(truth, STUDIES, 2))
     data = f"normal, correlation {correlation:g} between tasks"
     scale = "no effect: 6 tasks, 8 seeds"
-    keep(capsys, record, [row(data, scale, key, hits[key], STUDIES) for key in hits])
+    keep(capsys, [row(data, scale, key, hits[key], STUDIES) for key in hits])
     assert hits["any of both"] <= most(STUDIES, 0.06)
 
 
@@ -176,12 +177,12 @@ def false_direction(plan: Plan, random: np.random.Generator) -> bool:
 
 @pytest.mark.parametrize("tie", [0.0, 1.0])
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
-def test_how_often_tuning_makes_equal_arms_differ(seeds, tie, capsys, record):
+def test_how_often_tuning_makes_equal_arms_differ(seeds, tie, capsys):
     studies, random, plan = 600, np.random.default_rng(8), tuning_plan(seeds, tie)
     hits = sum(false_direction(plan, random) for _ in range(studies))
     data = f"{seeds} tuning seeds, ties within {tie:g} standard errors"
     scale = "ten equal arms at chosen rates, 8 seeds"
-    keep(capsys, record, [row(data, scale, "better or worse", hits, studies)])
+    keep(capsys, [row(data, scale, "better or worse", hits, studies)])
     if tie and seeds > 1:
         assert hits <= most(studies, 0.065)
 
@@ -199,7 +200,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_a_store_is_judged_as_its_arrays_are(name, tmp_path, capsys, record):
+def test_a_store_is_judged_as_its_arrays_are(name, tmp_path, capsys):
     truth, charge = STORED[name]
     random, stores, found = np.random.default_rng(3), 4, []
     for index in range(stores):
@@ -213,7 +214,7 @@ def test_a_store_is_judged_as_its_arrays_are(name, tmp_path, capsys, record):
         found.append({v.hypothesis: v.verdict for v in verdicts})
     hits = shares(found, "H1 refuted", "H1 equivalent", "H2 supported")
     scale = f"stores: {truth.tasks} tasks, {truth.seeds} seeds"
-    keep(capsys, record, [row(name, scale, key, hits[key], stores) for key in hits])
+    keep(capsys, [row(name, scale, key, hits[key], stores) for key in hits])
     if truth.equal:
         assert (hits["any of both"], hits["H1 equivalent"]) == (0, stores)
 
@@ -226,14 +227,14 @@ def told(verdict: Verdict) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize("ratio", [0.9, 1 / 0.9])
-def test_an_effect_at_the_margin_is_called_equivalent_in_at_most_5_percent(ratio, capsys, record):
+def test_an_effect_at_the_margin_is_called_equivalent_in_at_most_5_percent(ratio, capsys):
     """With so steep a curve that its size is known to a third of the margin."""
     slope = 12.0
     gains = dict.fromkeys(("linear", "quantile"), slope * np.log(ratio))
     found = judged(Truth(slope=slope, gains=gains), STUDIES, 4)
     hits = shares(found, "H1 equivalent", "H2 equivalent")
     data, scale = f"both arms like the standard one at {ratio:.3f} T", "margin 10 %, s = 12"
-    keep(capsys, record, [row(data, scale, key, hits[key], STUDIES) for key in hits])
+    keep(capsys, [row(data, scale, key, hits[key], STUDIES) for key in hits])
     assert max(hits["H1 equivalent"], hits["H2 equivalent"]) <= most(STUDIES, 0.05)
 
 
@@ -246,7 +247,7 @@ def test_no_effect_is_called_equivalent_where_the_curve_is_steep_enough(
         judged(Truth(slope=slope, margin=margin), 100, 5), "H1 equivalent", "H2 equivalent"
     )
     scale = f"no effect: margin {margin:.0%}, 6 tasks, 8 seeds"
-    keep(capsys, record, [row(f"s = {slope:g}", scale, key, hits[key], 100) for key in hits])
+    keep(capsys, [row(f"s = {slope:g}", scale, key, hits[key], 100) for key in hits])
     if slope == 12.0:
         assert hits["H2 equivalent"] >= 80
 
@@ -272,7 +273,7 @@ def test_how_many_seeds_equivalence_takes_at_the_reference_spread(
         for n, *both in table[["seeds", "equivalence", "power"]].itertuples(index=False)
         for key, share in zip(("one arm equivalent", "the margin found"), both, strict=True)
     ]
-    keep(capsys, record, rows)
+    keep(capsys, rows)
     assert table["equivalence"].iloc[-1] > table["equivalence"].iloc[0]
 
 
@@ -281,13 +282,13 @@ def test_how_many_seeds_equivalence_takes_at_the_reference_spread(
 
 @pytest.mark.parametrize("tasks", [1, 6])
 @pytest.mark.parametrize("gain", [0.5, 1.0, 2.0, 4.0])
-def test_how_often_an_effect_is_found(tasks, gain, capsys, record):
+def test_how_often_an_effect_is_found(tasks, gain, capsys):
     """Both arms gain, on every task; the controls gain nothing."""
     truth = Truth(tasks=tasks, gains={"linear": gain, "quantile": gain})
     wanted = [f"H{i} supported" for i in range(1, 6)] + ["H4 refuted"]
     hits = shares(judged(truth, 100, 6), *wanted)
     scale = f"two arms gain {gain:g} sd: {tasks} tasks, 8 seeds"
-    keep(capsys, record, [row("normal", scale, key, hits[key], 100) for key in hits])
+    keep(capsys, [row("normal", scale, key, hits[key], 100) for key in hits])
     if tasks == 6 and gain >= 1.0:
         assert min(hits["H1 supported"], hits["H2 supported"]) >= 80
     if tasks == 6 and gain == 4.0:
@@ -298,12 +299,12 @@ def test_how_often_an_effect_is_found(tasks, gain, capsys, record):
 
 
 @pytest.mark.parametrize("data", DRAWS)
-def test_how_often_the_limits_of_a_mean_hold_it(data, capsys, record):
+def test_how_often_the_limits_of_a_mean_hold_it(data, capsys):
     random, studies, seeds = np.random.default_rng(7), 1000, 8
     intervals = [flip_interval(DRAWS[data](random, (seeds,))) for _ in range(studies)]
     hits = sum(low <= 0 <= high for low, high, _ in intervals)
     scale = f"95 % limits of the mean of {seeds} paired differences"
-    keep(capsys, record, [row(data, scale, "coverage", hits, studies)])
+    keep(capsys, [row(data, scale, "coverage", hits, studies)])
     if data == "normal":
         assert hits / studies == pytest.approx(0.95, abs=0.02)
 

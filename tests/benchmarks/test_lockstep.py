@@ -14,6 +14,7 @@ from statistics import median
 from time import process_time
 
 import pytest
+from benchmarks.tables import record
 
 from repeatlab.core.environment import processor
 from repeatlab.store.records import Store
@@ -80,7 +81,7 @@ def collected():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_arm_s_share_of_a_run_alone(case, tmp_path, record, capsys):
+def test_an_arm_s_share_of_a_run_alone(case, tmp_path, capsys):
     task, seeds, updates, most = CASES[case]
     seconds: dict[bool, list[float]] = {True: [], False: []}  # an arm, in lock-step or not
     run_studies([study(task, [0], 20)], tmp_path / "warm", places=Places(workers=0))
@@ -110,7 +111,7 @@ def test_an_arm_s_share_of_a_run_alone(case, tmp_path, record, capsys):
 
 
 @pytest.mark.parametrize("case", ["8 arms, width 32", "40 agents"])
-def test_an_arm_is_the_run_alone(case, tmp_path, record, capsys):
+def test_an_arm_is_the_run_alone(case, tmp_path, capsys):
     """Every N, and the losses: a DQN's would part for good after the first other rounding."""
     task, _, updates, _ = CASES[case]
     runs = {}

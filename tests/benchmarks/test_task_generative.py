@@ -19,9 +19,8 @@ from statistics import mean
 
 import pandas as pd
 import pytest
+from benchmarks.tables import record, row, validation
 
-from repeatlab.analysis.frames import mean_interval
-from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.figures import picture_grid
@@ -48,20 +47,20 @@ def config(seed: int) -> RunConfig:
     )
 
 
-def test_dcgan_learns_cifar_10(store, capsys, record):
+def test_dcgan_learns_cifar_10(store, capsys):
     root = os.environ.get(DIRECTORY_VARIABLE)
     if not root or not (Path(root) / "cifar-10-batches-py").exists():
         pytest.skip(f"set {DIRECTORY_VARIABLE} to a directory that holds cifar-10-batches-py")
     runs = [train(config(seed), store) for seed in range(SEEDS)]
     seconds = mean(run.summary["ledger"]["seconds"] for run in runs)
     metric = "fid_classifier"
-    validation = [run.evals.query("split == 'validation'") for run in runs]
-    traces = [frame.pivot_table("value", "update", "metric")[metric] for frame in validation]
+    traces = [validation(run)[metric] for run in runs]
     before = [trace.iloc[0] for trace in traces]
     after = [run.summary["final"][f"test.{metric}"] for run in runs]
+    labels = {"task": "generative", "scale": SCALE, "arm": "standard", "metric": metric}
     table = [
-        row("CIFAR-10 validation, untrained", metric, before, 0, seconds),
-        row("CIFAR-10 test", metric, after, UPDATES, seconds),
+        row(before, data="CIFAR-10 validation, untrained", updates=0, seconds=0.0, **labels),
+        row(after, data="CIFAR-10 test", updates=UPDATES, seconds=seconds, **labels),
     ]
     record(RESULTS, table)
     samples = {"samples": runs[0].pictures["samples"][:SHOWN]}
@@ -70,21 +69,3 @@ def test_dcgan_learns_cifar_10(store, capsys, record):
         print(f"\n{pd.DataFrame(table).to_string()}\nvalidation:\n{pd.concat(traces, axis=1)}")
     for first, last in zip(before, after, strict=True):
         assert last < 0.1 * first
-
-
-def row(data: str, metric: str, values: list[float], updates: int, seconds: float) -> dict:
-    average, low, high = mean_interval(values)
-    return {
-        "task": "generative",
-        "data": data,
-        "scale": SCALE,
-        "arm": "standard",
-        "metric": metric,
-        "n": len(values),
-        "mean": round(float(average), 3),
-        "low": round(float(low), 3),
-        "high": round(float(high), 3),
-        "updates": updates,
-        "seconds per run": round(seconds if updates else 0.0, 1),
-        "processor": processor(),
-    }

@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import mean
 
 import pandas as pd
+from benchmarks.tables import record, row, validation
 
-from repeatlab.analysis.frames import mean_interval
-from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
@@ -24,7 +23,7 @@ UPDATES, SEEDS = 2000, 1
 SCALE = "width 64 (117,000 parameters), 16 x 64 characters an update"
 
 
-def test_the_transformer_learns_the_embedded_text(store, capsys, record):
+def test_the_transformer_learns_the_embedded_text(store, capsys):
     runs = []
     for seed in range(SEEDS):
         config = {
@@ -37,33 +36,23 @@ def test_the_transformer_learns_the_embedded_text(store, capsys, record):
         }
         runs.append(train(parse(RunConfig, config), store))
     seconds = mean(run.summary["ledger"]["seconds"] for run in runs)
-    table = []
-    for metric in ("loss", "bits_per_character"):
-        values = [run.summary["final"][f"validation.{metric}"] for run in runs]
-        table.append(row(metric, values, seconds))
+    table = [
+        row(
+            [run.summary["final"][f"validation.{metric}"] for run in runs],
+            task="language",
+            data=f"topics of Python {platform.python_version()}, validation",
+            scale=SCALE,
+            arm="cosine",
+            metric=metric,
+            updates=UPDATES,
+            seconds=seconds,
+        )
+        for metric in ("loss", "bits_per_character")
+    ]
     record(RESULTS, table)
-    evals = [run.evals.query("split == 'validation'") for run in runs]  # not the test at the end
-    traces = [rows.pivot_table("value", "update", "metric") for rows in evals]
+    traces = [validation(run) for run in runs]
     with capsys.disabled():
         print(f"\n{pd.DataFrame(table).to_string()}\nvalidation, first seed:\n{traces[0].round(3)}")
     for run, trace in zip(runs, traces, strict=True):
         assert run.summary["final"]["validation.loss"] <= 1.45
         assert trace["loss"].is_monotonic_decreasing
-
-
-def row(metric: str, values: list[float], seconds: float) -> dict:
-    average, low, high = mean_interval(values)
-    return {
-        "task": "language",
-        "data": f"topics of Python {platform.python_version()}, validation",
-        "scale": SCALE,
-        "arm": "cosine",
-        "metric": metric,
-        "n": len(values),
-        "mean": round(float(average), 3),
-        "low": round(float(low), 3),
-        "high": round(float(high), 3),
-        "updates": UPDATES,
-        "seconds per run": round(seconds, 1),
-        "processor": processor(),
-    }

@@ -6,23 +6,19 @@ t-limits of the mean.
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import pytest
+from benchmarks.tables import counted, record, row
 
-from repeatlab.analysis.frames import mean_interval
-from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
 
 RESULTS = Path(__file__).with_name("results") / "ppo.csv"
-COLUMNS = ["task", "data", "arm", "metric", "n", "mean", "low", "high", "updates"]
-COLUMNS += ["environment steps", "mean N", "seconds per run", "processor"]
-HEAD = {"task": "ppo", "data": "CartPole-v1"}
+HEAD = {"task": "ppo", "data": "CartPole-v1", "scale": "the task's defaults"}
 UPDATES = 2_400
 SEEDS = range(1000, 1005)  # seeds on which nothing else was ever run
 SOLVED = 475
@@ -30,18 +26,6 @@ ARMS = {
     "fixed10": {"mapping": {"name": "constant", "repeats": 10}},
     "kl_stop": {"mapping": {"name": "while", "t": 0.02, "max_repeats": 20}},
 }
-
-
-def keep(row: dict[str, object]) -> None:
-    """Enter a row in the table, in place of the one with the same arm and metric."""
-    row = {key: str(value) for key, value in (HEAD | row | {"processor": processor()}).items()}
-    rows = list(csv.DictReader(RESULTS.open(encoding="utf-8"))) if RESULTS.exists() else []
-    rows = [old for old in rows if (old["arm"], old["metric"]) != (row["arm"], row["metric"])]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted([*rows, row], key=lambda r: (r["arm"], r["metric"])))
 
 
 def run_config(arm: str, seed: int) -> RunConfig:
@@ -65,19 +49,14 @@ def test_solves_cartpole_in_four_of_five_seeds(arm, tmp_path, benchmark, capsys)
     returns = np.array([run.summary["final"]["test.return"] for run in done])
     ledgers = [run.summary["ledger"] for run in done]
     solved = int((returns >= SOLVED).sum())
-    average, low, high = mean_interval(returns)
-    shared = {
-        "arm": arm,
-        "n": len(done),
-        "updates": UPDATES,
+    labels = HEAD | {"arm": arm, "metric": "test.return"}
+    seconds = mean(ledger["seconds"] for ledger in ledgers)
+    reached = row(returns, updates=UPDATES, seconds=seconds, digits=1, **labels) | {
         "environment steps": round(mean(ledger["environment_steps"] for ledger in ledgers)),
         "mean N": round(UPDATES / mean(ledger["fresh_batches"] for ledger in ledgers), 2),
-        "seconds per run": round(mean(ledger["seconds"] for ledger in ledgers), 1),
     }
-    values = {"mean": round(float(average), 1), "low": round(float(low), 1)}
-    keep(shared | values | {"metric": "test.return", "high": round(float(high), 1)})
-    keep(shared | {"metric": f"runs with test.return >= {SOLVED}", "mean": solved})
+    record(RESULTS, [reached, counted(reached, f"runs with test.return >= {SOLVED}", solved)])
     with capsys.disabled():
         print(f"\nCartPole-v1, PPO: greedy test returns {returns.tolist()}, {solved} at {SOLVED}")
-        print(shared)
+        print(reached)
     assert solved >= 4

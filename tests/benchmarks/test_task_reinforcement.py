@@ -8,7 +8,6 @@ largest round.
 
 from __future__ import annotations
 
-import csv
 import random
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,10 +18,11 @@ import gymnasium
 import numpy as np
 import torch
 from benchmarks.interleaving import Turns, in_turns, train_in_turns
+from benchmarks.tables import counted, record, row
 from torch import nn
 from torch.nn import functional
 
-from repeatlab.analysis.frames import mean_interval, to_target
+from repeatlab.analysis.frames import to_target
 from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.core.stopwatch import Stopwatch
@@ -32,21 +32,7 @@ from repeatlab.training.making import build_task, open_run, train
 from repeatlab.training.one_run import Training
 
 RESULTS = Path(__file__).with_name("results") / "reinforcement.csv"
-COLUMNS = ["task", "data", "scale", "arm", "metric", "n", "mean", "low", "high", "updates"]
-COLUMNS += ["seconds per run", "processor"]
 HEAD = {"task": "reinforcement", "data": "CartPole-v1", "scale": "paper"}
-
-
-def keep(row: dict[str, object]) -> None:
-    """Enter a row in the table, in place of the one with the same arm and metric."""
-    row = {key: str(value) for key, value in (HEAD | row | {"processor": processor()}).items()}
-    rows = list(csv.DictReader(RESULTS.open(encoding="utf-8"))) if RESULTS.exists() else []
-    rows = [old for old in rows if (old["arm"], old["metric"]) != (row["arm"], row["metric"])]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted([*rows, row], key=lambda r: (r["arm"], r["metric"])))
 
 
 def run_config(updates: int, seed: int, evaluation: dict) -> RunConfig:
@@ -77,15 +63,12 @@ def test_solves_cartpole_in_four_of_five_seeds(tmp_path, benchmark, capsys):
     steps = {run.summary["ledger"]["environment_steps"] for run in done}
     seconds = mean(run.summary["ledger"]["seconds"] for run in done)
     solved = int((returns >= SOLVED).sum())
-    average, low, high = mean_interval(returns)
-    shared = {"arm": "standard", "n": len(done), "updates": UPDATES}
-    shared |= {"seconds per run": round(seconds, 1)}
-    values = {"mean": round(float(average), 1), "low": round(float(low), 1)}
-    keep(shared | values | {"metric": "test.return", "high": round(float(high), 1)})
-    keep(shared | {"metric": f"runs with test.return >= {SOLVED}", "mean": solved})
+    labels = HEAD | {"arm": "standard", "metric": "test.return"}
+    ends = row(returns, updates=UPDATES, seconds=seconds, digits=1, **labels)
+    table = [ends, counted(ends, f"runs with test.return >= {SOLVED}", solved)]
     lines = [
         f"CartPole-v1, DQN, {UPDATES} updates, {steps} environment steps: greedy test return"
-        f" {average:.1f} (n = {len(done)} seeds: {sorted(returns.tolist())}), {solved} of"
+        f" {ends['mean']:.1f} (n = {len(done)} seeds: {sorted(returns.tolist())}), {solved} of"
         f" {len(done)} at {SOLVED} or more, {seconds:.1f} s of training a run ({processor()})"
     ]
     for target in (200, SOLVED):
@@ -98,8 +81,9 @@ def test_solves_cartpole_in_four_of_five_seeds(tmp_path, benchmark, capsys):
         medians = {x: float(median(h[x] if h["reached"] else np.inf for h in hits)) for x in axes}
         reached = sum(bool(h["reached"]) for h in hits)
         for axis, value in medians.items():
-            keep(shared | {"metric": f"median {axis} to return {target}", "mean": round(value, 1)})
+            table.append(counted(ends, f"median {axis} to return {target}", round(value, 1)))
         lines.append(f"  {reached} of {len(done)} evaluated to {target}; medians {medians}")
+    record(RESULTS, table)
     with capsys.disabled():
         print("", *lines, sep="\n")
     assert steps == {UPDATES + 500}
@@ -220,17 +204,6 @@ def our_run(config: RunConfig, store: Store) -> Turns[float]:
     return set_up + watch()
 
 
-def keep_ratio(arm: str, metric: str, above: list[float], below: list[float], **row) -> float:
-    """Enter the ratio of two sides' seconds in the table and return it."""
-    ratio, rounds = (
-        median(above) / median(below),
-        [a / b for a, b in zip(above, below, strict=True)],
-    )
-    values = {"mean": round(ratio, 3), "low": round(min(rounds), 3), "high": round(max(rounds), 3)}
-    keep({"arm": arm, "metric": metric, "n": len(rounds)} | values | row)
-    return ratio
-
-
 def test_updates_a_second_against_a_plain_loop(tmp_path, benchmark, capsys):
     def rounds() -> tuple[list[float], list[float]]:
         done = []
@@ -241,8 +214,19 @@ def test_updates_a_second_against_a_plain_loop(tmp_path, benchmark, capsys):
         return tuple([d[side] for d in done[1:]] for side in ("ours", "plain"))
 
     fast, slow = benchmark.pedantic(rounds, rounds=1, iterations=1)
-    row = {"updates": TIMED_UPDATES, "seconds per run": round(median(slow), 2)}
-    ratio = keep_ratio("plain loop", "its seconds / ours", slow, fast, **row)
+    ratio = median(slow) / median(fast)
+    rounds_apart = [theirs / ours for theirs, ours in zip(slow, fast, strict=True)]
+    labels = HEAD | {"arm": "plain loop", "metric": "its seconds / ours"}
+    measured = {
+        "n": len(rounds_apart),
+        "mean": round(ratio, 3),
+        "low": round(min(rounds_apart), 3),
+        "high": round(max(rounds_apart), 3),
+        "updates": TIMED_UPDATES,
+        "seconds per run": round(median(slow), 2),
+        "processor": processor(),
+    }
+    record(RESULTS, [labels | measured])
     with capsys.disabled():
         print(
             f"\nDQN, {TIMED_UPDATES} updates with their environment steps, {ROUNDS} rounds: ours"

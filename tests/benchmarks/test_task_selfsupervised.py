@@ -9,15 +9,13 @@ learns on all 45,000.
 
 from __future__ import annotations
 
-import csv
 import os
 from pathlib import Path
 from statistics import mean
 
 import pytest
+from benchmarks.tables import record, row
 
-from repeatlab.analysis.frames import mean_interval
-from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.tasks.selfsupervised import SelfSupervised, knn_accuracy
@@ -56,22 +54,10 @@ def config(seed: int) -> RunConfig:
     )
 
 
-def row(arm: str, metric: str, values: list[float], updates: int, seconds: float) -> dict:
-    middle, low, high = (float(value) for value in mean_interval(values))
-    return {
-        "task": "selfsupervised",
-        "data": "CIFAR-10",
-        "scale": SCALE,
-        "arm": arm,
-        "metric": f"test {metric}",
-        "n": len(values),
-        "mean": round(middle, 4),
-        "low": round(low, 4),
-        "high": round(high, 4),
-        "updates": updates,
-        "seconds per run": round(seconds),
-        "processor": processor(),
-    }
+def _row(values: list[float], arm: str, metric: str, updates: int = 0, seconds: float = 0) -> dict:
+    labels = {"task": "selfsupervised", "data": "CIFAR-10", "scale": SCALE, "arm": arm}
+    counts = {"updates": updates, "seconds": seconds}
+    return row(values, **labels, metric=f"test {metric}", **counts, digits=4)
 
 
 def test_features_are_better_than_untrained_ones_and_raw_pixels(store, capsys):
@@ -93,21 +79,17 @@ def test_features_are_better_than_untrained_ones_and_raw_pixels(store, capsys):
         200,
     )
     seconds = mean(summary["ledger"]["seconds"] for summary in trained)
-    rows = [row("raw pixels", "knn_accuracy", [raw], 0, 0)]
+    rows = [_row([raw], "raw pixels", "knn_accuracy")]
     for metric in ("knn_accuracy", "linear_accuracy", "feature_std"):
         before = [found[metric] for found in untrained]
         after = [summary["final"][f"test.{metric}"] for summary in trained]
-        rows.append(row("untrained encoder", metric, before, 0, 0))
-        rows.append(row("SimCLR", metric, after, UPDATES, seconds))
+        rows.append(_row(before, "untrained encoder", metric))
+        rows.append(_row(after, "SimCLR", metric, updates=UPDATES, seconds=seconds))
     with capsys.disabled():
         print()
         for found in rows:
             print("  ".join(str(value) for value in found.values()))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    record(RESULTS, rows)
     knn = {r["arm"]: r["mean"] for r in rows if r["metric"] == "test knn_accuracy"}
     assert knn["SimCLR"] > knn["untrained encoder"] + 0.05
     assert knn["SimCLR"] > knn["raw pixels"] + 0.05

@@ -16,15 +16,13 @@ parameters, batches of 32, mu 1, threshold 0.8, 16,000 updates) were not told ap
 
 from __future__ import annotations
 
-import csv
 import os
 from pathlib import Path
 from statistics import mean
 
 import pytest
+from benchmarks.tables import record, row
 
-from repeatlab.analysis.frames import mean_interval
-from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.training.config import RunConfig
@@ -65,37 +63,22 @@ def config(mu: int, seed: int) -> RunConfig:
     )
 
 
-def record(rows: list[dict]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-
-
 def rows_of(arm: str, summaries: list[dict]) -> list[dict]:
     """Return the table's rows of an arm, given its runs' summaries."""
-    rows = []
-    for metric in ("test.accuracy", "test.macro_f1", "test.mask_rate", "train.accuracy"):
-        values = [summary["final"][metric] for summary in summaries]
-        middle, low, high = (float(value) for value in mean_interval(values))
-        rows.append(
-            {
-                "task": "semisupervised",
-                "data": "CIFAR-10, 4,000 labels",
-                "scale": SCALE,
-                "arm": arm,
-                "metric": metric.replace(".", " "),
-                "n": len(values),
-                "mean": round(middle, 4),
-                "low": round(low, 4),
-                "high": round(high, 4),
-                "updates": UPDATES,
-                "seconds per run": round(mean(s["ledger"]["seconds"] for s in summaries)),
-                "processor": processor(),
-            }
+    return [
+        row(
+            [summary["final"][metric] for summary in summaries],
+            task="semisupervised",
+            data="CIFAR-10, 4,000 labels",
+            scale=SCALE,
+            arm=arm,
+            metric=metric.replace(".", " "),
+            updates=UPDATES,
+            seconds=mean(summary["ledger"]["seconds"] for summary in summaries),
+            digits=4,
         )
-    return rows
+        for metric in ("test.accuracy", "test.macro_f1", "test.mask_rate", "train.accuracy")
+    ]
 
 
 def test_fixmatch_is_above_the_labels_alone(store, capsys):
@@ -109,7 +92,7 @@ def test_fixmatch_is_above_the_labels_alone(store, capsys):
         rows += rows_of(arm, summaries)
     with capsys.disabled():
         print()
-        for row in rows:
-            print("  ".join(str(value) for value in row.values()))
-    record(rows)
+        for found in rows:
+            print("  ".join(str(value) for value in found.values()))
+    record(RESULTS, rows)
     assert accuracy["FixMatch, mu 3"] > accuracy["labels alone"] + 0.01

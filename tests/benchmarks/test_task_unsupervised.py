@@ -12,9 +12,8 @@ from statistics import mean
 
 import pandas as pd
 import pytest
+from benchmarks.tables import record, row, validation
 
-from repeatlab.analysis.frames import mean_interval
-from repeatlab.core.environment import processor
 from repeatlab.core.schema import parse
 from repeatlab.data.sources import DIRECTORY_VARIABLE
 from repeatlab.training.config import RunConfig
@@ -25,7 +24,7 @@ UPDATES, SEEDS = 2000, 3
 SCALE = "width 32 (1.08 M parameters), 4.7 of the plan's 100 epochs"
 
 
-def test_the_vae_learns_mnist(store, capsys, record):
+def test_the_vae_learns_mnist(store, capsys):
     root = os.environ.get(DIRECTORY_VARIABLE)
     if not root or not (Path(root) / "MNIST").exists():
         pytest.skip(f"set {DIRECTORY_VARIABLE} to a directory that holds MNIST")
@@ -40,12 +39,21 @@ def test_the_vae_learns_mnist(store, capsys, record):
         }
         runs.append(train(parse(RunConfig, config), store))
     seconds = mean(run.summary["ledger"]["seconds"] for run in runs)
-    table = []
-    for metric in ("negative_elbo", "reconstruction", "kl", "fid_classifier"):
-        values = [run.summary["final"][f"test.{metric}"] for run in runs]
-        table.append(row(metric, values, seconds))
+    table = [
+        row(
+            [run.summary["final"][f"test.{metric}"] for run in runs],
+            task="unsupervised",
+            data="MNIST test",
+            scale=SCALE,
+            arm="standard",
+            metric=metric,
+            updates=UPDATES,
+            seconds=seconds,
+        )
+        for metric in ("negative_elbo", "reconstruction", "kl", "fid_classifier")
+    ]
     record(RESULTS, table)
-    traces = [run.evals.pivot_table("value", "update", "metric") for run in runs]
+    traces = [validation(run) for run in runs]
     with capsys.disabled():
         print(f"\n{pd.DataFrame(table).to_string()}\nvalidation, first seed:\n{traces[0].round(2)}")
     for run, trace in zip(runs, traces, strict=True):
@@ -53,21 +61,3 @@ def test_the_vae_learns_mnist(store, capsys, record):
         assert run.summary["final"]["test.negative_elbo"] < 120
         assert trace["negative_elbo"].is_monotonic_decreasing
         assert trace["fid_classifier"].iloc[-1] < 0.25 * trace["fid_classifier"].iloc[0]
-
-
-def row(metric: str, values: list[float], seconds: float) -> dict:
-    average, low, high = mean_interval(values)
-    return {
-        "task": "unsupervised",
-        "data": "MNIST test",
-        "scale": SCALE,
-        "arm": "standard",
-        "metric": metric,
-        "n": len(values),
-        "mean": round(float(average), 3),
-        "low": round(float(low), 3),
-        "high": round(float(high), 3),
-        "updates": UPDATES,
-        "seconds per run": round(seconds, 1),
-        "processor": processor(),
-    }

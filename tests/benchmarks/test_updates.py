@@ -16,6 +16,7 @@ from time import process_time
 import numpy as np
 import pytest
 import torch
+from benchmarks.tables import record
 from scipy.stats import binom
 from torch import nn
 from torch.nn import functional
@@ -185,7 +186,7 @@ def endlessly(batches: list) -> Iterator:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_update_against_the_one_by_hand(name, record, capsys):
+def test_an_update_against_the_one_by_hand(name, capsys):
     kind, config, written_out = CASES[name]
     tasks = [kind(config, seed=0, device="cpu") for _ in range(2)]
     made = [tasks[0].fresh_batch(index) for index in range(BATCHES)]
