@@ -126,6 +126,7 @@ def test_every_figure_leads_to_the_runs_that_it_was_drawn_from(source):
     figures = (source / "figures.md").read_text(encoding="utf-8")
     runs = (source / "runs.md").read_text(encoding="utf-8")
     sets = dict(re.findall(r"^## Set (\d+)\n(.*?)(?=^## |\Z)", runs, re.MULTILINE | re.DOTALL))
+    assert manifest
     for name, entry in manifest.items():
         (number,) = re.findall(rf"^`{name}`:.*runs\.md#set-(\d+)\)", figures, re.MULTILINE)
         assert set(re.findall(r"\b[0-9a-f]{16}\b", sets[number])) == set(entry["runs"])
