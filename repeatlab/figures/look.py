@@ -119,9 +119,9 @@ def rows_of(axes: Axes, names: Sequence[str], **text: Any) -> None:
     axes.set_ylim(max(1, len(names)) - 0.4, -0.6)
 
 
-def zero_line(axes: Axes, at: float = 0.0) -> None:
+def zero_line(axes: Axes) -> None:
     """Draw the vertical line of the standard arm."""
-    axes.axvline(at, lw=0.7, color=COLOURS["standard"], zorder=0)
+    axes.axvline(0, lw=0.7, color=COLOURS["standard"], zorder=0)
 
 
 def counts_axis(axes: Axes) -> None:

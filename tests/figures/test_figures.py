@@ -20,7 +20,6 @@ from repeatlab.analysis.comparison import comparison_table
 from repeatlab.analysis.frames import Records, final_points, peak_memory
 from repeatlab.analysis.mechanism import by_run, visited_batches
 from repeatlab.analysis.paired_differences import PAIR_COLUMNS
-from repeatlab.analysis.roughness import roughness, total_variation
 from repeatlab.analysis.target_times import kaplan_meier
 from repeatlab.analysis.viewpoints import load_views, stack
 from repeatlab.cli import ROOT
@@ -50,7 +49,6 @@ from repeatlab.figures.look import (
     marker,
     said_n,
 )
-from repeatlab.figures.smoothness import roughness_of_tasks
 from repeatlab.store.records import Store
 
 RECORDS = Records(
@@ -417,15 +415,7 @@ def test_times_on_two_axes_stand_side_by_side():
     plt.close(figure)
 
 
-# --- smoothness and stores --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([3, 2, 1], 1), ([0, 1, 0, 1], 3), ([10, 20, 10, 20], 3), ([5], np.nan), ([2, 2], np.nan)],
-)
-def test_total_variation_over_range(values, expected):
-    assert total_variation(np.array(values)) == pytest.approx(expected, nan_ok=True)
+# --- stores -----------------------------------------------------------------------------------
 
 
 def _store(root, losses: dict[tuple[str, int], list[float] | None], *, repeats: int = 1) -> None:
@@ -461,24 +451,6 @@ VIEWS = [
 ]
 
 
-def test_roughness_is_measured_over_the_batches_that_all_runs_have_seen(tmp_path):
-    falling, jumping = [8.0, 8, 6, 6, 5, 5, 0, 0, 9, 9], [4.0, 4, 0, 0, 4, 4, 0, 0]
-    _store(
-        tmp_path, {("standard", 0): falling, ("linear", 0): jumping, ("linear", 1): None}, repeats=2
-    )
-    records = load_views(tmp_path, VIEWS).records
-    frame = roughness(records, window=2)
-    # Eight batches each: 8, 6, 5, 0 falls over its range once; 4, 0, 4, 0 goes it thrice.
-    assert frame["batches"].tolist() == [8, 8]
-    assert dict(zip(frame["method"], frame["roughness"], strict=True)) == {
-        "standard": 1.0,
-        "linear": 3.0,
-    }
-    figure = roughness_of_tasks(frame, tasks=["task", "u"], window=2)
-    assert [text.get_text() for text in figure.axes[1].texts] == ["no run"]
-    plt.close(figure)
-
-
 def test_what_a_store_lacks_is_said(tmp_path):
     _store(tmp_path, {("standard", 0): [1.0, 2.0], ("linear", 0): None})
     seen = load_views(tmp_path, VIEWS)
@@ -496,7 +468,6 @@ def test_an_empty_store_can_be_looked_at(tmp_path):
     seen = load_views(tmp_path, VIEWS)
     assert (len(seen.records.runs), list(seen.tasks)) == (0, ["task", "u"])
     assert seen.counts.shape == (2, 0)
-    assert roughness(seen.records).empty
 
 
 def test_peak_memory_is_that_of_runs_which_recorded_it(tmp_path):
