@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +23,6 @@ from typing import Any
 from repeatlab.core.environment import code_digest
 from repeatlab.core.files import StoreError, digest_of, read_json, write_json
 from repeatlab.figures import read_manifest
-from repeatlab.store.measurements import measured_k
 from repeatlab.store.records import Store
 from repeatlab.studies.parameter_files import Job
 
@@ -84,31 +83,21 @@ class Drawn:
 
 
 def _records(job: Job, store: Store) -> list[Any]:
-    """Return what the store has of the plans and studies that the parameters name.
+    """Return what the store has of all that the parameters name, and every measurement.
 
-    A study's name stands also for those that are made from it, whose names go on with "-".
+    A name stands also for the studies whose names begin with it and "-", as a plan's do.
     """
-    text, plans = json.dumps(job.parameters, default=str), store.plans()
-    named = set(re.findall('"(.*?)"', text))
-    planned = {f"{p}-{task}-" for p in named & plans.keys() for task in plans[p]["plan"]["tasks"]}
-    found = [plans[name] for name in sorted(named & plans.keys())]
+    named = set(re.findall('"(.*?)"', json.dumps(job.parameters, default=str)))
+    found = [plan for name, plan in store.plans().items() if name in named]
+    found += [digest_of(file) for file in sorted(store.root.glob("measurements/*.json"))]
     for name in store.studies():
-        of_plan = any(name.startswith(start) for start in planned)
-        derived = any(name.startswith(f"{study}-") for study in named)
-        if name in named or of_plan or derived:
+        if name in named or any(name.startswith(f"{start}-") for start in named):
             study = store.read_study(name) | {"commit": None}  # `_code` says more of it
-            if name in named or of_plan or not study.get("plan"):
-                found.append([study, *_ends(study, store)])
+            runs = [store.run(*planned["run"]) for planned in study["runs"]]
+            # A summary has the digests of all that its run has left.
+            ends = [digest_of(r.path / "summary.json") if r.done else r.status for r in runs]
+            found.append([study, ends])
     return found
-
-
-def _ends(study: Mapping[str, Any], store: Store) -> tuple[list[Any], list[float | None]]:
-    """Return how a study's runs ended, and the k of each of its tasks."""
-    runs = {store.run(*planned["run"]): planned["task"] for planned in study["runs"]}
-    # A summary has the digests of all that its run has left.
-    ends = [digest_of(run.path / "summary.json") if run.done else run.status for run in runs]
-    done = {task: run for run, task in reversed(runs.items()) if run.done}
-    return ends, [measured_k(store.root, run) for run in done.values()]
 
 
 @cache

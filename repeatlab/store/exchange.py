@@ -20,18 +20,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from repeatlab.core.files import (
-    StoreError,
-    digest_of,
-    not_whole,
-    read_json,
-    replacing,
-    write_json,
-)
+from repeatlab.core.files import StoreError, digest_of, not_whole, read_json, replacing, write_json
 from repeatlab.store.records import Run, Store
 
 FORMAT = 1
@@ -75,9 +69,8 @@ def export(
     names = {study.get("study", {}).get("plan") for study in manifests.values()} - {None}
     plans = {n: p for n, p in store.plans().items() if p["digest"] in names}
     for name, content in (("studies", manifests), ("plans", plans)):
-        content = {
-            key: {k: v for k, v in one.items() if k != "sha256"} for key, one in content.items()
-        }
+        for one in content.values():
+            one.pop("sha256", None)
         write_json(to / f"{name}.json", content)
         written.append(to / f"{name}.json")
     digests = {path.name: digest_of(path) for path in written if path is not None}
@@ -166,16 +159,15 @@ def import_runs(store: Store, source: str | Path) -> int:
     plans = {name: _joined(store, name, p) for name, p in read_json(source / "plans.json").items()}
     store.check_writable()
     described = pq.read_table(source / "runs.parquet").to_pylist()
-    tables = {
-        name: pq.read_table(source / f"{name}.parquet")
-        for name in TABLES
-        if (source / f"{name}.parquet").exists()
+    files = {name: source / f"{name}.parquet" for name in (*TABLES, "pictures")}
+    tables = {name: pq.read_table(file) for name, file in files.items() if file.exists()}
+    pictures = tables.pop("pictures").to_pylist() if "pictures" in tables else []
+    images = {row["run"]: row["pictures"] for row in pictures}
+    # The rows of a run stand together, run by run.
+    bounds = {
+        name: np.searchsorted(table["run"], range(len(described) + 1))
+        for name, table in tables.items()
     }
-    starts = {name: _row_ranges(table, len(described)) for name, table in tables.items()}
-    pictures = {}
-    if (source / "pictures.parquet").exists():
-        rows = pq.read_table(source / "pictures.parquet").to_pylist()
-        pictures = {row["run"]: row["pictures"] for row in rows}
     new = 0
     for number, row in enumerate(described):
         run = store.run(row["task"], row["run"])
@@ -184,11 +176,11 @@ def import_runs(store: Store, source: str | Path) -> int:
                 continue
             parts = {}
             for name, table in tables.items():
-                begin, end = starts[name][number]
+                begin, end = bounds[name][number : number + 2]
                 if end > begin:
                     rows = _without_empty(table.slice(begin, end - begin))
                     parts[name] = _in_seconds(rows) if name == "updates" else rows
-            _restore(store, run, row, parts, pictures.get(row["run"]))
+            _restore(store, run, row, parts, images.get(row["run"]))
             new += 1
     for name, study in read_json(source / "studies.json").items():
         store.write_study(name, study)
@@ -223,18 +215,6 @@ def _check(source: Path) -> None:
             raise StoreError(f"{file} is missing")
         if digest_of(file) != digest:
             raise not_whole(file)
-
-
-def _row_ranges(table: pa.Table, runs: int) -> list[tuple[int, int]]:
-    """Return where the rows of each run begin and end: they stand together, run by run."""
-    counts = pc.value_counts(table["run"].combine_chunks())
-    found = {item["values"]: item["counts"] for item in counts.to_pylist()}
-    ranges, begin = [], 0
-    for number in range(runs):
-        end = begin + found.get(number, 0)
-        ranges.append((begin, end))
-        begin = end
-    return ranges
 
 
 def _without_empty(table: pa.Table) -> pa.Table:

@@ -226,16 +226,16 @@ def test_a_plan_is_not_looked_at_again_and_its_runs_are_those_of_who_names_it(pr
         "digest": "0" * 16,
     }
     store = Store(project / "runs")
-    store.write_plan("tiny", plan)
+    store.write_plan("planned", plan)
     content = store.read_study("tiny-other")
-    store.write_study("tiny-one-own", content | {"plan": "0" * 16})
+    store.write_study("planned-one-own", content | {"plan": "0" * 16})
     assert not draw()[0]  # nobody has named it
-    text = "notebook: 20_view\nparameters: {views: [{study: tiny-other}], plan: tiny}\n"
+    text = "notebook: 20_view\nparameters: {views: [{study: tiny-other}], plan: planned}\n"
     (project / "params" / "tiny" / "view.yaml").write_text(text)
     assert draw()[0] == {"20_view"}
-    store.write_study("tiny-one-own", content | {"plan": "1" * 16})
+    store.write_study("planned-one-own", content | {"plan": "1" * 16})
     assert draw()[0] == {"20_view"}
-    store.write_plan("tiny", plan | {"changes": ["amended"]})
+    store.write_plan("planned", plan | {"changes": ["amended"]})
     assert draw()[0] == {"20_view"}
     assert not draw()[0]
 
