@@ -325,12 +325,11 @@ def final_table(records: Records, metric: str, *, split: str = "validation") -> 
             "diverged": int((group["status"] == "diverged").sum()),
         }
         if len(complete):
-            mean, low, high = mean_interval(complete[f"{split}.{metric}"].to_numpy())
+            limits = mean_and_limits(complete[f"{split}.{metric}"].to_numpy())
             seconds = complete["seconds"] + prepared[complete.index]
             row |= {
-                metric: float(mean),
-                "low": float(low),
-                "high": float(high),
+                metric: limits.pop("mean"),
+                **limits,
                 "mean N": (complete["updates"] / complete["fresh_batches"]).mean(),
                 "fresh batches": complete["fresh_batches"].mean(),
                 "seconds": seconds.mean(),

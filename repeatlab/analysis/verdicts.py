@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -165,7 +166,8 @@ def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
     limits = {task: float(goal.updates) for task, goal in declared.goals.items()}
     until = {a: repeating(evidence.until[a], evidence.dose.get(a, {})) for a in declared.arms}
     at_end = {a: repeating(evidence.at_end[a], evidence.dose.get(a, {})) for a in declared.arms}
-    speed = {a: saved_until(t, limits=limits, seed=seed) for a, t in until.items() if t}
+    time_saved = partial(saved_until, limits=limits, seed=seed)
+    speed = {a: time_saved(tasks) for a, tasks in until.items() if tasks}
     end = {a: saved(tasks, seed=seed) for a, tasks in at_end.items() if tasks}
     evidence = replace(evidence, **_of_real(evidence, declared))
     parts = {c: saved(found, seed=seed) for c, found in evidence.controls.items() if found}
@@ -196,13 +198,10 @@ def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
             found[name] = Comparison(effect, float(p[name]), state, dose, planned, note)
         return found
 
-    def until_alone(tasks: dict[str, Any]) -> Saved:
-        return saved_until(tasks, limits=limits, seed=seed)
-
     return _Case(
         evidence,
         declared,
-        decided(speed, p_speed, until, until_alone, evidence.coarse),
+        decided(speed, p_speed, until, time_saved, evidence.coarse),
         decided(end, p_end, at_end),
         decided(parts, {name: e.p for name, e in parts.items()}, evidence.controls),
         float(mechanism_p),

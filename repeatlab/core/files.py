@@ -174,5 +174,11 @@ def digest_of(path: Path) -> str:
     return sha256(read_bytes(path)).hexdigest()
 
 
+def digest_of_content(content: Any) -> str:
+    """Return sixteen hex digits that identify what JSON can hold; the rest counts by its `str`."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return sha256(text.encode()).hexdigest()[:16]
+
+
 def not_whole(path: Path) -> StoreError:
     return StoreError(f"{path} is damaged: its content does not fit its digest")

@@ -155,7 +155,7 @@ def advantages(shown: Mapping[str, pd.DataFrame], *, ylabel: str) -> Figure:
     counts: list[int] = []
     for axes, rows in zip(across, shown.values(), strict=True):
         axes.axhline(0, color=look.GREY, lw=0.6, zorder=0)
-        values, methods = np.unique(rows["x"].dropna()), look.in_order(rows["method"].unique())
+        values, methods = _even(axes, rows["x"]), look.in_order(rows["method"].unique())
         for place, method in enumerate(methods):
             shift = 0.16 * _centred(len(methods))[place]
             for row in rows[rows["method"] == method].itertuples():
@@ -164,8 +164,6 @@ def advantages(shown: Mapping[str, pd.DataFrame], *, ylabel: str) -> Figure:
                     counts.append(row.n)
                     _advantage(axes, at, row, method)
             handles.setdefault(method, axes.plot([], [], **look.dots(method, ms=4))[0])
-        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        axes.set_xlim(-0.5, max(0.5, len(values) - 0.5))
         axes.set_xlabel(rows["setting"].iloc[0] if len(rows) else "")
     across[0].set_ylabel(ylabel)
     _legend_below(figure, handles)

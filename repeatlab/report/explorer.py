@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import traitlets
 
-from repeatlab.analysis.frames import AXES, Records, counted_axes, curves, load, mean_interval
+from repeatlab.analysis.frames import AXES, Records, counted_axes, curves, load, mean_and_limits
 from repeatlab.analysis.paired_differences import Endpoint, pairs
 from repeatlab.core.files import StoreError
 from repeatlab.core.schema import read_yaml
@@ -307,16 +307,13 @@ def compare(records: Records, arms: list[str], *, metric: str, axis: str) -> dic
     (task,) = records.runs["task"].unique()
     asked = {"axis": axis, "against": arms[0], "methods": arms[1:]}
     table = pairs(records, {task: Endpoint(metric=metric)}, **asked)
-    numbers = table[["x", "value", "other", "difference"]].astype(float)
-    table["side"] = np.sign(numbers["difference"])
-    plain = table.astype(object).where(table.notna(), None)
-    plain[numbers.columns] = numbers.astype(object).where(np.isfinite(numbers), None)
+    table["side"] = np.sign(table["difference"])
+    plain = table.astype(object).where(table.notna() & ~table.isin([np.inf, -np.inf]), None)
     differences = []
-    for method, rows in numbers.groupby(table["method"], sort=False):
+    for method, rows in table.groupby("method", sort=False):
         found = rows["difference"][np.isfinite(rows["difference"])]
-        limits = [float(part) for part in mean_interval(found)] if len(found) else [np.nan] * 3
-        named = zip(("mean", "low", "high"), _plain(limits), strict=True)
-        differences.append({"method": method, "n": len(found), **dict(named)})
+        limits = {name: _plain([x])[0] for name, x in mean_and_limits(found).items()}
+        differences.append({"method": method, "n": len(found)} | limits)
     return {"means": means, "seeds": seeds, "pairs": plain.to_dict("records")} | {
         "differences": differences
     }

@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from repeatlab.core.environment import code_digest
-from repeatlab.core.files import StoreError, digest_of, read_json, write_json
+from repeatlab.core.files import StoreError, digest_of, digest_of_content, read_json, write_json
 from repeatlab.figures import read_manifest
 from repeatlab.store.records import Store
 from repeatlab.studies.parameter_files import Job
@@ -75,9 +74,9 @@ class Drawn:
         files.append(self.output / f"{job.source.stem}.ipynb")
         return {
             "source": digest_of(job.notebook),
-            "parameters": _digest(job.parameters),
-            "runs": _digest(_records(job, Store(self.runs))),
-            "figures": _digest([(f.name, f.is_file() and digest_of(f)) for f in files]),
+            "parameters": digest_of_content(job.parameters),
+            "runs": digest_of_content(_records(job, Store(self.runs))),
+            "figures": digest_of_content([(f.name, f.is_file() and digest_of(f)) for f in files]),
             "code": _code(),
         }
 
@@ -104,8 +103,4 @@ def _records(job: Job, store: Store) -> list[Any]:
 def _code() -> str:
     """Return the digest of the package, and of which versions of others it finds."""
     versions = sorted(f"{found.name} {found.version}" for found in distributions())
-    return _digest([code_digest(), sys.version, versions])
-
-
-def _digest(content: Any) -> str:
-    return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest_of_content([code_digest(), sys.version, versions])

@@ -6,20 +6,18 @@ runs/measurements/<key>.json  what `repeatlab measure` found; the key follows fr
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repeatlab.core.files import StoreError
+from repeatlab.core.files import StoreError, digest_of_content
 from repeatlab.store.records import Run
 
 
 def measurement_key(task: Mapping[str, Any], device: str, threads: int) -> str:
     """Return sixteen hex digits that identify a task's configuration, a device and its threads."""
-    text = json.dumps([task, device, threads], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest_of_content([task, device, threads])
 
 
 def measured_k(runs: str | Path, run: Run) -> float | None:

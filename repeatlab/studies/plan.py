@@ -33,8 +33,6 @@ refused, unless the change is amended with a reason, which every verdict then sh
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -48,7 +46,7 @@ from repeatlab.analysis.declaration import Declaration, Goal
 from repeatlab.analysis.evidence import final_values
 from repeatlab.analysis.frames import Records, load
 from repeatlab.analysis.statistics import ALPHA
-from repeatlab.core.files import safe_name
+from repeatlab.core.files import digest_of_content, safe_name
 from repeatlab.core.schema import ConfigError, Model, did_you_mean, parse, read_yaml
 from repeatlab.store.records import Store
 from repeatlab.studies.cluster import Places
@@ -219,8 +217,7 @@ class Plan(Model):
     @property
     def digest(self) -> str:
         """The hash of all that the plan says."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest_of_content(self.model_dump(mode="json"))
 
     def declaration(self) -> Declaration:
         """Return the part that the verdicts follow."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, WrapValidator, model_serializer, model_validator
 
+from repeatlab.core.files import digest_of_content
 from repeatlab.core.schema import Model, choice, choices, did_you_mean, named, parse, shown
 from repeatlab.core.seeding import derive
 from repeatlab.methods.pulling import PULLS
@@ -328,9 +327,7 @@ class RunConfig(Common):
         The code counts by two numbers, `RECORD_VERSION` and its task's (`repeatlab.tasks.version`;
         for a task of one's own a digest of its source): they say where it means something else.
         """
-        identity = [RECORD_VERSION, version(self.task.name), self.to_json()]
-        text = json.dumps(identity, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest_of_content([RECORD_VERSION, version(self.task.name), self.to_json()])
 
     def model_copy(self, **changes: Any) -> Self:
         """Return a copy with changes, which has an identity of its own."""

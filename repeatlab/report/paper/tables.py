@@ -11,7 +11,7 @@ import pandas as pd
 from repeatlab.analysis.frames import Records, final_table, target_summary, to_target
 from repeatlab.analysis.plan_tables import plan_tables
 from repeatlab.analysis.plans import PlanRecords
-from repeatlab.analysis.viewpoints import Views
+from repeatlab.analysis.viewpoints import Views, stack
 from repeatlab.store.records import Run, Store
 
 # What a task without a data set learns from.
@@ -138,7 +138,7 @@ def _final(viewed: Views) -> pd.DataFrame:
             columns={metric: "mean", "mean N": "mean_repeats", "fresh batches": "fresh_batches"}
         )
         frames.append(table.assign(metric=metric).reindex(columns=FINAL))
-    return _together(frames, FINAL)
+    return stack([*frames, pd.DataFrame(columns=FINAL)])
 
 
 def _targets(viewed: Views) -> pd.DataFrame:
@@ -150,11 +150,4 @@ def _targets(viewed: Views) -> pd.DataFrame:
             times = to_target(evals, view["metric"], view["target"])
             named = target_summary(times).assign(metric=view["metric"], target=view["target"])
             frames.append(named.reindex(columns=TARGETS))
-    return _together(frames, TARGETS)
-
-
-def _together(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
-    filled = [frame for frame in frames if len(frame)]
-    if not filled:
-        return pd.DataFrame(columns=columns)
-    return pd.concat(filled, ignore_index=True).reindex(columns=columns)
+    return stack([*frames, pd.DataFrame(columns=TARGETS)])
