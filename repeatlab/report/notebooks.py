@@ -1,9 +1,9 @@
 """Notebooks in batch: parameter files -> papermill -> executed notebooks and figures.
 
 All studies of a profile are trained first, by the same processes, one per core: no core waits for
-the last run of a study, or for a notebook. Then notebooks only draw, and run side by side; those of
-a later group of names (20 on, 30 on) after those of an earlier one, whose runs they read. One that
-is `alone` trains by itself, in its turn, with nothing beside it.
+the last run of a study, or for a notebook. Then notebooks that are `alone` train by themselves,
+with nothing beside them, and all others only draw, side by side; those of a later group of names
+(20 on, 30 on) after those of an earlier one, whose runs they read.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ def execute_profile(
         places = {"output": output, "runs": runs, "figures": figures}
         run(job, job.notebook.stem, partial(execute, job, **places, kernels=kernels))
 
-    for (_, alone), group in groupby(jobs, key=lambda job: job.stage):
-        _side_by_side(draw, group, kernels, most=1 if alone else os.cpu_count())
+    for (together, _), group in groupby(jobs, key=lambda job: job.stage):
+        _side_by_side(draw, group, kernels, most=os.cpu_count() if together else 1)
     notebooks = {job.notebook.stem for job in jobs}
     manifest = read_manifest(figures)
     return [name for name, entry in manifest.items() if entry["notebook"] in notebooks]

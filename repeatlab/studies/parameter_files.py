@@ -46,9 +46,12 @@ class Job:
     alone: bool = False
 
     @property
-    def stage(self) -> tuple[str, bool]:
-        """Notebooks that follow each other with equal stage need nothing of each other."""
-        return self.notebook.name[0], self.alone
+    def stage(self) -> tuple[bool, str]:
+        """Stages follow each other; notebooks of one need nothing of each other.
+
+        What times its own runs comes first: all axes of cost are drawn by the k that it measures.
+        """
+        return not self.alone, "" if self.alone else self.notebook.name[0]
 
     @property
     def studies(self) -> dict[str, dict[str, Any]]:
@@ -61,7 +64,7 @@ class Job:
 
 
 def read_profile(profile: str, root: Path, *, only: Collection[str] = ()) -> list[Job]:
-    """Return the jobs of params/<profile>, checked, in the order of their notebooks.
+    """Return the jobs of params/<profile>, checked, in the order in which they are done.
 
     Args:
         profile: A folder in params/.
@@ -92,7 +95,7 @@ def read_profile(profile: str, root: Path, *, only: Collection[str] = ()) -> lis
             hint = did_you_mean(name, sorted(notebooks))
             raise ConfigError(f"no notebook {name!r} in the profile {profile!r}; {hint}")
     jobs = [job for job in jobs if not only or job.notebook.stem in only]
-    return sorted(jobs, key=lambda job: (job.notebook.name, job.source.name))
+    return sorted(jobs, key=lambda job: (job.stage, job.notebook.name, job.source.name))
 
 
 def plans_of(profile: str, root: Path) -> list[Path]:

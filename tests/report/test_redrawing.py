@@ -152,6 +152,23 @@ def test_a_changed_parameter_file_draws_what_reads_it_and_nothing_else(project, 
     assert not draw()[0]
 
 
+def test_what_measures_goes_first_so_that_nothing_is_drawn_before_k_is_known(project, draw):
+    # Every axis of cost is drawn by the k that the store has measured.
+    measures = """
+store = pathlib.Path(runs) / "measurements"
+store.mkdir(exist_ok=True)
+(store / "one.json").write_text("{}")
+"""
+    notebook(project, "26_measures", measures)
+    (project / "params" / "tiny" / "measures.yaml").write_text(
+        "notebook: 26_measures\nalone: true\n"
+    )
+    drawn, _ = draw()
+    assert drawn >= {"26_measures", "20_view"}
+    drawn, said = draw()
+    assert drawn == set(), said
+
+
 def test_runs_that_are_made_anew_or_missing_are_seen(project, draw):
     store = Store(project / "runs")
     (planned,) = store.read_study("tiny-one")["runs"]
