@@ -1,7 +1,8 @@
 """Writes what stands between the markers of README.md and README.zh-CN.md: `make readme`.
 
-Results from figures/results.md, every number of which `make figures` has written; the tasks and the
-map of the package from its docstrings, as the mappings and controls of their guides; the tables of
+Results from results.md beside the figures, of the reference study where it has been drawn, every
+number of which `make figures PROFILE=reference` has written, else of the quick profile; the tasks
+and the map of the package from its docstrings, as the mappings and controls of their guides; the tables of
 docs/*.md from tests/benchmarks/results, each where a comment names a file and its columns.
 Needs the standard library alone.
 """
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
-# The first that there is, of what `make figures` draws over all tasks.
-FIGURES = ("adaptability-heat-map", "adaptability-heat-map-update", "convergence-update")
+# The first that there is: of profiles, and of what `make figures` draws over all tasks.
+PLACES = ("figures/reference", "figures")
+FIGURES = ("adaptability-heat-map", "convergence-update")
 ENGLISH = {
     "figure": "Improvement of each arm on standard training, task by task, in standard deviations"
     " over seeds",
@@ -52,6 +54,7 @@ class Results:
         verdicts: The same of the verdicts; empty without a plan.
         beside: The same of the verdicts in other views.
         told: Hypothesis -> what the runs say of it, in words.
+        by_task: A line for each task: which arms were better, worse, equivalent or not tested.
     """
 
     setting: dict[str, str]
@@ -59,6 +62,7 @@ class Results:
     verdicts: list[list[str]]
     beside: list[list[str]]
     told: dict[str, str]
+    by_task: list[str]
 
 
 def read(text: str) -> Results:
@@ -78,7 +82,8 @@ def read(text: str) -> Results:
         name, _, claim = row[0].partition(": ")
         told[name] = told.get(name, "").removeprefix(claim).strip()
     known = setting.groupdict() | (plan.groupdict() if plan else {"decides": ""})
-    return Results(known, final, verdicts, beside, told)
+    by_task = re.findall(r"^- (\*\*[^*]+\*\* \(\d+ seeds\): .*)$", text, re.MULTILINE)
+    return Results(known, final, verdicts, beside, told, by_task)
 
 
 def _cells(table: str) -> list[list[str]]:
@@ -100,7 +105,7 @@ def in_chinese(text: str) -> str:
 
 
 def short(found: Results, words: dict[str, str], figure: str | None, say=str) -> str:
-    """Return a figure and three lines: what was run, what it decides, what was saved.
+    """Return a figure and lines: what was run, what it decides, what was saved, on which task.
 
     Args:
         found: The results.
@@ -118,6 +123,7 @@ def short(found: Results, words: dict[str, str], figure: str | None, say=str) ->
         said = "; ".join(f"{', '.join(names)} {say(one)}" for one, names in verdicts.items())
         lines.append(f"- {words['verdicts'].format(verdicts=said, **setting)}")
         lines.append(f"- {words['first'].format(told=say(found.told['H1']))}")
+        lines += [f"- {say(line)}" for line in found.by_task]
     else:
         lines.append(f"- {words['none']}")
     return "\n".join(lines) + "\n"
@@ -198,10 +204,16 @@ def wings(known: Mapping[str, str]) -> str:
     return "\n".join(["```", *lines, "```", ""])
 
 
+def place(root: Path) -> str:
+    """Return the folder under `root` of the results that the pages show."""
+    return next(folder for folder in PLACES if (root / folder / "results.md").exists())
+
+
 def blocks(root: Path) -> dict[str, dict[str, str]]:
     """Return what stands between the markers of each page; results are those under `root`."""
-    found = read((root / "figures" / "results.md").read_text(encoding="utf-8"))
-    there = [f"figures/{name}.png" for name in FIGURES]
+    folder = place(root)
+    found = read((root / folder / "results.md").read_text(encoding="utf-8"))
+    there = [f"{folder}/{name}.png" for name in FIGURES]
     figure = next((path for path in there if (PROJECT / path).exists()), None)
     return {
         "README.md": {

@@ -45,11 +45,16 @@ def lay_out(source: Path, runs: Path) -> None:
     shutil.copytree(docs / "_static", source / "_static")
     pictures = source / "figures"
     pictures.mkdir()
-    for file in (ROOT / "figures").glob("*.png"):
-        shutil.copy(file, pictures)
     shutil.copy(ROOT / "tests/benchmarks/results/generative_samples.png", pictures)
-    manifest = json.loads((ROOT / "figures" / "manifest.json").read_text(encoding="utf-8"))
-    results = (ROOT / "figures" / "results.md").read_text(encoding="utf-8")
+    manifest = {}
+    for folder in filter(Path.is_dir, (ROOT / place for place in readme.PLACES)):
+        profile = PROFILE if folder.name == "figures" else folder.name
+        start = "" if profile == PROFILE else f"{profile}-"
+        for file in folder.glob("*.png"):
+            shutil.copy(file, pictures / f"{start}{file.name}")
+        drawn = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest |= {f"{start}{n}": entry | {"profile": profile} for n, entry in drawn.items()}
+    results = (ROOT / readme.place(ROOT) / "results.md").read_text(encoding="utf-8")
     found = readme.read(results)
     pages = {
         "index.md": _index(found, manifest),
@@ -76,7 +81,7 @@ def _relinked(page: str) -> str:
         "../tests/benchmarks/results/generative_samples", "figures/generative_samples"
     )
     page = re.sub(r"\]\(docs/", "](", page)
-    page = page.replace("](figures/results.md)", "](results.zh-CN.md)")
+    page = re.sub(r"\]\(figures/(\w+/)?results\.md\)", "](results.zh-CN.md)", page)
     page = re.sub(r"\]\((?:\.\./)?CONTRIBUTING\.md\)", "](contributing.md)", page)
     return re.sub(r"\]\((?:\.\./)?README(\.zh-CN)?\.md\)", _home, page)
 
@@ -103,13 +108,13 @@ def _index(found: readme.Results, manifest: dict[str, Any]) -> str:
         plan = found.setting["plan"]
         parts.append(
             f"[All tables](results.md) · [notebook](notebooks/30_paper.ipynb) ·"
-            f" [parameters](parameters.md#{PROFILE}-plan-yaml) of the plan `{plan}` ·"
+            f" [parameters](parameters.md#{plan}-plan-yaml) of the plan `{plan}` ·"
             " [what such verdicts are worth](decisions.md) · [in Chinese](zh-CN.md)"
         )
     for start in FIRST:
-        parts += [
-            _figure(n, manifest) for n in sorted(manifest, reverse=True) if n.startswith(start)
-        ][:1]
+        # The reference study's before the quick profile's.
+        named = [name for name in manifest if start in name]
+        parts += [_figure(name, manifest) for name in named[:1]]
     parts.append("[All figures](figures.md)")
     parts += [
         _contents("Guides", *GUIDES, "glossary"),
@@ -127,7 +132,7 @@ def _figure(name: str, manifest: dict[str, Any]) -> str:
     """Return a figure, linked to its notebook, parameters and runs."""
     entry = manifest[name]
     notebook, number = entry["notebook"], _run_sets(manifest).index(entry["runs"])
-    file = _parameter_file(notebook)
+    file = _parameter_file(notebook, entry["profile"])
     parameters = f" · [parameters](parameters.md#{_anchor(file)})" if file else ""
     return (
         f":::{{figure}} figures/{name}.png\n:alt: {name.replace('-', ' ')}\n\n"
@@ -171,9 +176,9 @@ def _anchor(file: Path) -> str:
     return re.sub(r"[^a-z0-9]+", "-", str(file.relative_to(cards.PARAMS)).lower())
 
 
-def _parameter_file(notebook: str) -> Path | None:
-    """Return the profile's parameter file for a notebook, if it has one."""
-    for file in sorted((cards.PARAMS / PROFILE).glob("*.yaml")):
+def _parameter_file(notebook: str, profile: str = PROFILE) -> Path | None:
+    """Return a profile's parameter file for a notebook, if it has one."""
+    for file in sorted((cards.PARAMS / profile).glob("*.yaml")):
         if yaml.safe_load(file.read_text(encoding="utf-8")).get("notebook") == notebook:
             return file
     return None

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import cards
 import pytest
+import readme
 import website
 import yaml
 
@@ -112,12 +113,12 @@ def source(tmp_path_factory):
 
 def test_the_first_page_has_the_verdicts_and_figures_with_their_sources(source):
     page = (source / "index.md").read_text(encoding="utf-8")
-    results = (ROOT / "figures" / "results.md").read_text(encoding="utf-8")
+    results = (ROOT / readme.place(ROOT) / "results.md").read_text(encoding="utf-8")
     for row in re.findall(r"^\| H\d: .*$", results, re.MULTILINE):
         assert row in page
     shown = re.findall(r":::\{figure\} figures/([\w-]+)\.png", page)
     assert len(shown) > 2
-    for kind in ("notebooks/2", "parameters.md#quick-", "runs.md#set-"):
+    for kind in ("notebooks/2", "parameters.md#", "runs.md#set-"):
         assert page.count(f"]({kind}") >= len(shown)
 
 

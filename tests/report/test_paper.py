@@ -187,7 +187,17 @@ def test_the_results_in_short_are_the_runs_numbers_and_the_verdicts(gathered, tm
     means = [_value(method, 1, 20) for method in ("standard", "threshold", "linear")]
     cells = [f"{m:.3f} [{m - 0.02484:.3f}, {m + 0.02484:.3f}]" for m in means]
     assert rows[2] == ["letters", "accuracy (more is better)", *cells]
-    verdicts, sides = rows[5:10], rows[12:]
+    verdicts, sides, (heads, _, *arms) = rows[5:10], rows[12:17], rows[17:]
+    table = gathered.tables["arms"]
+    assert [row[1] for row in arms] == [f"`{arm}`" for arm in table["arm"]]
+    for row, one in zip(arms, table.itertuples(), strict=True):
+        told = dict(zip(heads, row, strict=True))
+        assert float(told["visits a batch"]) == pytest.approx(one.mean_n, abs=0.005)
+        assert (told["n"], told["is"]) == (str(one.seeds), one.state)
+    for state, of_state in table.groupby("state"):
+        (line,) = re.findall(r"^- \*\*letters\*\* (.*)$", page, re.MULTILINE)
+        listed = ", ".join(f"`{arm}`" for arm in of_state["arm"])
+        assert f"{state}: {len(of_state) if state == 'undecided' else listed}" in line
     assert [row[0][:2] for row in verdicts] == [one.name for one in HYPOTHESES]
     assert verdicts[0][1:] == [
         "interim",

@@ -30,6 +30,11 @@ def comparison(ratio: float, low: float, high: float, *, equal: float = 0.0, n: 
         (comparison(1.25, 1.0 / 1.1, 2.0), "saved 20 % of the updates (95 %: -10 % to 50 %)"),
         (comparison(0.8, 0.5, 1.25), "cost 25 % more updates (95 %: -20 % to 100 %)"),
         (comparison(0.8, 0.0, 0.9), "cost 25 % more updates (95 %: 11 % to no bound)"),
+        (comparison(0.8, 0.5, np.inf), "cost 25 % more updates (95 %: no bound to 100 %)"),
+        (
+            comparison(1.25, 0.0, np.inf),
+            "saved 20 % of the updates (its limits lie beyond every budget that was tried)",
+        ),
         (comparison(1.0, 1.0, 1.0, equal=1.0), "was equal in every pair of runs"),
         (
             comparison(1.25, 0.0, np.inf, n=3),

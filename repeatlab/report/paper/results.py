@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 
 from repeatlab.analysis.frames import LOWER_IS_BETTER
+from repeatlab.analysis.verdicts import BETTER, EQUIVALENT, NOT_TESTED, UNDECIDED, WORSE
 from repeatlab.report.paper.gathering import NO_PLAN, Gathered
-from repeatlab.report.paper.wording import dose_words, percent, rate_words
+from repeatlab.report.paper.wording import bound, dose_words, percent, rate_words
 
 NAME = "results.md"
 # Of all arms the ones that a first look needs; `tables/final.csv` of the paper has all.
@@ -82,7 +83,51 @@ def _judged(gathered: Gathered) -> list[str]:
         _table(["", *beside], sides),
         "In words:",
         "\n".join(f"- **{one['hypothesis']}** {one['claim']} {one['told']}" for one in verdicts),
+        *_arms(gathered.tables["arms"]),
     ]
+
+
+def _arms(arms: pd.DataFrame) -> list[str]:
+    """Return what each arm did at its own rate: task by task in words, and with its numbers."""
+    if arms.empty:
+        return []
+    said = [f"- **{task}** {_told(of_task)}" for task, of_task in arms.groupby("task", sort=False)]
+    numbers = [
+        [
+            row.task,
+            f"`{row.arm}`",
+            f"{row.rate:g}",
+            f"{row.mean_n:.2f}",
+            f"{_estimate(row.saved)} [{percent(bound(row.low))}, {percent(bound(row.high))}]",
+            f"{row.p_adjusted:.2g}",
+            str(row.seeds),
+            str(row.diverged),
+            row.state,
+        ]
+        for row in arms.sort_values("task", kind="stable").itertuples()
+    ]
+    heads = ["task", "arm", "own rate", "visits a batch", "updates saved [95 %]", "p (Holm)", "n"]
+    return [
+        "At equal updates, against standard training, over all arms (controls too):",
+        "\n".join(said),
+        _table([*heads, "diverged", "is"], numbers),
+    ]
+
+
+def _estimate(saved: float) -> str:
+    if saved == 1:
+        return "better than every budget"
+    return percent(saved) if isfinite(saved) else "worse than every budget"
+
+
+def _told(of_task: pd.DataFrame) -> str:
+    """Return who gained and lost on a task: "(30 seeds): better: none; worse: `fixed2`; ..."."""
+    parts = []
+    for state in (BETTER, WORSE, EQUIVALENT, NOT_TESTED):
+        names = ", ".join(f"`{arm}`" for arm in of_task["arm"][of_task["state"] == state])
+        parts.append(f"{state}: {names or 'none'}")
+    left = (of_task["state"] == UNDECIDED).sum()
+    return f"({of_task['seeds'].max()} seeds): {'; '.join(parts)}; undecided: {left}."
 
 
 def _setting(banner: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite, isinf, isnan
+from math import inf, isfinite, isinf, isnan
 from typing import Any
 
 import pandas as pd
@@ -116,14 +116,16 @@ def for_people(verdict: Verdict, plan: PlanRecords, arms: Sequence[Mapping[str, 
 def effect(one: Comparison) -> str:
     """Return a comparison in words: "saved 4 % of the updates (95 %: -3 % to 10 %)"."""
     numbers = one.numbers()
-    share, low, high = (numbers[name] for name in ("saved", "low", "high"))
+    share, low, high = numbers["saved"], bound(numbers["low"]), bound(numbers["high"])
     if numbers["equal_pairs"] == 1:
         return "was equal in every pair of runs"
     if share < 0:
         low, high = -high, -low
     limits = f"(95 %: {percent(low)} to {percent(high)})"
     if one.effect.interval.low == 0 and isinf(one.effect.interval.high):
-        limits = "(with so few seeds there are no limits)"
+        few = smallest_p(one.effect.seeds) >= ALPHA
+        beyond = "its limits lie beyond every budget that was tried"
+        limits = f"({'with so few seeds there are no limits' if few else beyond})"
     if isinf(share):
         return f"was worse than every budget that was tried {limits}"
     if isinf(one.effect.ratio):
@@ -142,6 +144,11 @@ def percent(share: float) -> str:
     if isnan(share):
         return "-"
     return f"{round(100 * share)} %" if isfinite(share) else "no bound"
+
+
+def bound(share: float) -> float:
+    """Return a limit of updates saved; where no budget would have been enough, infinity."""
+    return inf if share == 1 else share
 
 
 def dose_words(arms: Sequence[Mapping[str, Any]]) -> str:
