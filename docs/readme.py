@@ -2,8 +2,9 @@
 
 Results from results.md beside the figures, of the reference study where it has been drawn, every
 number of which `make figures PROFILE=reference` has written, else of the quick profile; the tasks
-and the map of the package from its docstrings, as the mappings and controls of their guides; the tables of
-docs/*.md from tests/benchmarks/results, each where a comment names a file and its columns.
+and the map of the package from its docstrings, as the mappings and controls of their guides; the
+tables of docs/*.md from tests/benchmarks/results, each where a comment names a file and its
+columns.
 Needs the standard library alone.
 """
 
