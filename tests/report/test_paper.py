@@ -26,8 +26,11 @@ from repeatlab.core.schema import ConfigError
 from repeatlab.cost import Ledger
 from repeatlab.figures import save_figure
 from repeatlab.report.paper import gather, typeset, write_results
+from repeatlab.report.paper.results import results
+from repeatlab.store.exchange import import_runs
 from repeatlab.store.measurements import measurement_key
 from repeatlab.store.records import Store
+from repeatlab.studies.parameter_files import read_job
 
 SOURCES = Path(repeatlab.report.paper.__file__).parent
 VIEWS = [
@@ -220,6 +223,19 @@ def test_the_results_in_short_are_the_runs_numbers_and_the_verdicts(gathered, tm
     cells = more.read_text(encoding="utf-8").splitlines()[4].strip("| ").split(" | ")
     # Of two, 0.01 apart: 0.0635 to each side.
     assert cells[2:] == ["0.753 [0.689, 0.817] (1 missing)"]
+
+
+@pytest.mark.parametrize("profile", ["quick", "reference"])
+def test_the_committed_results_are_those_of_the_committed_runs(profile, tmp_path):
+    """Nothing is trained: what `repeatlab export` has written says every word of results.md."""
+    exports = sorted(file.parent for file in (ROOT / "results" / profile).rglob("plans.json"))
+    assert exports
+    for export in exports:
+        import_runs(Store(tmp_path / "runs"), export)
+    said = read_job(ROOT / "params" / profile / "paper.yaml", ROOT).parameters
+    found = gather(tmp_path / "runs", tmp_path / "figures", tmp_path / "paper", **said)
+    figures = ROOT / "figures" if profile == "quick" else ROOT / "figures" / profile
+    assert results(found) == (figures / "results.md").read_text(encoding="utf-8")
 
 
 def test_updates_saved_are_those_that_the_standard_arm_would_have_needed(gathered):
