@@ -197,6 +197,7 @@ def test_the_results_in_short_are_the_runs_numbers_and_the_verdicts(gathered, tm
         told = dict(zip(heads, row, strict=True))
         assert float(told["visits a batch"]) == pytest.approx(one.mean_n, abs=0.005)
         assert (told["n"], told["is"]) == (str(one.seeds), one.state)
+    assert "On letters it cannot fall below 1, whatever the runs show" in page  # 3 seeds: 0.25 x 4
     for state, of_state in table.groupby("state"):
         (line,) = re.findall(r"^- \*\*letters\*\* (.*)$", page, re.MULTILINE)
         listed = ", ".join(f"`{arm}`" for arm in of_state["arm"])

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from repeatlab.analysis.frames import LOWER_IS_BETTER
+from repeatlab.analysis.statistics import ALPHA, smallest_p
 from repeatlab.analysis.verdicts import BETTER, EQUIVALENT, NOT_TESTED, UNDECIDED, WORSE
 from repeatlab.report.paper.gathering import NO_PLAN, Gathered
 from repeatlab.report.paper.wording import bound, dose_words, percent, rate_words
@@ -108,10 +109,23 @@ def _arms(arms: pd.DataFrame) -> list[str]:
     ]
     heads = ["task", "arm", "own rate", "visits a batch", "updates saved [95 %]", "p (Holm)", "n"]
     return [
-        "At equal updates, against standard training, over all arms (controls too):",
+        "At equal updates, against standard training, over all arms (controls too). p is Holm's "
+        f"over the {len(arms)} comparisons; an interval is of one comparison.{_blind(arms)}",
         "\n".join(said),
         _table([*heads, "diverged", "is"], numbers),
     ]
+
+
+def _blind(arms: pd.DataFrame) -> str:
+    """Return which tasks have too few seeds for any of so many comparisons to be decided."""
+    least = arms.groupby("task", sort=False)["seeds"].max().map(smallest_p) * len(arms)
+    said = [
+        f" On {task} it cannot fall below {p:.2g}, whatever the runs show: there an arm can be "
+        "equivalent or undecided, and no more."
+        for task, p in least.clip(upper=1).items()
+        if p >= ALPHA
+    ]
+    return "".join(said)
 
 
 def _estimate(saved: float) -> str:
