@@ -25,8 +25,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 PLACES = ("figures/reference", "figures")
 FIGURES = ("adaptability-heat-map", "convergence-update")
 ENGLISH = {
-    "figure": "Improvement of each arm on standard training, task by task, in standard deviations"
-    " over seeds",
+    "figure": "Share of updates that each arm saves against standard training, task by task",
     "setting": "**Profile {profile}**: {updates} updates, {seeds} seeds, {runs} runs ({counts})."
     " {decides}",
     "verdicts": "**Verdicts**, by the plan `{plan}`, which was registered before its first run:"

@@ -52,7 +52,7 @@ def heat_map(arms: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     axes.spines[:].set_visible(False)
     figure.supxlabel(
         "% of updates saved against standard, [95 % interval]; positive is better\n"
-        "framed: decided after Holm; blank: no runs to compare",
+        "\u221e: beyond every budget that was tried; framed: decided after Holm; blank: no runs",
         fontsize=7,
     )
     return figure
@@ -85,8 +85,8 @@ def _cell(
 
 
 def _short(value: float) -> str:
-    """Return whole per cent with a sign."""
-    if np.isinf(value):
+    """Return whole per cent with a sign; all is saved where no budget would have been enough."""
+    if np.isinf(value) or value == 100:
         return "+\u221e" if value > 0 else "\u2212\u221e"
     return f"{value:+.0f}".replace("-", "\u2212") if abs(value) >= 0.5 else "0"
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -28,6 +29,7 @@ _MARKERS = "osD^vP<X>"
 # What is drawn for itself, in front of the others: it is never dashed.
 SOLID = ("standard", "linear")
 GREY = "#777777"
+CAPTION = 8  # points
 FULL_WIDTH = 7.0  # inches: the text width of a two-column page
 _FILE = Path(__file__).parent / "repeatlab.mplstyle"
 STYLE = dict(mpl.rc_params_from_file(_FILE, use_default_template=False))
@@ -101,8 +103,10 @@ def tiles(
 
 
 def caption(figure: Figure, text: str) -> None:
-    """Say above the panels what is drawn."""
-    figure.suptitle(text, fontsize=8, x=0.01, ha="left")
+    """Say above the panels what is drawn, in as many lines as the figure's width asks for."""
+    points = 72 * figure.get_figwidth()
+    text = fill(text, int(points / (0.55 * CAPTION)))  # a letter is some 0.55 of its size wide
+    figure.suptitle(text, fontsize=CAPTION, x=0.01, ha="left")
 
 
 def say(axes: Axes, text: str = "no run", *, bare: bool = False) -> None:

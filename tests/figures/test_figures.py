@@ -43,11 +43,13 @@ from repeatlab.figures.look import (
     COLOURS,
     FAMILIES,
     STYLE,
+    caption,
     colour,
     in_order,
     line,
     marker,
     said_n,
+    tiles,
 )
 from repeatlab.store.records import Store
 
@@ -87,6 +89,17 @@ def test_a_panel_says_where_a_run_diverged():
     assert cross.get_xdata().tolist() == [4]
     assert figure.get_suptitle().endswith("x: a run diverged")
     plt.close(figure)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_caption_of_any_length_is_within_the_figure(columns):
+    figure, _ = tiles(columns, columns=columns, height=1.5)
+    said = "quantile minus control at equal updates, paired by seed; right of 0: it is better. "
+    caption(figure, 3 * said)
+    figure.canvas.draw()
+    (title,) = (text for text in figure.texts if "quantile" in text.get_text())
+    assert title.get_window_extent().x1 <= figure.bbox.width
+    assert " ".join(title.get_text().split()) == (3 * said).strip()
 
 
 def test_the_caption_says_statistic_and_n():
