@@ -111,7 +111,8 @@ def gather(
     entries = [_figure(name, shown[name], Path(figures), directory) for name in shown]
     written = {
         "verdicts": _plain(verdicts),
-        "banner": _banner(profile, viewed, tables["studies"], [] if known else [plan]),
+        "banner": _banner(profile, viewed, tables["studies"], [] if known else [plan])
+        | {"core_hours": _core_hours(viewed, planned)},
         "rules": _plain(_rules(planned)),
         "figures": entries,
     }
@@ -174,6 +175,15 @@ def _banner(
         "run_commits": sorted({str(e.get("commit")) for e in environments}),
         "commit": str(commit()),
     }
+
+
+def _core_hours(viewed: Views, plan: PlanRecords | None) -> float:
+    """Return the hours of training of all runs, of tuning and other budgets too, each once."""
+    stages = [viewed.records]
+    if plan:
+        stages += [*plan.stages.values(), *plan.budgets.values()]
+    runs = pd.concat([records.done for records in stages if len(records.done)] or [pd.DataFrame()])
+    return float(runs.drop_duplicates("path")["seconds"].sum()) / 3600 if len(runs) else 0.0
 
 
 def _environments(records: Records) -> list[dict[str, Any]]:

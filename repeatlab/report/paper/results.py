@@ -150,7 +150,8 @@ def _setting(banner: Mapping[str, Any]) -> str:
     absent = f" No study of {', '.join(banner['absent'])}." if banner["absent"] else ""
     return (
         f"Profile {banner['profile']}: {banner['updates']} updates, {banner['seeds']} seeds, "
-        f"{banner['planned']} runs planned ({counts}); {machines}; "
+        f"{banner['planned']} runs planned ({counts}), {banner['core_hours']:.1f} core hours of "
+        f"training with tuning and all budgets; {machines}; "
         f"made by commit {', '.join(banner['run_commits']) or 'none'}.{absent}"
     )
 
