@@ -65,7 +65,7 @@ class PlanRecords:
     @property
     def tuning_hours(self) -> float:
         """Training time of the stage that chose the rates, which more seeds do not lengthen."""
-        return _hours([self.stages["tuning"]], *self.declared.goals)
+        return core_hours([self.stages["tuning"]], *self.declared.goals)
 
     @cached_property
     def views(self) -> dict[str, tuple[Evidence, list[Verdict]]]:
@@ -119,18 +119,21 @@ def pilots(plan: PlanRecords) -> dict[str, Pilot]:
         paired = values.paired(against, against)
         if paired is None:
             raise StoreError(f"plan {plan.name}: a pilot needs two seeds of {against} on {task}")
-        spent = _hours([plan.stages["shared"], *plan.budgets.values()], task)
+        spent = core_hours([plan.stages["shared"], *plan.budgets.values()], task)
         found[task] = pilot_of(paired, spent / len(paired.seeds))
     return found
 
 
-def _hours(parts: Iterable[Records], *tasks: str) -> float:
-    """Return the training time of these runs; one that several of the parts have counts once."""
+def core_hours(parts: Iterable[Records], *tasks: str) -> float:
+    """Return the training time of these tasks' runs, by default of all, in hours of a core.
+
+    A run that several of the parts have counts once.
+    """
     runs = pd.concat(
         [part.done for part in parts if len(part.done)] or [pd.DataFrame(columns=COLUMNS)]
     )
-    chosen = runs[runs["task"].isin(tasks)].drop_duplicates("id")
-    return float(chosen["seconds"].sum()) / 3600
+    chosen = runs[runs["task"].isin(tasks)] if tasks else runs
+    return float(chosen.drop_duplicates("id")["seconds"].sum()) / 3600
 
 
 def arm_over_tasks(

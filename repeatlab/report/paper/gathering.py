@@ -21,7 +21,7 @@ import pandas as pd
 
 from repeatlab.analysis.declaration import Declaration
 from repeatlab.analysis.frames import Records
-from repeatlab.analysis.plans import PlanRecords, load_plan
+from repeatlab.analysis.plans import PlanRecords, core_hours, load_plan
 from repeatlab.analysis.statistics import ALPHA
 from repeatlab.analysis.viewpoints import Views, load_views
 from repeatlab.core.environment import commit
@@ -109,10 +109,12 @@ def gather(
         latex = table.to_latex(index=False, escape=True, float_format="{:.4g}".format)
         (directory / "tables" / f"{name}.tex").write_text(latex, encoding="utf-8")
     entries = [_figure(name, shown[name], Path(figures), directory) for name in shown]
+    parts = [*planned.stages.values(), *planned.budgets.values()] if planned else []
+    hours = core_hours([viewed.records, *parts])
     written = {
         "verdicts": _plain(verdicts),
         "banner": _banner(profile, viewed, tables["studies"], [] if known else [plan])
-        | {"core_hours": _core_hours(viewed, planned)},
+        | {"core_hours": hours},
         "rules": _plain(_rules(planned)),
         "figures": entries,
     }
@@ -175,15 +177,6 @@ def _banner(
         "run_commits": sorted({str(e.get("commit")) for e in environments}),
         "commit": str(commit()),
     }
-
-
-def _core_hours(viewed: Views, plan: PlanRecords | None) -> float:
-    """Return the hours of training of all runs, of tuning and other budgets too, each once."""
-    stages = [viewed.records]
-    if plan:
-        stages += [*plan.stages.values(), *plan.budgets.values()]
-    runs = pd.concat([records.done for records in stages if len(records.done)] or [pd.DataFrame()])
-    return float(runs.drop_duplicates("path")["seconds"].sum()) / 3600 if len(runs) else 0.0
 
 
 def _environments(records: Records) -> list[dict[str, Any]]:
