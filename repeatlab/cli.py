@@ -31,6 +31,9 @@ FIGURES = click.option(
     show_default=True,
     help="Where the figures are, or go.",
 )
+SET = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="As if it stood in the file."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -107,11 +110,13 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
 )
 @click.option("--amend", metavar="REASON", help="Why a registered plan has changed.")
 @click.option("--task", "only", multiple=True, help="Of a plan only this task; may be repeated.")
+@SET
 def run(
     parameters: tuple[Path, ...],
     runs: Path,
     amend: str | None,
     only: tuple[str, ...],
+    settings: tuple[str, ...],
     **places: Any,
 ) -> None:
     """Train the studies of parameter files, without their notebooks; a plan with all its stages."""
@@ -122,12 +127,12 @@ def run(
     plans, others = [], []
     for path in parameters:
         (plans if is_plan(path) else others).append(path)
-    for plan in map(read_plan, plans):
+    for plan in [read_plan(path, settings) for path in plans]:
         for line in plan.cautions():
             click.echo(f"Note: {line}", err=True)
         click.echo(str(run_plan(plan, runs, places=Places(**places), amend=amend, only=only)))
     if others:
-        click.echo(str(run_studies(_read_studies(others), runs, places=Places(**places))))
+        click.echo(str(run_studies(_read_studies(others, settings), runs, places=Places(**places))))
 
 
 @cli.command()
@@ -240,9 +245,10 @@ def verify(runs: Path, remove: bool) -> None:
     sys.exit(1 if found and not remove else 0)
 
 
-def _read_studies(paths: Iterable[Path]) -> list[Study]:
-    """Return the studies of parameter files."""
+def _read_studies(paths: Iterable[Path], settings: Iterable[str]) -> list[Study]:
+    """Return the studies of parameter files, with what is set in them."""
     from repeatlab.studies.parameter_files import read_job
+    from repeatlab.studies.settings import with_settings
     from repeatlab.studies.study import Study
 
     studies = []
@@ -250,15 +256,17 @@ def _read_studies(paths: Iterable[Path]) -> list[Study]:
         job = read_job(path, ROOT)
         if "study" not in job.parameters:
             raise ConfigError(f"{path}: parameters.study is missing: this file trains nothing")
-        study = job.parameters["study"]
-        studies.append(parse(Study, study, source=f"{path}: parameters.study"))
+        source = f"{path}: parameters.study"
+        study = with_settings(job.parameters["study"], settings, source)
+        studies.append(parse(Study, study, source=source))
     return studies
 
 
 @cli.command()
 @click.argument("parameters", nargs=-1, type=click.Path(path_type=Path))
 @RUNS
-def measure(parameters: tuple[Path, ...], runs: Path) -> None:
+@SET
+def measure(parameters: tuple[Path, ...], runs: Path, settings: tuple[str, ...]) -> None:
     """Time the parts of an update for every task of the studies; by default of params/quick.
 
     Afterwards tables can show predicted beside measured training time.
@@ -271,7 +279,7 @@ def measure(parameters: tuple[Path, ...], runs: Path) -> None:
         jobs = read_profile("quick", ROOT)
         parameters = tuple(job.source for job in jobs if "study" in job.parameters)
     found = {}
-    for study in _read_studies(parameters):
+    for study in _read_studies(parameters, settings):
         click.echo(f"measuring {study.name}")
         of_tasks = measured(study, runs, anew=True)
         found |= {f"{study.name}: {task}": one for task, one in of_tasks.items()}
@@ -281,18 +289,21 @@ def measure(parameters: tuple[Path, ...], runs: Path) -> None:
 @cli.command()
 @click.argument("task")
 @click.option("--dataset", help="By default the embedded one.")
-def check(task: str, dataset: str | None) -> None:
+@SET
+def check(task: str, dataset: str | None, settings: tuple[str, ...]) -> None:
     """Check a task at its defaults, or the tasks of a parameter file, before they are trained.
 
     Exit status 1 if a check fails.
     """
     from repeatlab.studies.checks import check
+    from repeatlab.studies.settings import with_settings
 
-    chosen: dict[str, Any] = {"": {"name": task} | ({"dataset": dataset} if dataset else {})}
+    config = {"name": task} | ({"dataset": dataset} if dataset else {})
+    chosen: dict[str, Any] = {"": with_settings(config, settings, task)}
     if Path(task).suffix == ".yaml":
         if dataset:
             raise click.UsageError("a parameter file says what its dataset is: leave --dataset out")
-        (study,) = _read_studies([Path(task)])
+        (study,) = _read_studies([Path(task)], settings)
         chosen = {f"{label}: ": config for label, config in study.tasks.items()}
     failed = False
     for label, config in chosen.items():
