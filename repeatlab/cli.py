@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from repeatlab.core.files import StoreError
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Store
+from repeatlab.studies.settings import with_settings
 
 if TYPE_CHECKING:
     from repeatlab.studies.study import Study
@@ -21,16 +23,12 @@ if TYPE_CHECKING:
 # Where params/ and notebooks/ are: the clone that the package is in, or the one it is called in.
 PLACES = (Path(__file__).resolve().parents[1], Path.cwd())
 ROOT = next((place for place in PLACES if (place / "params").is_dir()), PLACES[1])
-RUNS = click.option(
-    "--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Run store."
-)
+PATH = click.Path(path_type=Path)
+RUNS = click.option("--runs", type=PATH, default="runs", show_default=True, help="Run store.")
 FIGURES = click.option(
-    "--figures",
-    type=click.Path(path_type=Path),
-    default="figures",
-    show_default=True,
-    help="Where the figures are, or go.",
+    "--figures", type=PATH, default="figures", show_default=True, help="Where figures are, or go."
 )
+FORMS = click.Choice(["parquet", "csv", "tensorboard", "wandb", "trackio"])
 SET = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="As if it stood in the file."
 )
@@ -163,20 +161,27 @@ def power(name: str, runs: Path, share: float | None) -> None:
     "--visits", multiple=True, help="Every update of this study alone; by default of all."
 )
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="A directory.")
+@click.option("--as", "form", type=FORMS, default="parquet", show_default=True)
 def export(
     studies: tuple[str, ...],
     plans: tuple[str, ...],
     visits: tuple[str, ...],
     runs: Path,
     to: Path,
+    form: str,
 ) -> None:
-    """Write the runs of studies, by default all, as a few Parquet files that `import` reads."""
+    """Write the runs of studies, by default all, as a few Parquet files that `import` reads.
+
+    Or as CSV files, or as runs of TensorBoard, W&B (offline) or Trackio.
+    """
     from repeatlab.store.exchange import export
+    from repeatlab.studies.viewers import export_as
 
     store = Store(runs)
     known = store.studies()
     chosen = list(studies) + [n for n in known for p in plans if n.startswith(f"{p}-")]
-    count = export(store, chosen or known, to, visits=visits or None)
+    write = export if form == "parquet" else partial(export_as, form)
+    count = write(store, chosen or known, to, visits=visits or None)
     click.echo(f"{count} runs written into {to}")
 
 
@@ -248,7 +253,6 @@ def verify(runs: Path, remove: bool) -> None:
 def _read_studies(paths: Iterable[Path], settings: Iterable[str]) -> list[Study]:
     """Return the studies of parameter files, with what is set in them."""
     from repeatlab.studies.parameter_files import read_job
-    from repeatlab.studies.settings import with_settings
     from repeatlab.studies.study import Study
 
     studies = []
@@ -257,8 +261,8 @@ def _read_studies(paths: Iterable[Path], settings: Iterable[str]) -> list[Study]
         if "study" not in job.parameters:
             raise ConfigError(f"{path}: parameters.study is missing: this file trains nothing")
         source = f"{path}: parameters.study"
-        study = with_settings(job.parameters["study"], settings, source)
-        studies.append(parse(Study, study, source=source))
+        content = with_settings(job.parameters["study"], settings, source)
+        studies.append(parse(Study, content, source=source))
     return studies
 
 
@@ -296,7 +300,6 @@ def check(task: str, dataset: str | None, settings: tuple[str, ...]) -> None:
     Exit status 1 if a check fails.
     """
     from repeatlab.studies.checks import check
-    from repeatlab.studies.settings import with_settings
 
     config = {"name": task} | ({"dataset": dataset} if dataset else {})
     chosen: dict[str, Any] = {"": with_settings(config, settings, task)}

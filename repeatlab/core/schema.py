@@ -300,7 +300,7 @@ def with_value(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]
     name, _, rest = path.partition(".")
     inner = content.get(name, {})
     if rest and not isinstance(inner, dict):
-        raise ConfigError(f"{name}: must be a mapping, to hold {rest!r}; not {shown(inner)}")
+        raise ConfigError(f"{path}: {name} must be a mapping; not {shown(inner)}")
     return content | {name: with_value(inner, rest, value) if rest else value}
 
 

@@ -26,13 +26,9 @@ def with_settings(content: Any, settings: Iterable[str], source: str) -> Any:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set: must be KEY=VALUE; not {setting!r}")
-        part, _, below = key.partition(".")
-        name, _, field = below.partition(".")
+        part, name, *fields = *key.split("."), "", ""
         known = content.get(part) if part in ("tasks", "methods") else None
-        if field and isinstance(known, dict) and name not in known:
+        if fields[2:] and isinstance(known, dict) and name not in known:
             raise ConfigError(f"{source}: {part}.{name}: unknown key; {did_you_mean(name, known)}")
-        try:
-            content = with_value(content, key, yaml_value(value, "its value"))
-        except ConfigError as error:
-            raise ConfigError(f"--set {key}: {error}") from None
+        content = with_value(content, key, yaml_value(value, f"--set {key}"))
     return content
