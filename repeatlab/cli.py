@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from repeatlab.core.files import StoreError
 from repeatlab.core.schema import ConfigError, parse
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Store
+from repeatlab.studies.settings import with_settings
 
 if TYPE_CHECKING:
     from repeatlab.studies.study import Study
@@ -21,15 +23,14 @@ if TYPE_CHECKING:
 # Where params/ and notebooks/ are: the clone that the package is in, or the one it is called in.
 PLACES = (Path(__file__).resolve().parents[1], Path.cwd())
 ROOT = next((place for place in PLACES if (place / "params").is_dir()), PLACES[1])
-RUNS = click.option(
-    "--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Run store."
-)
+PATH = click.Path(path_type=Path)
+RUNS = click.option("--runs", type=PATH, default="runs", show_default=True, help="Run store.")
 FIGURES = click.option(
-    "--figures",
-    type=click.Path(path_type=Path),
-    default="figures",
-    show_default=True,
-    help="Where the figures are, or go.",
+    "--figures", type=PATH, default="figures", show_default=True, help="Where figures are, or go."
+)
+FORMS = click.Choice(["parquet", "csv", "tensorboard", "wandb", "trackio"])
+SET = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="As if it stood in the file."
 )
 
 
@@ -107,11 +108,13 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
 )
 @click.option("--amend", metavar="REASON", help="Why a registered plan has changed.")
 @click.option("--task", "only", multiple=True, help="Of a plan only this task; may be repeated.")
+@SET
 def run(
     parameters: tuple[Path, ...],
     runs: Path,
     amend: str | None,
     only: tuple[str, ...],
+    settings: tuple[str, ...],
     **places: Any,
 ) -> None:
     """Train the studies of parameter files, without their notebooks; a plan with all its stages."""
@@ -122,12 +125,12 @@ def run(
     plans, others = [], []
     for path in parameters:
         (plans if is_plan(path) else others).append(path)
-    for plan in map(read_plan, plans):
+    for plan in [read_plan(path, settings) for path in plans]:
         for line in plan.cautions():
             click.echo(f"Note: {line}", err=True)
         click.echo(str(run_plan(plan, runs, places=Places(**places), amend=amend, only=only)))
     if others:
-        click.echo(str(run_studies(_read_studies(others), runs, places=Places(**places))))
+        click.echo(str(run_studies(_read_studies(others, settings), runs, places=Places(**places))))
 
 
 @cli.command()
@@ -158,20 +161,27 @@ def power(name: str, runs: Path, share: float | None) -> None:
     "--visits", multiple=True, help="Every update of this study alone; by default of all."
 )
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="A directory.")
+@click.option("--as", "form", type=FORMS, default="parquet", show_default=True)
 def export(
     studies: tuple[str, ...],
     plans: tuple[str, ...],
     visits: tuple[str, ...],
     runs: Path,
     to: Path,
+    form: str,
 ) -> None:
-    """Write the runs of studies, by default all, as a few Parquet files that `import` reads."""
+    """Write the runs of studies, by default all, as a few Parquet files that `import` reads.
+
+    Or as CSV files, or as runs of TensorBoard, W&B (offline) or Trackio.
+    """
     from repeatlab.store.exchange import export
+    from repeatlab.studies.viewers import export_as
 
     store = Store(runs)
     known = store.studies()
     chosen = list(studies) + [n for n in known for p in plans if n.startswith(f"{p}-")]
-    count = export(store, chosen or known, to, visits=visits or None)
+    write = export if form == "parquet" else partial(export_as, form)
+    count = write(store, chosen or known, to, visits=visits or None)
     click.echo(f"{count} runs written into {to}")
 
 
@@ -240,8 +250,8 @@ def verify(runs: Path, remove: bool) -> None:
     sys.exit(1 if found and not remove else 0)
 
 
-def _read_studies(paths: Iterable[Path]) -> list[Study]:
-    """Return the studies of parameter files."""
+def _read_studies(paths: Iterable[Path], settings: Iterable[str]) -> list[Study]:
+    """Return the studies of parameter files, with what is set in them."""
     from repeatlab.studies.parameter_files import read_job
     from repeatlab.studies.study import Study
 
@@ -250,15 +260,17 @@ def _read_studies(paths: Iterable[Path]) -> list[Study]:
         job = read_job(path, ROOT)
         if "study" not in job.parameters:
             raise ConfigError(f"{path}: parameters.study is missing: this file trains nothing")
-        study = job.parameters["study"]
-        studies.append(parse(Study, study, source=f"{path}: parameters.study"))
+        source = f"{path}: parameters.study"
+        content = with_settings(job.parameters["study"], settings, source)
+        studies.append(parse(Study, content, source=source))
     return studies
 
 
 @cli.command()
 @click.argument("parameters", nargs=-1, type=click.Path(path_type=Path))
 @RUNS
-def measure(parameters: tuple[Path, ...], runs: Path) -> None:
+@SET
+def measure(parameters: tuple[Path, ...], runs: Path, settings: tuple[str, ...]) -> None:
     """Time the parts of an update for every task of the studies; by default of params/quick.
 
     Afterwards tables can show predicted beside measured training time.
@@ -271,7 +283,7 @@ def measure(parameters: tuple[Path, ...], runs: Path) -> None:
         jobs = read_profile("quick", ROOT)
         parameters = tuple(job.source for job in jobs if "study" in job.parameters)
     found = {}
-    for study in _read_studies(parameters):
+    for study in _read_studies(parameters, settings):
         click.echo(f"measuring {study.name}")
         of_tasks = measured(study, runs, anew=True)
         found |= {f"{study.name}: {task}": one for task, one in of_tasks.items()}
@@ -281,18 +293,20 @@ def measure(parameters: tuple[Path, ...], runs: Path) -> None:
 @cli.command()
 @click.argument("task")
 @click.option("--dataset", help="By default the embedded one.")
-def check(task: str, dataset: str | None) -> None:
+@SET
+def check(task: str, dataset: str | None, settings: tuple[str, ...]) -> None:
     """Check a task at its defaults, or the tasks of a parameter file, before they are trained.
 
     Exit status 1 if a check fails.
     """
     from repeatlab.studies.checks import check
 
-    chosen: dict[str, Any] = {"": {"name": task} | ({"dataset": dataset} if dataset else {})}
+    config = {"name": task} | ({"dataset": dataset} if dataset else {})
+    chosen: dict[str, Any] = {"": with_settings(config, settings, task)}
     if Path(task).suffix == ".yaml":
         if dataset:
             raise click.UsageError("a parameter file says what its dataset is: leave --dataset out")
-        (study,) = _read_studies([Path(task)])
+        (study,) = _read_studies([Path(task)], settings)
         chosen = {f"{label}: ": config for label, config in study.tasks.items()}
     failed = False
     for label, config in chosen.items():

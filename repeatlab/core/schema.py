@@ -273,6 +273,37 @@ def _check_size(data: Any) -> None:
             parts += [*part, *part.values()] if isinstance(part, dict) else part
 
 
+def yaml_value(text: str | bytes, source: str) -> Any:
+    """Return the value that YAML from `source` holds, in UTF-8 where it is bytes.
+
+    Raises:
+        ConfigError: it is not YAML, or too large.
+    """
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        data = yaml.load(text, Loader=_Loader)
+        _check_size(data)
+    except Exception as error:  # a date such as 2024-99-99 is a ValueError, `!!bool x` a KeyError
+        raise ConfigError(_cut(f"{source}: not valid YAML: {error}")) from None
+    return data
+
+
+def with_value(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Return a mapping with another value at a dotted path; what is not there is made.
+
+    Raises:
+        ConfigError: something on the path is no mapping.
+
+    >>> with_value({"a": {"b": 1}}, "a.c.d", 2)
+    {'a': {'b': 1, 'c': {'d': 2}}}
+    """
+    name, _, rest = path.partition(".")
+    inner = content.get(name, {})
+    if rest and not isinstance(inner, dict):
+        raise ConfigError(f"{path}: {name} must be a mapping; not {shown(inner)}")
+    return content | {name: with_value(inner, rest, value) if rest else value}
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
@@ -283,12 +314,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: cannot be read: it must be a regular file")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        _check_size(data)
+        data = yaml_value(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception as error:  # a date such as 2024-99-99 is a ValueError, `!!bool x` a KeyError
-        raise ConfigError(_cut(f"{path}: not valid YAML: {error}")) from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"{path}: must hold a mapping of names to values")
     return data

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from repeatlab.core.signals import Stop
+from repeatlab.store.records import Run
 from repeatlab.studies.processes import LEAVE_SECONDS, WORKER_DIED, LocalWorkers
 
 
@@ -29,6 +30,8 @@ class Places:
         runs_per_gpu: How many workers share a GPU; they take the machine's GPUs in turn.
         lockstep: Whether runs of small networks train as groups (`repeatlab.studies.lockstep`)
             where that is faster.
+        into: Where each run that is made is shown as soon as it is done, under its name in every
+            study that it is made for: `repeatlab.studies.viewers.viewer("tensorboard", "logs")`.
     """
 
     workers: int | None = None
@@ -36,6 +39,7 @@ class Places:
     time_limit: float | None = None
     runs_per_gpu: int = 1
     lockstep: bool = True
+    into: Callable[[Run, str, str, str, int], None] | None = None
 
 
 @contextmanager

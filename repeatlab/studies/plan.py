@@ -47,10 +47,11 @@ from repeatlab.analysis.evidence import final_values
 from repeatlab.analysis.frames import Records, load
 from repeatlab.analysis.statistics import ALPHA
 from repeatlab.core.files import digest_of_content, safe_name
-from repeatlab.core.schema import ConfigError, Model, did_you_mean, parse, read_yaml
+from repeatlab.core.schema import ConfigError, Model, did_you_mean, parse, read_yaml, with_value
 from repeatlab.store.records import Store
 from repeatlab.studies.cluster import Places
 from repeatlab.studies.method_files import with_included
+from repeatlab.studies.settings import with_settings
 from repeatlab.studies.study import Report, Study, run_studies
 from repeatlab.training.config import (
     CalibrationConfig,
@@ -260,8 +261,12 @@ def is_plan(path: Path) -> bool:
     return "judged" in read_yaml(path)
 
 
-def read_plan(path: str | Path) -> Plan:
+def read_plan(path: str | Path, settings: Iterable[str] = ()) -> Plan:
     """Return the plan of a YAML file, with the methods that it includes.
+
+    Args:
+        path: The file.
+        settings: What is set in it besides; see `with_settings`.
 
     Raises:
         ConfigError: the file is missing or wrong; the message names each field.
@@ -270,7 +275,7 @@ def read_plan(path: str | Path) -> Plan:
     content = read_yaml(path)
     if isinstance(content.get("methods"), dict):
         content["methods"] = with_included(content["methods"], path, "methods")
-    return parse(Plan, content, source=str(path))
+    return parse(Plan, with_settings(content, settings, str(path)), source=str(path))
 
 
 def register(plan: Plan, store: Store, *, amend: str | None = None) -> dict[str, Any]:
@@ -342,11 +347,7 @@ def with_fields(method: MethodConfig, rate: float, fields: Mapping[str, Any]) ->
     content = method.model_dump(mode="json", exclude_unset=True)
     content["rate"] = rate * method.rate
     for path, value in fields.items():
-        *above, last = path.split(".")
-        inner = content
-        for name in above:
-            inner = inner.setdefault(name, {})
-        inner[last] = value
+        content = with_value(content, path, value)
     return MethodConfig.model_validate(content)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -252,7 +252,16 @@ def run_studies(
     alone = (study.planned() for study in studies if not study.lockstep)
     apart = {p.config.run_id for planned in alone for p in planned}
     places = places or Places(workers=workers)
-    outcomes = _make(missing, handles, store, places, apart=apart)
+
+    def show(ended: tuple[str, Outcome]) -> tuple[str, Outcome]:
+        handle = handles[ended[0]]
+        for study in studies if places.into and handle.done else ():
+            for *names, config in study.planned():
+                if config.run_id == ended[0]:
+                    places.into(handle, study.name, *names)
+        return ended
+
+    outcomes = _make(missing, handles, store, places, apart=apart, show=show)
     failed = {i: ABSENT for i in missing if not handles[i].done}
     failed |= {i: outcome.failure for i, outcome in outcomes.items() if outcome.failure}
     # The others were made by another process meanwhile.
@@ -277,15 +286,19 @@ def _make(
     places: Places,
     *,
     apart: Container[str],
+    show: Callable[[tuple[str, Outcome]], tuple[str, Outcome]],
 ) -> dict[str, Outcome]:
-    """Make what is missing, with a bar of progress; of the runs in `apart` none in lock-step."""
+    """Make what is missing, with a bar of progress; of the runs in `apart` none in lock-step.
+
+    What has ended is passed through `show` at once.
+    """
     if not missing:
         return {}
     # Once and here, so that what is not there is one message, and workers do not all fetch it.
     for task in {config.task for config in missing.values()}:
         task.prepare()
     with open_trainer(store, places) as train:
-        outcomes = train(missing, apart=apart)
+        outcomes = map(show, train(missing, apart=apart))
         try:
             return dict(tqdm(outcomes, total=len(missing), desc="runs", unit="run"))
         except Interrupted:
