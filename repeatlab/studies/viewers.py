@@ -62,7 +62,7 @@ def viewer(name: str, to: str | Path) -> Viewer:
     """Return what writes runs into a directory, also while a study runs: `Places.into`.
 
     Args:
-        name: "tensorboard", "wandb" or "trackio", an extra of the package each.
+        name: "tensorboard", "wandb" or "trackio", installed by that name.
         to: The directory. Trackio has one for each process.
 
     Raises:
@@ -71,7 +71,7 @@ def viewer(name: str, to: str | Path) -> Viewer:
     if name not in ("tensorboard", "wandb", "trackio"):
         raise ConfigError(f"a viewer must be tensorboard, wandb or trackio; not {name!r}")
     if find_spec(name) is None:
-        raise ConfigError(f"{name} must be installed: pip install 'repeatlab[{name}]'")
+        raise ConfigError(f"{name} must be installed: pip install {name}")
     to = Path(to).resolve()
     to.mkdir(parents=True, exist_ok=True)
     if name == "tensorboard":
