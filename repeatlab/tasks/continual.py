@@ -125,12 +125,7 @@ class Continual(ClassifierTask):
         config.check_sizes(self.data)  # before anything is trained
         self.first = range(config.first_classes)
         network, self.pretraining = pretrained(
-            config,
-            config.pretraining,
-            self.first,
-            self.data.classes,
-            seed=seed,
-            device=device,
+            config, config.pretraining, self.first, seed=seed, device=device
         )
         self.old = deepcopy(network).requires_grad_(False).eval()
         train = of_classes(self.data.train, range(config.first_classes, self.data.classes))
