@@ -359,7 +359,7 @@ def test_stl10_s_unlabelled_images_are_taken_from_their_file(tmp_path, monkeypat
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     sums = {name: md5(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(stl10, "STL10", stl10.Source("stl10", "", sums, {}))
+    monkeypatch.setattr(stl10, "STL10", stl10.sources.Source("stl10", "", sums, {}))
     monkeypatch.setenv("REPEATLAB_DATA", str(tmp_path))
     loaded = dataset.load_splits("stl10", validation=20)
     monkeypatch.setattr(dataset, "load_splits", lambda *_, **__: loaded)
