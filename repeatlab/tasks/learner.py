@@ -30,8 +30,8 @@ class Saved:
     """Something whose state is that of its parts.
 
     Attributes:
-        saved: By its name in the state, where each part is: modules, learners, generators, numbers.
-            What is None is left out.
+        saved: By its name in the state, where each part is: modules, learners, generators, numbers,
+            lists of such parts. What is None is left out.
     """
 
     saved: ClassVar[Mapping[str, str]] = {}
@@ -47,16 +47,26 @@ class Saved:
             part = attrgetter(path)(self)
             if isinstance(part, (int, float)):
                 setattr(self, path, state[name])
-            elif isinstance(part, torch.Generator):
-                part.set_state(state[name])
             elif part is not None:
-                part.load_state_dict(state[name])
+                _restore(part, state[name])
 
 
 def _state_of(part: Any) -> Any:
     if isinstance(part, torch.Generator):
         return part.get_state()
+    if isinstance(part, list):
+        return [_state_of(one) for one in part]
     return part.state_dict() if hasattr(part, "state_dict") else part
+
+
+def _restore(part: Any, state: Any) -> None:
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, list):
+        for one, its in zip(part, state, strict=True):
+            _restore(one, its)
+    else:
+        part.load_state_dict(state)
 
 
 class Learner(Saved):
