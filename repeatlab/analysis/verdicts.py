@@ -264,11 +264,8 @@ def _there_is_an_arm(case: _Case, found: dict[str, Comparison], better: str, wor
     """Judge a claim that an arm is better: one supports it, and none that could be refutes it."""
     states = {comparison.state for comparison in found.values()}
     if not states:
-        return (
-            NOT_TESTED,
-            f"No arm visits a batch {LEAST_DOSE} times on average, on any task",
-            found,
-        )
+        lead = f"No arm visits a batch {LEAST_DOSE} times on average, on any task"
+        return NOT_TESTED, lead, found
     if BETTER in states:
         return SUPPORTED, f"At least one arm {better}", found
     if len(found) < len(case.declared.arms):
@@ -283,9 +280,8 @@ def _there_is_an_arm(case: _Case, found: dict[str, Comparison], better: str, wor
 
 
 def _h1(case: _Case) -> Ruling:
-    return _there_is_an_arm(
-        case, case.speed, "reaches the target sooner", "reaches the target later"
-    )
+    words = "reaches the target sooner", "reaches the target later"
+    return _there_is_an_arm(case, case.speed, *words)
 
 
 def _h2(case: _Case) -> Ruling:
@@ -360,11 +356,8 @@ def _h5(case: _Case) -> Ruling:
     if not found:
         return INCONCLUSIVE, "Runs are missing", found
     if _h2(case)[0] != SUPPORTED:
-        return (
-            INCONCLUSIVE,
-            "H2 is not supported: there is no benefit whose sensitivity could be judged",
-            found,
-        )
+        lead = "H2 is not supported: there is no benefit whose sensitivity could be judged"
+        return INCONCLUSIVE, lead, found
     if all(alike) and len(found) == len(tasks):
         return SUPPORTED, "No two settings differ by more than the margin", found
     states = zip(found.values(), alike, strict=True)

@@ -21,7 +21,7 @@ from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, ch
 class ImageModelConfig(DatasetTaskConfig, OptimizationConfig):
     """Settings of a task that trains a convolutional network by SGD."""
 
-    model: Literal["cnn", "norm_cnn", "strided_cnn", "resnet18"] = "cnn"
+    model: Literal["cnn", "norm_cnn", "resnet18"] = "cnn"
     width: Annotated[int, Field(ge=1)] = 16
     """Channels of the CNNs' first layer; without effect on ResNet-18."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
