@@ -71,7 +71,7 @@ METHODS = {
 }
 # Tasks beyond the six are tried with methods that each ask something else of a task: all tasks with
 # all methods are the longest part of the suite.
-BEYOND = ("transfer", "continual", "noisy_labels", "co_teaching", "ppo", "single_index", "language")
+BEYOND = ("continual", "noisy_labels", "ppo", "single_index", "language")
 SIX = tuple(name for name in TASKS if name not in BEYOND)
 REPRESENTATIVE = (
     "standard",
@@ -99,12 +99,8 @@ REFUSED = {
     ("unsupervised", "fresh_views"): "binarize",
     ("generative", "rho_loss"): "irreducible",
     ("generative", "fresh_views"): "not augmented",
-    ("transfer", "rho_loss"): "pretraining",
     ("continual", "rho_loss"): "first half",
     ("noisy_labels", "rho_loss"): "irreducible",
-    ("co_teaching", "importance_linear"): "unbiased",
-    ("co_teaching", "prioritized"): "gradient of its own",
-    ("co_teaching", "rho_loss"): "irreducible",
     ("ppo", "hard_mining"): "lived through",
     ("ppo", "importance_linear"): "lived through",
     ("ppo", "online"): "lived through",

@@ -18,18 +18,12 @@ def kaplan_meier(times: np.ndarray, reached: np.ndarray, *, level: float = 0.95)
         Array (different times, 4): time, share after it, lower and upper limit (NaN where they are
         undefined: before the first event and where no run is left).
     """
-    from scipy.stats import ecdf
+    from scipy.stats import CensoredData, ecdf
 
-    curve = ecdf(_censored(times, reached)).sf
+    missed = ~np.asarray(reached, dtype=bool)
+    curve = ecdf(CensoredData.right_censored(np.asarray(times, dtype=float), missed)).sf
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # limits where the share is 0 or 1
         limits = curve.confidence_interval(level, method="log-log")
     columns = (curve.quantiles, curve.probabilities, limits.low.probabilities)
     return np.column_stack([*columns, limits.high.probabilities])
-
-
-def _censored(times: np.ndarray, reached: np.ndarray):
-    from scipy.stats import CensoredData
-
-    missed = ~np.asarray(reached, dtype=bool)
-    return CensoredData.right_censored(np.asarray(times, dtype=float), missed)

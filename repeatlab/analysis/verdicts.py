@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from repeatlab.analysis.declaration import LARGER_STEP, LEAST_DOSE, Declaration
 from repeatlab.analysis.evidence import Dose, Evidence, repeating
 from repeatlab.analysis.statistics import ALPHA, holm, sign_flips
 from repeatlab.analysis.updates_saved import Saved, by_seed, saved, saved_until, share_saved
+from repeatlab.core.schema import read_yaml
 
 SUPPORTED, REFUTED, EQUIVALENT = "supported", "refuted", "equivalent"
 INCONCLUSIVE, NOT_TESTED, INTERIM = "inconclusive", "not tested", "interim"
@@ -262,11 +264,8 @@ def _there_is_an_arm(case: _Case, found: dict[str, Comparison], better: str, wor
     """Judge a claim that an arm is better: one supports it, and none that could be refutes it."""
     states = {comparison.state for comparison in found.values()}
     if not states:
-        return (
-            NOT_TESTED,
-            f"No arm visits a batch {LEAST_DOSE} times on average, on any task",
-            found,
-        )
+        lead = f"No arm visits a batch {LEAST_DOSE} times on average, on any task"
+        return NOT_TESTED, lead, found
     if BETTER in states:
         return SUPPORTED, f"At least one arm {better}", found
     if len(found) < len(case.declared.arms):
@@ -281,9 +280,8 @@ def _there_is_an_arm(case: _Case, found: dict[str, Comparison], better: str, wor
 
 
 def _h1(case: _Case) -> Ruling:
-    return _there_is_an_arm(
-        case, case.speed, "reaches the target sooner", "reaches the target later"
-    )
+    words = "reaches the target sooner", "reaches the target later"
+    return _there_is_an_arm(case, case.speed, *words)
 
 
 def _h2(case: _Case) -> Ruling:
@@ -358,11 +356,8 @@ def _h5(case: _Case) -> Ruling:
     if not found:
         return INCONCLUSIVE, "Runs are missing", found
     if _h2(case)[0] != SUPPORTED:
-        return (
-            INCONCLUSIVE,
-            "H2 is not supported: there is no benefit whose sensitivity could be judged",
-            found,
-        )
+        lead = "H2 is not supported: there is no benefit whose sensitivity could be judged"
+        return INCONCLUSIVE, lead, found
     if all(alike) and len(found) == len(tasks):
         return SUPPORTED, "No two settings differ by more than the margin", found
     states = zip(found.values(), alike, strict=True)
@@ -381,50 +376,10 @@ class Hypothesis:
     rule: Callable[[_Case], Ruling]
 
 
-HYPOTHESES = (
-    Hypothesis(
-        "H1",
-        "Loss-driven repetition reaches the target in fewer updates.",
-        "Updates until the target, interpolated between evaluations, net of one-off charges; a run "
-        "that misses it, or diverges before, counts as T. Supported if an arm is better than the "
-        "standard one over all tasks; equivalent if all are, within the margin, and evaluations "
-        "are closer than it; refuted if every arm is worse or equivalent, and one is worse.",
-        _h1,
-    ),
-    Hypothesis(
-        "H2",
-        "Loss-driven repetition ends better at equal updates.",
-        "The metric at T, as updates saved: those of the standard arm's budget that ends as well, "
-        "at the rate tuned for it at T. Every p is given the rates that tuning chose. Supported if "
-        "an arm is better than the standard one over all tasks; equivalent if all are, within the "
-        "margin; refuted if every arm is worse or equivalent, and one is worse.",
-        _h2,
-    ),
-    Hypothesis(
-        "H3",
-        "High-loss batches get the extra updates, and this, not timing, dispersion or a larger "
-        "step, makes the difference.",
-        "Supported if within windows of training N goes with the first loss, and the arm ends "
-        "better than each of its controls, each part by itself significant, and H2 holds for it; "
-        "refuted if a part is reversed (Bonferroni over the parts), other than the larger step, "
-        "which has seen more fresh data; equivalent if the arm does as well as every control.",
-        _h3,
-    ),
-    Hypothesis(
-        "H4",
-        "The benefit holds on every task.",
-        "Supported if H2 is and one of its arms is better on every task, each by itself "
-        "significant; refuted if H2 is supported and each of its arms is worse on some task (Holm "
-        "over tasks).",
-        _h4,
-    ),
-    Hypothesis(
-        "H5",
-        "The benefit is insensitive to the mapping and to t.",
-        "Supported if H2 is and no two settings differ by more than the margin; refuted if H2 is "
-        "supported and some two differ (Holm over the pairs).",
-        _h5,
-    ),
+RULES = {"H1": _h1, "H2": _h2, "H3": _h3, "H4": _h4, "H5": _h5}
+HYPOTHESES = tuple(
+    Hypothesis(name, **words, rule=RULES[name])
+    for name, words in read_yaml(Path(__file__).with_name("hypotheses.yaml")).items()
 )
 
 

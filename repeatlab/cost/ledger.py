@@ -57,8 +57,8 @@ class Ledger:
         holdout_backward_samples: Samples that went backward.
         holdout_fresh_batches: Minibatches that they were trained on.
         holdout_seconds: Their training time, with that of their scoring.
-        pretraining_updates: Updates that the task itself had behind it at its start (transfer, what
-            a continual learner knows already). Every arm has the same, so that no budget counts it;
+        pretraining_updates: Updates that the task itself had behind it at its start (what a
+            continual learner knows already). Every arm has the same, so that no budget counts it;
             costs and times do.
         pretraining_forward_samples: Samples that went forward in these.
         pretraining_backward_samples: Samples that went backward.

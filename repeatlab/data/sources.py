@@ -21,6 +21,7 @@ from typing import BinaryIO
 from urllib.request import urlopen
 
 from repeatlab.core.files import temporary_beside
+from repeatlab.core.schema import read_yaml
 
 DIRECTORY_VARIABLE = "REPEATLAB_DATA"
 TIMEOUT_SECONDS = 5.0  # of one socket operation: without a network a run should say so at once
@@ -48,36 +49,12 @@ class Source:
     downloads: Mapping[str, str]
 
 
-MNIST = Source(
-    name="mnist",
-    url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-    files={
-        "MNIST/raw/train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-        "MNIST/raw/train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-        "MNIST/raw/t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-        "MNIST/raw/t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-    },
-    downloads={
-        "MNIST/raw/train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "MNIST/raw/train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-        "MNIST/raw/t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-        "MNIST/raw/t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-    },
-)
-
-CIFAR10 = Source(
-    name="cifar10",
-    url="https://www.cs.toronto.edu/~kriz/",
-    files={
-        "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
-        "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-        "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-        "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
-        "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
-    },
-    downloads={"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"},
-)
+# By name, those of `sources.yaml`.
+SOURCES = {
+    name: Source(name, **fields)
+    for name, fields in read_yaml(Path(__file__).with_name("sources.yaml")).items()
+}
+MNIST, CIFAR10 = SOURCES["mnist"], SOURCES["cifar10"]
 
 
 def data_directory(root: str | Path | None = None) -> Path:

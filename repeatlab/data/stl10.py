@@ -14,23 +14,12 @@ import torch
 from torch import Tensor
 
 from repeatlab.data import sources
-from repeatlab.data.sources import DataError, Source
+from repeatlab.data.sources import DataError
 
 SIDE = 96
 IMAGE_BYTES = 3 * SIDE * SIDE
 
-STL10 = Source(
-    name="stl10",
-    url="http://ai.stanford.edu/~acoates/stl10/",
-    files={
-        "stl10_binary/train_X.bin": "918c2871b30a85fa023e0c44e0bee87f",
-        "stl10_binary/train_y.bin": "5a34089d4802c674881badbb80307741",
-        "stl10_binary/test_X.bin": "7f263ba9f9e0b06b93213547f721ac82",
-        "stl10_binary/test_y.bin": "36f9794fa4beb8a2c72628de14fa638e",
-        "stl10_binary/unlabeled_X.bin": "5242ba1fed5e4be9e1e742405eb56ca4",
-    },
-    downloads={"stl10_binary.tar.gz": "91f7769df0f17e558f3565bffb0c7dfb"},
-)
+STL10 = sources.SOURCES["stl10"]
 
 
 class MappedImages:

@@ -7,8 +7,6 @@ imports torch.
 
 from __future__ import annotations
 
-import json
-from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -24,21 +22,15 @@ from repeatlab.cost import CostModel
 from repeatlab.figures.cost import cost_curves
 from repeatlab.figures.front_end import CSS, module
 from repeatlab.figures.look import png
-from repeatlab.repetition.mappings import MAPPINGS, Mapping
+from repeatlab.repetition.mappings import MAPPINGS
 
 # Those of `mappings.js`: not those that look at every visit's loss, which a trace has not, nor
 # recorded counts, nor draws.
-OFFERED = (
-    "constant",
-    "threshold",
-    "linear",
-    "cosine",
-    "ramp",
-    "control_limit",
-    "quantile",
-    "zscore",
+OFFERED = tuple(
+    name
+    for name, kind in MAPPINGS.items()
+    if not kind.asks_again and name not in ("trace", "uniform")
 )
-_MODULE = module(Path(__file__).with_name("mappings.js"))
 
 
 class MappingForm(anywidget.AnyWidget):
@@ -58,7 +50,7 @@ class MappingForm(anywidget.AnyWidget):
         ValueError: a name is not one of `OFFERED`, or there is no finite loss.
     """
 
-    _esm, _css = _MODULE, CSS
+    _esm, _css = module(Path(__file__).with_name("mappings.js")), CSS
     losses = traitlets.Bytes().tag(sync=True)
     max_updates = traitlets.Int().tag(sync=True)
     t = traitlets.Float().tag(sync=True)
@@ -77,18 +69,6 @@ class MappingForm(anywidget.AnyWidget):
         state = _state(losses, len(updates), [{"name": mapping, **fields}, {"name": other}], t)
         super().__init__(**state)
 
-    @property
-    def mappings(self) -> tuple[Mapping, ...]:
-        """Both mappings as the sliders have them."""
-        found = []
-        for name, fields in ((side["name"], side) for side in self.chosen):
-            kind = MAPPINGS[name]
-            given = {key: value for key, value in fields.items() if key != "name"}
-            if "levels" in given:
-                given["levels"] = tuple(np.atleast_1d(given["levels"]))
-            found.append(kind(**({"t": self.t} if kind.calibrated == "t" else {}) | given))
-        return tuple(found)
-
 
 def _state(
     losses: Iterable[float], max_updates: int, chosen: list[dict[str, Any]], t: float | None
@@ -106,50 +86,6 @@ def _state(
     positive = numbers[numbers > 0]
     t = t or (float(np.quantile(positive, 0.25)) if len(positive) else 1.0)
     return {"losses": numbers.tobytes(), "max_updates": max_updates, "t": t, "chosen": chosen}
-
-
-def mapping_page(
-    losses: Iterable[float],
-    *,
-    max_updates: int | None = None,
-    mapping: str = "linear",
-    other: str = "threshold",
-) -> str:
-    """Return a page of HTML with what `MappingForm` shows, which needs neither kernel nor network.
-
-    Args:
-        losses: First losses of fresh batches, in their order.
-        max_updates: T; by default as many as there are losses.
-        mapping: The name of the first mapping to begin with, one of `OFFERED`.
-        other: That of the second.
-
-    Raises:
-        ValueError: as `MappingForm`.
-    """
-    losses = list(losses)
-    state = _state(losses, max_updates or len(losses), [{"name": mapping}, {"name": other}], None)
-    told = json.dumps(state | {"losses": b64encode(state["losses"]).decode()})
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What would a mapping do?</title>
-<style>{CSS}</style>
-<div id="mappings"></div>
-<script type="module">
-{_MODULE}
-const state = {told};
-const bytes = Uint8Array.from(atob(state.losses), (letter) => letter.charCodeAt(0));
-state.losses = new DataView(bytes.buffer);
-const model = {{
-  get: (name) => state[name],
-  set: (name, value) => (state[name] = value),
-  save_changes: () => {{}},
-}};
-render({{ model, el: document.getElementById("mappings") }});
-</script>
-</html>
-"""
 
 
 def _named(widget: Any, name: str) -> Any:

@@ -38,10 +38,8 @@ TASKS: dict[str, str] = {
     # Where passes over one batch are the method itself.
     "ppo": "repeatlab.tasks.ppo:PPO",
     # Beyond the six: what repetition does where a network has to keep, or to doubt, what it learns.
-    "transfer": "repeatlab.tasks.transfer:Transfer",
     "continual": "repeatlab.tasks.continual:Continual",
     "noisy_labels": "repeatlab.tasks.noisy_labels:NoisyLabels",
-    "co_teaching": "repeatlab.tasks.co_teaching:CoTeaching",
     # On which it is known beforehand what there is to find.
     "single_index": "repeatlab.tasks.single_index:SingleIndex",
     # Where data may be seen once, or again and again.

@@ -21,7 +21,7 @@ from repeatlab.tasks.optimization import OptimizationConfig, OptimizerChoice, ch
 class ImageModelConfig(DatasetTaskConfig, OptimizationConfig):
     """Settings of a task that trains a convolutional network by SGD."""
 
-    model: Literal["cnn", "norm_cnn", "strided_cnn", "resnet18"] = "cnn"
+    model: Literal["cnn", "norm_cnn", "resnet18"] = "cnn"
     width: Annotated[int, Field(ge=1)] = 16
     """Channels of the CNNs' first layer; without effect on ResNet-18."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -64,14 +64,12 @@ class ClassifierTask(DatasetTask):
         return cross_entropy_bounds(logits, batch.labels)
 
 
-def make_classifier(
-    config: ClassifierConfig, data: Splits, outputs: int, *, seed: int, stream: str = "weights"
-) -> nn.Sequential:
-    """Return an encoder and a linear head behind it, with weights from a random stream."""
+def make_classifier(config: ClassifierConfig, data: Splits, *, seed: int) -> nn.Sequential:
+    """Return an encoder and a linear head behind it, with an output for every class."""
     _, channels, side, _ = data.train.images.shape
-    with drawn_from(seed, stream):
+    with drawn_from(seed):
         encoder, features = build_encoder(config.model, channels, side=side, width=config.width)
-        return nn.Sequential(encoder, nn.Linear(features, outputs))
+        return nn.Sequential(encoder, nn.Linear(features, data.classes))
 
 
 def corrupt(

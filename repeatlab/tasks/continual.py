@@ -124,14 +124,11 @@ class Continual(ClassifierTask):
         super().__init__(config, seed=seed, device=device)
         config.check_sizes(self.data)  # before anything is trained
         self.first = range(config.first_classes)
-        network, self.pretraining = pretrained(
-            config,
-            config.pretraining,
-            self.first,
-            self.data.classes,
-            seed=seed,
-            device=device,
-        )
+        # What does not matter beforehand must not keep two strategies from sharing the network.
+        shared = config.model_dump(include={"dataset", "split", "model", "width", "augment"})
+        own = ClassifierConfig(name="pretraining", **shared)
+        known = pretrained(own, config.pretraining, self.first, seed=seed, device=device)
+        network, self.pretraining = deepcopy(known)
         self.old = deepcopy(network).requires_grad_(False).eval()
         train = of_classes(self.data.train, range(config.first_classes, self.data.classes))
         if config.strategy == "replay":

@@ -31,7 +31,7 @@ class Saved:
 
     Attributes:
         saved: By its name in the state, where each part is: modules, learners, generators, numbers,
-            lists of learners. What is None is left out.
+            lists of such parts. What is None is left out.
     """
 
     saved: ClassVar[Mapping[str, str]] = {}
@@ -54,7 +54,7 @@ class Saved:
 def _state_of(part: Any) -> Any:
     if isinstance(part, torch.Generator):
         return part.get_state()
-    if isinstance(part, (list, tuple)):
+    if isinstance(part, list):
         return [_state_of(one) for one in part]
     return part.state_dict() if hasattr(part, "state_dict") else part
 
@@ -62,7 +62,7 @@ def _state_of(part: Any) -> Any:
 def _restore(part: Any, state: Any) -> None:
     if isinstance(part, torch.Generator):
         part.set_state(state)
-    elif isinstance(part, (list, tuple)):
+    elif isinstance(part, list):
         for one, its in zip(part, state, strict=True):
             _restore(one, its)
     else:
@@ -77,7 +77,6 @@ class Learner(Saved):
         config: An `OptimizationConfig` with an `lr`.
         device: Where it is trained.
         parts: The networks that it is made of, where it is not called as a whole.
-        frozen: A part that is left as it is, in evaluation mode.
         average: Whether the average of the weights is kept, where `config` asks for it.
 
     Attributes:
@@ -101,19 +100,16 @@ class Learner(Saved):
         *,
         device: str,
         parts: Sequence[nn.Module] = (),
-        frozen: nn.Module | None = None,
         average: bool = True,
     ) -> None:
         self.precision = Precision.of(config, device)
-        self._decay, self._frozen = config.ema_decay if average else 0.0, frozen
+        self._decay = config.ema_decay if average else 0.0
         own = average and config.optimizer.name == "schedule_free"
         for part in parts or (network,):
             place(part, config, device)
         self.network: Any = network
         self.average: Any = averaged(network, self._decay or own)
-        if frozen is not None:
-            frozen.requires_grad_(False)
-        self._train(True)
+        self.network.train()
         weights = [weight for weight in network.parameters() if weight.requires_grad]
         self.optimizer_step = OptimizerStep(weights, config, self.precision, device=device)
         self.optimizer = self.optimizer_step.optimizer
@@ -164,19 +160,14 @@ class Learner(Saved):
             loss = (weights * losses).mean()
         self.step(loss, average=average)
 
-    def _train(self, mode: bool) -> None:
-        self.network.train(mode)
-        if self._frozen is not None:
-            self._frozen.eval()
-
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Have the network in evaluation mode for a while."""
-        self._train(False)
+        self.network.eval()
         try:
             yield
         finally:
-            self._train(True)
+            self.network.train()
 
     def outputs(self, data: ImageSet, splits: Splits, network: Any = None) -> Tensor:
         """Return what the evaluated network makes of images as they are: float32, (n, ...).

@@ -87,34 +87,13 @@ def norm_cnn(channels: int, classes: int, *, width: int) -> nn.Module:
     )
 
 
-def strided_cnn(channels: int, classes: int, *, width: int) -> nn.Module:
-    """A convolution that halves the image at once, four more, all with BatchNorm, two poolings.
-
-    Four times the parameters of `norm_cnn` of the same width at nearly its cost: the full
-    resolution, where most of that goes, is left at the first layer.
-    """
-    return nn.Sequential(
-        *_norm_layer(channels, width, halve=True),
-        *_norm_layer(width, 2 * width),
-        nn.MaxPool2d(2),
-        *_norm_layer(2 * width, 4 * width),
-        *_norm_layer(4 * width, 4 * width),
-        nn.MaxPool2d(2),
-        *_norm_layer(4 * width, 4 * width),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4 * width, classes),
-    )
-
-
-def _norm_layer(channels: int, width: int, *, halve: bool = False) -> tuple[nn.Module, ...]:
-    kernel, stride = (4, 2) if halve else (3, 1)
-    convolution = nn.Conv2d(channels, width, kernel, stride=stride, padding=1, bias=False)
+def _norm_layer(channels: int, width: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
     return convolution, nn.BatchNorm2d(width), nn.ReLU()
 
 
 # With each, its features by its width.
-PLAIN = {"cnn": (small_cnn, 8), "norm_cnn": (norm_cnn, 4), "strided_cnn": (strided_cnn, 4)}
+PLAIN = {"cnn": (small_cnn, 8), "norm_cnn": (norm_cnn, 4)}
 
 
 def build_classifier(
@@ -123,7 +102,7 @@ def build_classifier(
     """Return a network giving (batch, classes) logits, and the size of the features before them.
 
     Args:
-        name: "cnn" (no BatchNorm), "norm_cnn", "strided_cnn" or "resnet18".
+        name: "cnn" (no BatchNorm), "norm_cnn" or "resnet18".
         channels: Of the images.
         classes: Outputs of the linear layer at the end.
         side: Height of the images in pixels: `resnet18` has its original stem from 64 upwards.

@@ -87,7 +87,7 @@ class NoisyLabels(ClassifierTask):
     def __init__(self, config: NoisyLabelsConfig, *, seed: int, device: str) -> None:
         super().__init__(config, seed=seed, device=device)
         self.learn_noisy()
-        network = make_classifier(config, self.data, self.data.classes, seed=seed)
+        network = make_classifier(config, self.data, seed=seed)
         self.train_with(Learner(network, config, device=device))
         self.updates = 0
 

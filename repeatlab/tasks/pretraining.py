@@ -6,7 +6,6 @@ seed, so that all arms of one seed start from the same network. Within a process
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import lru_cache
 from time import perf_counter
 from typing import Annotated
@@ -32,50 +31,28 @@ class PretrainingConfig(Model):
     batch_size: Annotated[int, Field(ge=1)] = 64
 
 
+@lru_cache(maxsize=4)
 def pretrained(
     config: ClassifierConfig,
     settings: PretrainingConfig,
     classes: range,
-    outputs: int,
     *,
     seed: int,
     device: str,
 ) -> tuple[nn.Sequential, dict[str, float]]:
-    """Return a classifier that has learnt some classes of `config.dataset`, and its cost.
+    """Return a classifier of all classes that has learnt some of them, and its cost.
+
+    Both are one for all who ask for the same: to be copied, and left as they are.
 
     Args:
         config: What the network is, and its data; its rate and batch size are not used.
         settings: How it is trained.
-        classes: Which classes it sees; label c is output c - classes[0].
-        outputs: Of its head, at least as many.
+        classes: Which classes it sees.
         seed: The run's seed.
         device: Where it is trained and stays.
     """
-    # What does not matter to it must not keep two tasks from sharing it.
-    own = ClassifierConfig(
-        name="pretraining",
-        dataset=config.dataset,
-        split=config.split,
-        model=config.model,
-        width=config.width,
-        augment=config.augment,
-    )
-    network, spent = _trained(own, settings, classes, outputs, seed=seed, device=device)
-    return deepcopy(network), dict(spent)
-
-
-@lru_cache(maxsize=4)
-def _trained(
-    config: ClassifierConfig,
-    settings: PretrainingConfig,
-    classes: range,
-    outputs: int,
-    *,
-    seed: int,
-    device: str,
-) -> tuple[nn.Sequential, dict[str, float]]:
     data = config.splits(seed, device)
-    network = make_classifier(config, data, outputs, seed=seed).to(device)
+    network = make_classifier(config, data, seed=seed).to(device)
     stream = make_stream(
         of_classes(data.train, classes),
         data,
@@ -87,7 +64,7 @@ def _trained(
     start = perf_counter()
     for index in range(settings.updates):
         batch = stream.fresh_batch(index)
-        loss = functional.cross_entropy(network(batch.images), batch.labels - classes[0])
+        loss = functional.cross_entropy(network(batch.images), batch.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -43,7 +43,7 @@ def config(mu: int, seed: int) -> RunConfig:
                 "name": "semisupervised",
                 "dataset": "cifar10",
                 "labels": 4000,
-                "model": "strided_cnn",
+                "model": "norm_cnn",
                 "width": 48,
                 "precision": "bfloat16",
                 "channels_last": True,

@@ -25,7 +25,6 @@ import pytest
 import yaml
 
 from repeatlab.analysis.frames import load
-from repeatlab.figures.sliders import mapping_page
 from repeatlab.studies.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -226,25 +225,6 @@ def _moves_with_its_sliders(page, form) -> None:
     assert re.match(r"fresh batch \d+", form.locator("th").first.text_content())
     values = form.locator("td.number").all_text_contents()
     assert len([value for value in values if value]) == 3
-
-
-@pytest.mark.parametrize("width", [1280, 620])
-def test_the_mapping_page_lives_without_a_kernel(page, tmp_path, width):
-    losses = [3 / (1 + step / 50) + 0.2 * (step % 3) for step in range(400)]
-    (tmp_path / "page.html").write_text(mapping_page(losses), encoding="utf-8")
-    page.set_viewport_size({"width": width, "height": 1000})
-    page.goto(f"file://{tmp_path}/page.html")
-    form = page.locator(".repeatlab")
-    form.locator("svg").wait_for()
-    _moves_with_its_sliders(page, form)
-    form.get_by_label("mapping").last.select_option("ramp")
-    before = form.locator(".said").last.text_content()
-    form.get_by_label("low").fill("8")
-    assert form.locator(".said").last.text_content() == "low must not exceed high, but 8 > 5"
-    form.get_by_label("low").fill("2")
-    assert form.locator(".said").last.text_content() != before
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.problems == []
 
 
 ARMS = {

@@ -180,7 +180,7 @@ def run(dataset: str, **fields) -> RunConfig:
     [
         {},
         {"name": "semisupervised", "labels": 12, "mu": 1},
-        {"name": "transfer", "source_classes": 2, "pretraining": {"updates": 2, "batch_size": 8}},
+        {"name": "continual", "first_classes": 2, "pretraining": {"updates": 2, "batch_size": 8}},
         {"name": "noisy_labels"},
     ],
 )

@@ -53,7 +53,7 @@ def test_all_arms_of_a_seed_have_one_split():
 
 
 def test_what_is_pretrained_never_sees_the_run_s_validation_images(monkeypatch):
-    """Transfer learns some classes beforehand: on the training part of the same split."""
+    """The first half is learnt beforehand: on the training part of the same split."""
     from repeatlab.tasks import pretraining
 
     seen = []
@@ -64,7 +64,7 @@ def test_what_is_pretrained_never_sees_the_run_s_validation_images(monkeypatch):
         return make(train, *arguments, **settings)
 
     monkeypatch.setattr(pretraining, "make_stream", watched)
-    task = {"name": "transfer", "split": "by_seed", "pretraining": {"updates": 1}}
+    task = {"name": "continual", "split": "by_seed", "pretraining": {"updates": 1}}
     config = RunConfig.from_json({"task": task, "max_updates": 1, "seed": 11})
     built = making.build_task(config, "cpu")
     (train,) = seen

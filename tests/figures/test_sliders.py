@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 from dataclasses import fields
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -15,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repeatlab.cost import CostModel
-from repeatlab.figures.sliders import OFFERED, CostForm, MappingForm, mapping_page
+from repeatlab.figures.sliders import OFFERED, CostForm, MappingForm
 from repeatlab.figures.trace import binned
 from repeatlab.repetition.loss_stats import LossStats
-from repeatlab.repetition.mappings import MAPPINGS, ControlLimit, Linear, Quantile, Threshold
+from repeatlab.repetition.mappings import MAPPINGS
 from repeatlab.repetition.repeater import BatchRepeater
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -149,17 +148,9 @@ def test_a_form_begins_with_the_first_losses_and_what_was_asked_for():
     form = MappingForm(trace([0.1, 3.0, np.nan], visits=2), "quantile", t=0.5, window=20)
     assert np.frombuffer(form.losses, "<f4").tolist() == [np.float32(0.1), 3.0]
     assert form.max_updates == 6
-    assert form.mappings == (Quantile(window=20), Threshold(t=0.5))
-
-
-def test_a_form_has_the_mappings_that_the_browser_leaves():
-    form = MappingForm(trace([1.0, 2.0, 3.0, 4.0, 5.0]))
-    assert form.mappings == (Linear(t=2.0), Threshold(t=2.0))
-    form.chosen = [
-        {"name": "quantile", "levels": 0.9, "window": 10},
-        {"name": "control_limit", "k": 2, "repeats": 3, "window": 50},
-    ]
-    assert form.mappings == (Quantile((0.9,), 10), ControlLimit(2, 3, 50))
+    assert form.chosen == [{"name": "quantile", "window": 20}, {"name": "threshold"}]
+    assert form.t == 0.5
+    assert MappingForm(trace([1.0, 2.0, 3.0, 4.0, 5.0])).t == 2.0  # the lower quartile
 
 
 def test_losses_that_are_not_positive_can_be_shown():
@@ -172,21 +163,7 @@ def test_what_cannot_be_shown_is_refused():
     with pytest.raises(ValueError, match="no finite loss"):
         MappingForm(trace([np.inf]))
     with pytest.raises(ValueError, match=r"must be one of .*; not 'trace'"):
-        mapping_page([1.0], other="trace")
-
-
-def test_a_page_needs_nothing_from_elsewhere():
-    page = mapping_page([1.0, 2.0])
-    asked = []
-
-    class Parser(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            asked.extend(value for name, value in attributes if name in ("src", "href"))
-
-    Parser().feed(page)
-    assert asked == []
-    assert "import " not in page
-    assert page.count("</script>") == 1
+        MappingForm(trace([1.0]), other="trace")
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=100), st.integers(1, 40))

@@ -32,7 +32,6 @@ from repeatlab.tasks.semisupervised import SemiSupervised
 from repeatlab.tasks.supervised import Supervised
 
 every_task = pytest.mark.parametrize("name", TASKS)
-NETWORKS = ("the first network's loss", "the second network's loss")
 
 
 @cache
@@ -78,10 +77,8 @@ def test_what_does_not_apply_says_why(name):
             "unsupervised": {"labels", "overfitting"},
             "generative": {"labels", "overfitting", "regularisation"},
             "ppo": {"labels", "overfitting", "regularisation"},
-            "transfer": {"initial loss"},
             "continual": {"initial loss"},
             "noisy_labels": set(),
-            "co_teaching": set(),
             "single_index": {"labels"},
             "language": {"inputs", "labels", "overfitting"},
         }[name]
@@ -98,7 +95,6 @@ def test_what_does_not_apply_says_why(name):
         ("unsupervised", {"loss": 44.3614}),
         ("generative", {"D's loss": 1.386294, "G's loss": 0.693147}),
         ("noisy_labels", {"loss": 2.302585}),
-        ("co_teaching", dict.fromkeys(NETWORKS, 2.302585)),
         ("language", {"loss": log(load("english", context=64, numbers=10, base=10).classes)}),
     ],
 )
@@ -278,10 +274,8 @@ OTHERS = {
     "reinforcement": "model",
     "unsupervised": "model",
     "generative": "d",
-    "transfer": "encoder",
     "continual": "model",
     "noisy_labels": "model",
-    "co_teaching": "second",
     "ppo": "model",
     "single_index": "model",
     "language": "model",
@@ -314,7 +308,7 @@ def test_a_layer_that_stays_as_it_is_is_found_in_every_task_and_named(name):
     assert "weight" in found.numbers["without a derivative"]
 
 
-@pytest.mark.parametrize("name", ["semisupervised", "transfer", "continual", "co_teaching"])
+@pytest.mark.parametrize("name", ["semisupervised", "continual", "noisy_labels"])
 def test_shuffled_labels_are_found_wherever_there_are_labels(name):
     def shuffle(task):
         data = task.stream.data
@@ -344,7 +338,7 @@ def test_pseudo_labels_take_part_in_the_gradient_check():
     assert gradient(subject(Faulty)).verdict == "fail"
 
 
-STANDARDISED = ("transfer", "continual", "noisy_labels", "co_teaching")
+STANDARDISED = ("continual", "noisy_labels")
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,10 @@ import repeatlab.studies.diagnostics.measure
 from repeatlab.analysis.frames import load
 from repeatlab.cli import ROOT, main
 from repeatlab.core.schema import ConfigError
+from repeatlab.store.measurements import Measurement, read_measurements, write_measurement
 from repeatlab.store.records import Store
 from repeatlab.studies.diagnostics.measure import Bench, measure, measured
-from repeatlab.studies.diagnostics.prediction import (
-    Measurement,
-    predict,
-    read_measurements,
-    with_prediction,
-    write_measurement,
-)
+from repeatlab.studies.diagnostics.prediction import predict, with_prediction
 from repeatlab.studies.parameter_files import read_profile
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS, TaskConfig

@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 
 from repeatlab.core.files import StoreError
 from repeatlab.cost import tau_threshold
-from repeatlab.store.measurements import measured_k, measurement_key
-from repeatlab.store.records import Run, Store
-from repeatlab.studies.diagnostics.prediction import (
+from repeatlab.store.measurements import (
     Measurement,
-    measurement_table,
-    predict,
+    measured_k,
+    measurement_key,
     read_measurements,
-    with_prediction,
     write_measurement,
 )
+from repeatlab.store.records import Run, Store
+from repeatlab.studies.diagnostics.prediction import measurement_table, predict, with_prediction
 
 TASK = {"name": "supervised", "lr": 0.1, "batch_size": 10}
 LONG = {  # an update of 100 ms, 20 ms of data

@@ -10,8 +10,12 @@ import torch
 from torch.nn import functional
 
 from repeatlab.core.schema import parse
-from repeatlab.data import load_splits
+from repeatlab.core.seeding import derive
+from repeatlab.data import TrainStream, load_splits
 from repeatlab.tasks.continual import Continual, ContinualConfig, herding
+from repeatlab.tasks.learner import encode
+from repeatlab.tasks.models import small_cnn
+from repeatlab.tasks.pretraining import PretrainingConfig, pretrained
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
@@ -31,6 +35,51 @@ def advance(task: Continual, updates: int, start: int = 0) -> list[float]:
     for index in range(start, start + updates):
         task.step(task.fresh_batch(index), lambda loss: drivers.append(loss.item()))
     return drivers
+
+
+# --- what is known beforehand -------------------------------------------------------------------
+
+
+def test_pretraining_is_a_plain_loop_on_the_first_classes():
+    data = load_splits("digits")
+    known = data.train.subset((data.train.labels < 5).nonzero().flatten().numpy())
+    torch.manual_seed(derive(3, "weights"))
+    encoder = torch.nn.Sequential(*list(small_cnn(1, 1, width=16))[:-1])
+    network = torch.nn.Sequential(encoder, torch.nn.Linear(128, 10))
+    weights = list(network.parameters())
+    velocity = [torch.zeros_like(w) for w in weights]
+    stream = TrainStream(
+        known,
+        batch_size=32,
+        seed=derive(3, "pretraining"),
+        mean=data.mean,
+        std=data.std,
+        crop_padding=1,
+    )
+    for index in range(60):
+        batch = stream.fresh_batch(index)
+        loss = functional.cross_entropy(network(batch.images), batch.labels)
+        with torch.no_grad():
+            for w, v, g in zip(weights, velocity, torch.autograd.grad(loss, weights), strict=True):
+                v.mul_(0.9).add_(g)
+                w.sub_(0.1 * v)
+    for found, expected in zip(build(seed=3).old.parameters(), weights, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("updates", "low", "high"), [(0, 0.0, 0.5), (300, 0.95, 1.0)])
+def test_pretraining_learns_its_classes_by_its_updates(updates, low, high):
+    data = load_splits("digits")
+    chosen = data.validation.labels < 5
+    network, spent = pretrained(
+        ContinualConfig(), PretrainingConfig(updates=updates), range(5), seed=0, device="cpu"
+    )
+    guesses = encode(network, data.validation, data).argmax(1)
+    accuracy = (guesses == data.validation.labels)[chosen].double().mean().item()
+    assert low <= accuracy <= high
+    assert spent["pretraining_updates"] == updates
+    assert spent["pretraining_forward_samples"] == 64 * updates
+    assert spent["pretraining_seconds"] >= 0
 
 
 # --- herding ------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_the_driver_is_the_named_loss_and_its_samples_average_to_it(driver):
     assert reported[0].item() == pytest.approx(per_sample.mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("model", ["cnn", "norm_cnn", "strided_cnn", "resnet18"])
+@pytest.mark.parametrize("model", ["cnn", "norm_cnn", "resnet18"])
 def test_before_training_the_total_is_that_of_a_guess(model):
     """ln 10, as no image passes the mask: all logits are equal."""
     task = build(model=model)
@@ -359,7 +359,7 @@ def test_stl10_s_unlabelled_images_are_taken_from_their_file(tmp_path, monkeypat
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     sums = {name: md5(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(stl10, "STL10", stl10.Source("stl10", "", sums, {}))
+    monkeypatch.setattr(stl10, "STL10", stl10.sources.Source("stl10", "", sums, {}))
     monkeypatch.setenv("REPEATLAB_DATA", str(tmp_path))
     loaded = dataset.load_splits("stl10", validation=20)
     monkeypatch.setattr(dataset, "load_splits", lambda *_, **__: loaded)
@@ -397,19 +397,16 @@ def test_networks_have_the_parameters_of_their_layers():
         name: sum(
             p.numel() for p in build_classifier(name, 3, 10, side=side, width=16)[0].parameters()
         )
-        for name, side in (("cnn", 32), ("norm_cnn", 32), ("strided_cnn", 32), ("resnet18", 96))
+        for name, side in (("cnn", 32), ("norm_cnn", 32), ("resnet18", 96))
     }
     assert count["cnn"] == (27 + 1) * 16 + (144 + 1) * 32 + (128 + 1) * 10
     assert count["norm_cnn"] == 27 * 16 + 144 * 32 + 288 * 64 + 2 * (16 + 32 + 64) + 65 * 10
-    assert count["strided_cnn"] == (
-        48 * 16 + 144 * 32 + 288 * 64 + 2 * 576 * 64 + 2 * (16 + 32 + 3 * 64) + 65 * 10
-    )
     # torchvision's own count of ResNet-18, 11,689,512, with 10 classes in place of 1,000.
     assert count["resnet18"] == 11_689_512 - 990 * 513
 
 
 def test_an_unknown_network_is_refused():
-    with pytest.raises(ValueError, match="norm_cnn, strided_cnn and resnet18; not 'vgg'"):
+    with pytest.raises(ValueError, match="cnn, norm_cnn and resnet18; not 'vgg'"):
         build_classifier("vgg", 3, 10, side=32, width=1)
 
 

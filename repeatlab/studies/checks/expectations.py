@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from math import log
 from typing import Any, Literal
 
@@ -61,12 +60,12 @@ def _near(value: float, share: float) -> tuple[float, float]:
     return value, share * value
 
 
-def _equal_classes(task: Any, batch: Any, names: Sequence[str] = ("loss",)) -> First:
+def _equal_classes(task: Any, batch: Any) -> First:
     """ln(classes): all are equally likely. FixMatch's mask is empty at first.
 
     torch's linear layer gives logits of variance 1/3 on features of variance 1, which adds 1/6.
     """
-    return dict.fromkeys(names, _near(log(task.data.classes), 0.15))
+    return {"loss": _near(log(task.data.classes), 0.15)}
 
 
 def _no_values(task: Any, batch: Any) -> First:
@@ -96,8 +95,6 @@ def _one_companion(batch: Any) -> Any:
     return batch._replace(**{name: getattr(batch, name)[::mu] for name in columns})
 
 
-# What co-teaching's losses are called.
-NETWORKS = ("the first network's loss", "the second network's loss")
 # Of a batch of `data.Batch`.
 _LABELLED: dict[str, Any] = {
     "scale": "standard",
@@ -145,9 +142,6 @@ EXPECTATIONS: dict[str, Expectations] = {
         memory="D and G move against each other: no loss falls to its lowest value",
         penalty="D and G move against each other: no loss is to rise",
     ),
-    "transfer": Expectations(
-        initial="features that were learnt have a scale of their own", **_LABELLED
-    ),
     "continual": Expectations(
         initial="it has learnt never to give the second half's labels", **_LABELLED
     ),
@@ -155,12 +149,6 @@ EXPECTATIONS: dict[str, Expectations] = {
         initial=_equal_classes,
         # The corrected loss, with a w that is no function of the network's weights.
         differentiable={"warm_up": 0, "per_sample": False},
-        **_LABELLED,
-    ),
-    "co_teaching": Expectations(
-        initial=partial(_equal_classes, names=NETWORKS),
-        # A selection that has begun.
-        differentiable={"forget_rate": 0.25, "ramp": 1},
         **_LABELLED,
     ),
     "ppo": Expectations(

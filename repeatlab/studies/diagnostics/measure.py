@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from repeatlab.core.environment import describe, pick_device
-from repeatlab.store.measurements import measurement_key
-from repeatlab.store.records import Run, RunWriter, Store
-from repeatlab.studies.diagnostics.prediction import (
+from repeatlab.store.measurements import (
     REPEATS,
     Measurement,
+    measurement_key,
     read_measurements,
     write_measurement,
 )
+from repeatlab.store.records import Run, RunWriter, Store
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS, Task, TaskConfig, load_task
 from repeatlab.training.config import EvaluationConfig, MethodConfig, RunConfig
