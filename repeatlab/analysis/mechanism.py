@@ -150,6 +150,37 @@ def loss_after_repeats(updates: pd.DataFrame) -> pd.DataFrame:
     return many.rename(columns={"size": "batches"})[["repeats", "repeat", "ratio", "batches"]]
 
 
+def batch_sharpness(updates: pd.DataFrame, *, bins: int = 20) -> pd.DataFrame:
+    """Return what batches that were visited again tell of their sharpness, over training.
+
+    On one batch dL = -eta |g|^2 + (eta^2 / 2) g'Hg for a step of plain gradient descent, up to
+    terms of third order, so that eta g'Hg / |g|^2 = 2 (dL / (eta |g|^2) + 1): the batch sharpness
+    (Andreyev and Beneventano, arXiv 2412.20553) times the rate, with dL from one visit to the next.
+    Below 2 the update has lowered its own batch's loss. It means nothing with momentum, another
+    optimizer, weight decay, clipping, dropout, or another driver than the loss that is descended.
+
+    Args:
+        updates: Of a run with `gradient_norms`; others have no rows.
+        bins: Equal stretches of the planned updates, as in `repeats_over_updates`.
+
+    Returns:
+        Columns update (the middle of the stretch), sharpness (the mean) and lowered (the share of
+        visits whose loss was lower at the next one).
+    """
+    if "squared_gradient" not in updates:
+        return pd.DataFrame(columns=["update", "sharpness", "lowered"])
+    rows, following = updates, updates.shift(-1)
+    change = following["loss"] - rows["loss"]
+    expected = rows["lr"] * rows["squared_gradient"]
+    again = following["fresh_batch"] == rows["fresh_batch"]  # and nothing in between
+    known = again & np.isfinite(change) & (expected > 0)
+    sharpness = 2 * (change / expected + 1)
+    found = pd.DataFrame({"sharpness": sharpness, "lowered": (change < 0).astype(float)})[known]
+    stretch = max(updates.attrs.get("planned", len(updates)) / bins, 1e-9)
+    means = found.groupby(rows.loc[known, "update"] // stretch).mean()
+    return means.assign(update=(means.index + 0.5) * stretch).reset_index(drop=True)
+
+
 # --- what training time explains --------------------------------------------------------------
 
 
@@ -283,4 +314,5 @@ def statistics(*, window: int = WINDOW) -> dict[str, Statistic]:
         "ratios": loss_after_repeats,
         "time": partial(time_shares, window=window),
         "transfer": partial(transfer, window=window),
+        "sharpness": batch_sharpness,
     }

@@ -168,6 +168,31 @@ def loss_ratios(ratios: pd.DataFrame, methods: Sequence[str], *, columns: int = 
     return figure
 
 
+@look.style()
+def sharpness_over_updates(sharpness: pd.DataFrame, methods: Sequence[str]) -> Figure:
+    """Draw batch sharpness times the rate over training, beside the 2 below which a repeat helps.
+
+    Args:
+        sharpness: Rows with `method`, `update`, `mean` (of `mechanism.batch_sharpness`), `low`,
+            `high` and `n`.
+        methods: Which; one without a row is left out.
+    """
+    figure, ((axes,),) = look.panels(1, 1, width=look.FULL_WIDTH * 0.6, height=2.4)
+    axes.axhline(2, lw=0.6, color=look.GREY)
+    for method in look.in_order(methods):
+        curve = sharpness[sharpness["method"] == method].sort_values("update")
+        if len(curve):
+            _curve(axes, curve, method)
+    axes.set_xlabel("gradient updates")
+    axes.set_ylabel("batch sharpness x learning rate")
+    look.counts_axis(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    if not len(sharpness):
+        look.say(axes, "no run with gradient_norms")
+    look.caption(figure, f"Mean and 95 % t-interval over seeds, {look.said_n(sharpness['n'])}")
+    return figure
+
+
 def _curve(axes: Axes, curve: pd.DataFrame, method: str) -> None:
     """Draw a method's mean over updates, with its limits as a band."""
     axes.plot(curve["update"], curve["mean"], label=look.label(method), **look.line(method))

@@ -321,6 +321,49 @@ def test_every_n_is_a_piece_of_its_methods_bar():
     assert "no run" in said
 
 
+def test_the_sharpness_of_a_quadratic_is_its_curvature_times_the_rate():
+    """L = h w^2 / 2 under gradient descent; above 2 a repeat raises its batch's loss."""
+    rows = []
+    for batch, (curvature, visits) in enumerate([(4.0, 3), (30.0, 2), (4.0, 1)]):
+        w = 1.0 + batch
+        for visit in range(visits):
+            loss, gradient = curvature * w**2 / 2, curvature * w
+            rows.append((len(rows), batch, visit, visits, loss, 0.1, 0.0, gradient**2))
+            w -= 0.1 * gradient
+    columns = [*_updates([[1.0]]).columns, "squared_gradient"]
+    found = mechanism.batch_sharpness(pd.DataFrame(rows, columns=columns), bins=2)
+    assert found["update"].tolist() == [1.5, 4.5]
+    assert found["sharpness"].tolist() == pytest.approx([0.4, 3.0])
+    assert found["lowered"].tolist() == [1.0, 0.0]
+
+
+def test_visits_with_others_in_between_and_runs_without_norms_have_no_sharpness():
+    rows = _updates([[1.0, 0.5], [2.0, 1.0]])
+    assert not len(mechanism.batch_sharpness(rows))
+    spaced = rows.assign(squared_gradient=1.0).iloc[[0, 2, 1, 3]].assign(update=range(4))
+    assert not len(mechanism.batch_sharpness(spaced))
+
+
+def test_sharpness_is_a_line_for_each_method_beside_two():
+    frame = pd.DataFrame(
+        {
+            "method": ["fixed2", "fixed2", "linear"],
+            "update": [1.0, 3.0, 1.0],
+            "mean": [0.5, 1.5, 2.5],
+            "low": [0.4, 1.2, 2.0],
+            "high": [0.6, 1.8, 3.0],
+            "n": 3,
+        }
+    )
+    (axes,) = draw.sharpness_over_updates(frame, ["fixed2", "linear", "random"]).axes
+    limit, *curves = axes.lines
+    assert list(limit.get_ydata()) == [2, 2]
+    found = {tuple(curve.get_ydata()) for curve in curves}
+    assert found == {(0.5, 1.5), (2.5,)}
+    (axes,) = draw.sharpness_over_updates(frame[:0], ["fixed2"]).axes
+    assert "gradient_norms" in " ".join(text.get_text() for text in axes.texts)
+
+
 def test_figures_of_nothing_say_so():
     nothing = mechanism.over_seeds(pd.DataFrame(), ["method"], "own")
     figure = draw.transfer_rows({"t": {"own": nothing, "other": nothing}}, ["linear"])
