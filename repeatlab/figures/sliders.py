@@ -1,27 +1,21 @@
-"""Forms with sliders for a notebook: what a mapping, or other hardware, would change.
+"""A form with sliders for a notebook: what a mapping would have done over recorded losses.
 
 `MappingForm` asks two mappings for their N over the losses that a run has recorded, in the browser
-(`mappings.js`), with a kernel or without; `CostForm` asks a cost model for its curves. Never
-imports torch.
+(`mappings.js`), with a kernel or without. Never imports torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anywidget
-import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import traitlets
 
-from repeatlab.cost import CostModel
-from repeatlab.figures.cost import cost_curves
 from repeatlab.figures.front_end import CSS, module
-from repeatlab.figures.look import png
 from repeatlab.repetition.mappings import MAPPINGS
 
 # Those of `mappings.js`: not those that look at every visit's loss, which a trace has not, nor
@@ -86,51 +80,3 @@ def _state(
     positive = numbers[numbers > 0]
     t = t or (float(np.quantile(positive, 0.25)) if len(positive) else 1.0)
     return {"losses": numbers.tobytes(), "max_updates": max_updates, "t": t, "chosen": chosen}
-
-
-def _named(widget: Any, name: str) -> Any:
-    widget.description = name
-    widget.style.description_width = "7em"
-    return widget
-
-
-class CostForm(widgets.VBox):
-    """Sliders for hardware that is not at hand; the cost model's curves follow.
-
-    Args:
-        model: The cost model to begin with, such as a measured one.
-        presample: p to begin with.
-
-    Attributes:
-        model: The cost model as the sliders have it.
-    """
-
-    def __init__(self, model: CostModel, *, presample: float = 3.0) -> None:
-        self._measured = self.model = model
-        speed = widgets.FloatLogSlider(1, min=-1, max=3, step=0.05, readout_format=".3g")
-        milliseconds = 1000 * max(model.data, 1e-7)
-        data = widgets.FloatLogSlider(milliseconds, min=-4, max=4, step=0.02, readout_format=".3g")
-        k = widgets.FloatSlider(model.backward_ratio, min=0.1, max=6, step=0.01)
-        p = widgets.FloatSlider(presample, min=1, max=10, step=0.1)
-        self._sliders = {"times as fast": speed, "data (ms)": data, "k": k, "presample": p}
-        for name, slider in self._sliders.items():
-            _named(slider, name)
-            slider.observe(self._redraw, "value")
-        # Else a box stretches what is in it to its own width.
-        self._picture = widgets.Image(format="png", layout={"align_self": "flex-start"})
-        super().__init__([*self._sliders.values(), self._picture])
-        self._redraw()
-
-    def _redraw(self, change: Any = None) -> None:
-        speed, data, k, p = (slider.value for slider in self._sliders.values())
-        measured = self._measured
-        self.model = replace(
-            measured,
-            forward=measured.forward / speed,
-            backward_ratio=k,
-            optimizer=measured.optimizer / speed,
-            recording=measured.recording / speed,
-            scoring=None if measured.scoring is None else measured.scoring / speed,
-            data=data / 1000,
-        )
-        self._picture.value = png(cost_curves(self.model, presample=p))

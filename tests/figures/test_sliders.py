@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repeatlab.cost import CostModel
-from repeatlab.figures.sliders import OFFERED, CostForm, MappingForm
+from repeatlab.figures.sliders import OFFERED, MappingForm
 from repeatlab.figures.trace import binned
 from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import MAPPINGS
@@ -172,30 +171,3 @@ def test_bins_keep_the_sum_and_are_few(values, most):
     assert len(means) <= most
     assert (edges[0], edges[-1]) == (0, len(values))
     assert (means * np.diff(edges)).sum() == pytest.approx(sum(values), abs=1e-9)
-
-
-def slider(form, name):
-    """Return the form's slider with this description."""
-    (found,) = [w for w in form.children if getattr(w, "description", None) == name]
-    return found
-
-
-def test_a_cost_form_begins_with_what_was_measured_and_follows_its_sliders():
-    measured = CostModel(
-        forward=2e-5, backward_ratio=1.5, batch_size=64, optimizer=1e-4, data=4e-3, scoring=1e-5
-    )
-    form = CostForm(measured)
-    # A log slider keeps its exponent, so that a value comes back rounded.
-    assert form.model.update == pytest.approx(measured.update)
-    assert form.model.data == pytest.approx(measured.data)
-    picture = bytes(form.children[-1].value)
-    assert picture.startswith(PNG)
-    slider(form, "times as fast").value = 10
-    assert form.model.update == pytest.approx(measured.update / 10)
-    assert form.model.scoring == pytest.approx(1e-6)
-    assert form.model.free_repeats() == pytest.approx(10 * measured.free_repeats())
-    slider(form, "k").value = 3.0
-    assert form.model.update == pytest.approx((4 * 64 * 2e-5 + 1e-4) / 10)
-    slider(form, "data (ms)").value = 100
-    assert form.model.data == pytest.approx(0.1)
-    assert form.children[-1].value != picture
