@@ -17,7 +17,7 @@ from repeatlab.analysis.comparison import comparison_table
 from repeatlab.analysis.declaration import LARGER_STEP
 from repeatlab.analysis.frames import RUN_KEYS, Records, mean_and_limits
 from repeatlab.analysis.paired_differences import Endpoint, pairs
-from repeatlab.store.records import Run, fresh_batches
+from repeatlab.store.records import UPDATES, Run, fresh_batches
 
 WINDOW = 50
 SAME_DATA = f"{LARGER_STEP}_same_data"
@@ -48,9 +48,10 @@ def by_run(
             for place, key in enumerate(RUN_KEYS):
                 frame.insert(place, key, getattr(row, key))
             pieces[name].append(frame)
-    empty = pd.DataFrame(columns=RUN_KEYS)
+    keys, unmade = pd.DataFrame(columns=RUN_KEYS), UPDATES.empty_table().to_pandas()
     return {
-        name: pd.concat(frames, ignore_index=True) if frames else empty
+        # Without a run there are the columns all the same: figures then say so.
+        name: pd.concat(frames or [keys.join(statistics[name](unmade)[:0])], ignore_index=True)
         for name, frames in pieces.items()
     }
 

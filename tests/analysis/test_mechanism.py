@@ -218,6 +218,9 @@ def test_statistics_are_made_run_by_run_and_only_of_those_that_are_done(tmp_path
     assert alone["shares"]["method"].tolist() == ["linear", "linear"]
     nothing = mechanism.by_run(records, statistics, methods=["absent"])
     assert mechanism.mean_shares(nothing["shares"], "t").empty
+    for name, frame in nothing.items():
+        assert frame.empty
+        assert list(frame.columns) == list(found[name].columns)
 
 
 def test_the_stretches_of_a_run_that_ended_early_are_those_of_the_plan(tmp_path):
