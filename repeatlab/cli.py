@@ -316,6 +316,17 @@ def check(task: str, dataset: str | None, settings: tuple[str, ...]) -> None:
     sys.exit(1 if failed else 0)
 
 
+@cli.command()
+@click.argument("kind", type=click.Choice(("mapping", "task", "notebook")))
+@click.argument("name")
+def new(kind: str, name: str) -> None:
+    """Write into this clone all that a mapping, task or notebook NAME needs, to be filled in."""
+    from repeatlab.report.scaffolding import scaffold
+
+    for line in scaffold(kind, name):
+        click.echo(line)
+
+
 def main() -> None:
     """Run the command line.
 

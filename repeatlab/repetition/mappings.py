@@ -402,6 +402,8 @@ class Trace(Mapping):
         return self.counts[stats.index]
 
 
+# `repeatlab new mapping` writes a class here.
+
 MAPPINGS: dict[str, type[Mapping]] = {
     "constant": Constant,
     "uniform": Uniform,
@@ -416,4 +418,5 @@ MAPPINGS: dict[str, type[Mapping]] = {
     "quantile": Quantile,
     "zscore": ZScore,
     "trace": Trace,
+    # `repeatlab new mapping` writes a line here.
 }

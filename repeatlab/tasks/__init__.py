@@ -44,11 +44,13 @@ TASKS: dict[str, str] = {
     "single_index": "repeatlab.tasks.single_index:SingleIndex",
     # Where data may be seen once, or again and again.
     "language": "repeatlab.tasks.language:Language",
+    # `repeatlab new task` writes a line here.
 }
 
 
 # Part of the identity of every run of these tasks: raised when a task's code means something else.
 VERSIONS = dict.fromkeys(TASKS, 1)
+# `repeatlab new task` leaves one out here.
 
 
 def version(name: str) -> int | str:

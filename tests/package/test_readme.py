@@ -84,7 +84,8 @@ def test_links_lead_somewhere(target):
 
 
 def test_it_is_read_aloud_in_five_minutes():
-    assert len(prose(README).split()) < 5 * 155
+    tasks = marked(README, "tasks")  # a table that grows, and nobody reads aloud
+    assert len(prose(README.replace(tasks, "")).split()) < 5 * 155
 
 
 @both_pages

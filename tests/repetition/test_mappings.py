@@ -41,6 +41,7 @@ EXAMPLES = {
     "quantile": [Quantile(window=8), Quantile(levels=(0.2, 0.5, 0.9), window=5)],
     "zscore": [ZScore(window=8), ZScore(step=0.3, max_repeats=4, window=5)],
     "trace": [Trace(counts=(3, 1, 2, 5) * 10)],
+    # `repeatlab new mapping` writes a line here.
 }
 
 

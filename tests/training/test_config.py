@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from itertools import product
 from types import SimpleNamespace
 
@@ -20,12 +21,9 @@ from repeatlab.training.config import MethodConfig, RunConfig
 
 BASE = {"task": {"name": "supervised"}, "max_updates": 100}
 REQUIRED = {
-    "threshold": {"t": 1.5},
-    "linear": {"t": 1.5},
-    "until": {"t": 1.5},
-    "while": {"t": 1.5},
-    "trace": {"counts": [3, 1, 2] * 17},
-}
+    name: {field.name: 1.5 for field in fields(kind) if field.default is MISSING}
+    for name, kind in MAPPINGS.items()
+} | {"trace": {"counts": [3, 1, 2] * 17}}
 
 
 def run_config(**fields) -> RunConfig:
@@ -33,7 +31,7 @@ def run_config(**fields) -> RunConfig:
 
 
 def mapping(name: str, **fields) -> dict:
-    return {"mapping": {"name": name} | REQUIRED.get(name, {}) | fields}
+    return {"mapping": {"name": name} | REQUIRED[name] | fields}
 
 
 def refusal(**fields) -> str:

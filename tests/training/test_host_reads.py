@@ -102,8 +102,12 @@ def _addresses(values: Any) -> list[int]:
 
 
 def tensors(data: Any) -> list[torch.Tensor]:
-    """Return what a data set's samples lie in: images and labels, or sequences."""
-    return [data] if isinstance(data, torch.Tensor) else [data.images, data.labels]
+    """Return what a data set's samples lie in, whatever holds them."""
+    found = []
+    for leaf in tree_leaves(data):
+        inside = list(vars(leaf).values()) if hasattr(leaf, "__dict__") else []
+        found += [leaf] if isinstance(leaf, torch.Tensor) else tensors(inside)
+    return found
 
 
 def run_config(
@@ -129,11 +133,8 @@ def counted(monkeypatch) -> Iterator[list[int]]:
     def begun(self, state=None):
         begin(self, state)
         weights = [t for n in networks(self.task).values() for t in n.state_dict().values()]
-        data = getattr(self.task, "data", None)
-        splits = [] if data is None else tensors(data.train)
-        stream = getattr(self.task, "stream", None)
-        drawn = [] if stream is None else tensors(stream.data)
-        mode.begin([*weights, *splits, *drawn])
+        drawn = getattr(getattr(self.task, "stream", None), "data", None)
+        mode.begin([*weights, *tensors([getattr(self.task, "data", None), drawn])])
         within.enter_context(mode)
         within.enter_context(DeviceCopies(mode))
 
