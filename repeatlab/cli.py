@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from runpy import run_path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -321,9 +322,12 @@ def check(task: str, dataset: str | None, settings: tuple[str, ...]) -> None:
 @click.argument("name")
 def new(kind: str, name: str) -> None:
     """Write into this clone all that a mapping, task or notebook NAME needs, to be filled in."""
-    from repeatlab.report.scaffolding import scaffold
-
-    for line in scaffold(kind, name):
+    root = PLACES[0]
+    script = root / "docs" / "scaffolding.py"  # no part of what is installed, which it adds to
+    if not script.is_file():
+        said = "must be a clone of the repository: nothing can be added to an installed package"
+        raise ConfigError(f"{root} {said}")
+    for line in run_path(str(script))["scaffold"](kind, name):
         click.echo(line)
 
 

@@ -178,10 +178,7 @@ def parameter_names(notebook: Path) -> set[str]:
 
 def _syntax_tree(source: str) -> ast.Module:
     """Return the tree of a cell, which may hold magics such as `%matplotlib inline`."""
-    try:
-        return ast.parse(source)
-    except SyntaxError:
-        from IPython.core.inputtransformer2 import TransformerManager
+    from IPython.core.inputtransformer2 import TransformerManager
 
-        first, _, rest = source.lstrip().partition("\n")  # `%%time` is the whole cell's
-        return ast.parse(TransformerManager().transform_cell(rest if first[:2] == "%%" else source))
+    first, _, rest = source.lstrip().partition("\n")  # `%%time` is the whole cell's
+    return ast.parse(TransformerManager().transform_cell(rest if first[:2] == "%%" else source))

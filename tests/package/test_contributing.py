@@ -120,8 +120,10 @@ def made(bare, said):
 
 REFUSED = """
 import sys
+from repeatlab.cli import PLACES
 from repeatlab.core.schema import ConfigError
-from repeatlab.report.scaffolding import scaffold
+sys.path.insert(0, str(PLACES[0] / "docs"))
+from scaffolding import scaffold
 for asked in sys.argv[1:]:
     try:
         scaffold(*asked.split())

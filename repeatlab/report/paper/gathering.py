@@ -110,11 +110,10 @@ def gather(
         (directory / "tables" / f"{name}.tex").write_text(latex, encoding="utf-8")
     entries = [_figure(name, shown[name], Path(figures), directory) for name in shown]
     parts = [*planned.stages.values(), *planned.budgets.values()] if planned else []
-    hours = core_hours([viewed.records, *parts])
     written = {
         "verdicts": _plain(verdicts),
         "banner": _banner(profile, viewed, tables["studies"], [] if known else [plan])
-        | {"core_hours": hours},
+        | {"core_hours": core_hours([viewed.records, *parts])},
         "rules": _plain(_rules(planned)),
         "figures": entries,
     }

@@ -27,14 +27,9 @@ def scaffold(kind: str, name: str) -> list[str]:
     """Write what a "mapping", "task" or "notebook" needs; return a line for each file.
 
     Raises:
-        ConfigError: the package is in no clone, or the name is none or taken; nothing is written.
+        ConfigError: the name is none, or taken, or a file has no place for it; nothing is written.
     """
-    root = Path(__file__).resolve().parents[2]
-    if not all((root / part).is_dir() for part in ("docs", "notebooks", "params", "tests")):
-        raise ConfigError(
-            f"{root} must be a clone of the repository, with docs/, notebooks/, params/ and tests/:"
-            " nothing can be added to an installed package"
-        )
+    root = Path(__file__).resolve().parents[1]
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,23}", name) or iskeyword(name):
         raise ConfigError(
             f"name must be in snake_case, as square_root, of 24 characters at most; not {name!r}"
