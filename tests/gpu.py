@@ -96,7 +96,7 @@ def updates(device: str, toy: bool) -> Iterator[dict[str, Any]]:
 
                 rates[arm] = reported(task, repeater)
             for arm, update in rates.items():
-                row[f"{arm}, updates/s"] = timed(device, update, 0.01 if toy else 3.0)
+                row[f"{arm}, updates/s"] = timed(device, update, 0.01 if toy else 1.0)
             if device == "cuda":
                 row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
         except Exception as error:  # the other tasks are to be timed all the same
@@ -112,7 +112,7 @@ def worker(device: str, toy: bool) -> None:
         task.step(batch, lambda *_: None)
     print("ready", flush=True)
     sys.stdin.readline()
-    print(timed(device, lambda: task.step(batch, lambda *_: None), 0.01 if toy else 5.0))
+    print(timed(device, lambda: task.step(batch, lambda *_: None), 0.01 if toy else 3.0))
 
 
 def processes(device: str, toy: bool) -> Iterator[dict[str, Any]]:
@@ -156,7 +156,7 @@ def resnet(device: str, toy: bool) -> Iterator[dict[str, Any]]:
             loss.backward()
             optimizer.step()
 
-        row = {"format": name, "images/s": count * timed(device, update, 0.01 if toy else 10.0)}
+        row = {"format": name, "images/s": count * timed(device, update, 0.01 if toy else 4.0)}
         if device == "cuda":
             row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
         yield row

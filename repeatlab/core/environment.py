@@ -11,7 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("repeatlab", "torch", "torchvision", "numpy", "scikit-learn", "gymnasium")
+from repeatlab import __version__
+
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "gymnasium")
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -20,7 +22,8 @@ def describe(device: str) -> dict[str, Any]:
 
     return {
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        # Its own from its source: on a path it runs without being installed.
+        "versions": {"repeatlab": __version__} | {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": processor(),
         "cores": os.cpu_count(),

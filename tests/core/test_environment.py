@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
+import repeatlab
 from repeatlab.core import environment
 
 FILES = (
@@ -100,3 +102,18 @@ def test_outside_git_there_is_no_commit(tmp_path, monkeypatch):
         environment, "__file__", str(tmp_path / "repeatlab" / "core" / "environment.py")
     )
     assert commit() is None
+
+
+def test_a_run_from_the_source_alone_knows_its_versions(monkeypatch):
+    """As on a machine where the package lies on the path and is not installed."""
+
+    def of_installed(name):
+        if name == "repeatlab":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(environment, "version", of_installed)
+    assert environment.describe("cpu")["versions"] == {
+        "repeatlab": repeatlab.__version__,
+        **{name: version(name) for name in environment.PACKAGES},
+    }

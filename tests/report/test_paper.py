@@ -28,7 +28,7 @@ from repeatlab.figures import save_figure
 from repeatlab.report.paper import gather, typeset, write_results
 from repeatlab.report.paper.results import results
 from repeatlab.store.exchange import import_runs
-from repeatlab.store.measurements import measurement_key
+from repeatlab.store.measurements import Measurement, write_measurement
 from repeatlab.store.records import Store
 from repeatlab.studies.parameter_files import read_job
 
@@ -117,11 +117,19 @@ def places(tmp_path_factory):
     content = {"digest": "abcdef0123456789", "changes": changes, "declaration": asdict(DECLARED)}
     store.write_plan("tiny", content | {"rates": {"letters": dict.fromkeys(METHODS, choice)}})
     # Of the task on this processor: a sample's backward takes 0.75 of a forward.
-    measured = {"parts": {"forward": 2.0, "backward": 3.0}, "environment": {"processor": "Abacus"}}
-    measured |= {"forward_samples": 8, "backward_samples": 16}
-    (root / "runs" / "measurements").mkdir()
-    key = measurement_key(TASK, "cpu", 1)
-    (root / "runs" / "measurements" / f"{key}.json").write_text(json.dumps(measured))
+    measured = Measurement(
+        task=TASK,
+        device="cpu",
+        threads=1,
+        batch_size=8,
+        forward_samples=8,
+        backward_samples=16,
+        parts={"forward": 2.0, "backward": 3.0},
+        loops={},
+        spread={},
+        environment={"processor": "Abacus"},
+    )
+    write_measurement(store, measured)
     figure = Figure()
     figure.add_subplot().plot([1, 2])
     save_figure(
