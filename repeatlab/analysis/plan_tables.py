@@ -44,7 +44,7 @@ def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validatio
     more than once), seeds, diverged (of the arm's runs), equal_pairs, saved, low, high (share of
     updates, 95 %), reuse, reuse_low, reuse_high (E(N): fresh batches that the standard arm needs
     for the arm's metric, over those that the arm used), p, p_adjusted (Holm over the table), state
-    by it and the margin; "not tested" where an arm that is to repeat does not.
+    by it and the margin; "not tested" where an arm that is to repeat hardly does.
     """
     records, values = plan.stages[stage], plan.values(stage, split)
     rows = []
@@ -58,7 +58,11 @@ def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validatio
             choice = plan.rates.get(task, {}).get(arm) if stage == "own" else None
             low, high, _ = effect.interval
             reuse = [ratio * dose.mean for ratio in (effect.ratio, low, high)]
-            tested = arm not in plan.declared.repeating or dose.mean >= LEAST_DOSE
+            diverged = int(np.isnan([*of_task.arms[arm].values()]).sum())
+            # Others that repeat a little are nearly the standard arm as well, unless they diverge.
+            hardly = 1 < dose.mean < LEAST_DOSE and not diverged
+            asked = arm in plan.declared.repeating
+            tested = not hardly and (dose.mean >= LEAST_DOSE or not asked)
             rows.append(
                 {
                     "effect": effect,
@@ -69,7 +73,7 @@ def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validatio
                     "mean_n": dose.mean,
                     "repeated": dose.repeated,
                     "seeds": effect.seeds,
-                    "diverged": int(np.isnan([*of_task.arms[arm].values()]).sum()),
+                    "diverged": diverged,
                     "equal_pairs": effect.equal,
                     **_shares(effect),
                     **dict(zip(["reuse", "reuse_low", "reuse_high"], reuse, strict=True)),

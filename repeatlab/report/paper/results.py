@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from repeatlab.analysis.declaration import LEAST_DOSE
 from repeatlab.analysis.frames import LOWER_IS_BETTER
 from repeatlab.analysis.statistics import ALPHA, smallest_p
 from repeatlab.analysis.verdicts import BETTER, EQUIVALENT, NOT_TESTED, UNDECIDED, WORSE
@@ -17,7 +18,18 @@ from repeatlab.report.paper.wording import bound, dose_words, percent, rate_word
 
 NAME = "results.md"
 # Of all arms the ones that a first look needs; `tables/final.csv` of the paper has all.
-ARMS = ("standard", "cosine", "importance", "fixed2", "random", "threshold", "linear")
+ARMS = (
+    "standard",
+    "cosine",
+    "importance",
+    "fixed2",
+    "random",
+    "threshold",
+    "linear",
+    "linear_t",
+    "quantile",
+    "until",
+)
 NOTHING = "-"
 
 
@@ -67,6 +79,9 @@ def _judged(gathered: Gathered) -> list[str]:
         f"{percent(rules['margin'])} of updates saved, every arm at its own learning rate, tuned "
         f"with equal effort.{changed} {rules['decides']}"
     )
+    unmade = [task for task in rules["tasks"] if task not in set(gathered.tables["arms"]["task"])]
+    if unmade:
+        follows += f" Of its tasks these are not run yet: {', '.join(unmade)}."
     beside = list(verdicts[0]["views"])
     rows, sides = [], []
     for one in verdicts:
@@ -99,7 +114,7 @@ def _arms(arms: pd.DataFrame) -> list[str]:
             f"`{row.arm}`",
             f"{row.rate:g}",
             f"{row.mean_n:.2f}",
-            f"{_estimate(row.saved)} [{percent(bound(row.low))}, {percent(bound(row.high))}]",
+            f"{_estimate(row.saved)} [{_limits(row.low, row.high)}]",
             f"{row.p_adjusted:.2g}",
             str(row.seeds),
             str(row.diverged),
@@ -110,7 +125,10 @@ def _arms(arms: pd.DataFrame) -> list[str]:
     heads = ["task", "arm", "own rate", "visits a batch", "updates saved [95 %]", "p (Holm)", "n"]
     return [
         "At equal updates, against standard training, over all arms (controls too). p is Holm's "
-        f"over the {len(arms)} comparisons; an interval is of one comparison.{_blind(arms)}",
+        f'over the {len(arms)} comparisons; an interval is of one comparison, and "anything" is '
+        "what the budgets that were tried leave open. Better and worse: p below 0.05. Equivalent: "
+        "the 90 % interval lies within the margin. Not tested: the loss decides on repeats, and a "
+        f"batch has fewer than {LEAST_DOSE} visits. Undecided: the rest.{_blind(arms)}",
         "\n".join(said),
         _table([*heads, "diverged", "is"], numbers),
     ]
@@ -132,6 +150,12 @@ def _estimate(saved: float) -> str:
     if saved == 1:
         return "better than every budget"
     return percent(saved) if isfinite(saved) else "worse than every budget"
+
+
+def _limits(low: float, high: float) -> str:
+    if not isfinite(low) and high == 1:
+        return "anything"
+    return f"{percent(bound(low))}, {percent(bound(high))}"
 
 
 def _told(of_task: pd.DataFrame) -> str:

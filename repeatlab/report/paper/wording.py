@@ -41,6 +41,7 @@ def registered(plan: PlanRecords) -> dict[str, Any]:
     return {
         "plan": plan.name,
         "digest": plan.digest,
+        "tasks": list(declared.goals),
         "seeds": " to ".join(map(str, planned[:1] + planned[1:][-1:])),
         "margin": declared.margin,
         "changes": plan.changes,
