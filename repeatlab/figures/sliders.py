@@ -16,15 +16,10 @@ import pandas as pd
 import traitlets
 
 from repeatlab.figures.front_end import CSS, module
-from repeatlab.repetition.mappings import MAPPINGS
 
-# Those of `mappings.js`: not those that look at every visit's loss, which a trace has not, nor
-# recorded counts, nor draws.
-OFFERED = tuple(
-    name
-    for name, kind in MAPPINGS.items()
-    if not kind.asks_again and name not in ("trace", "uniform")
-)
+# Those that `mappings.js` knows: not those that look at every visit's loss, which a trace has not,
+# nor recorded counts, nor draws. One that is written there too is named here.
+OFFERED = tuple("constant threshold linear cosine ramp control_limit quantile zscore".split())
 
 
 class MappingForm(anywidget.AnyWidget):

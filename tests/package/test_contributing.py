@@ -289,6 +289,7 @@ def test_the_notebook_of_ones_own_shows_what_it_keeps(made):
 
 # What the package's own tests ask of a new mapping, sampler, control, task and notebook.
 CONTRACT = (
+    "figures/test_sliders",
     "repetition/test_mappings",
     "package/test_guides",
     "package/test_hosted",
@@ -306,6 +307,7 @@ CONTRACT = (
 )
 # And those that hold all of a kind at once.
 TOGETHER = (
+    "test_the_browser_knows_the_mappings_offered_with_all_their_fields",
     "test_every_registered_mapping_is_under_contract",
     "test_the_guide_to_mappings_lists_all",
     "test_the_guide_to_controls_lists_all",
