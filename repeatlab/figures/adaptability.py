@@ -27,7 +27,8 @@ SHARES = ["saved", "low", "high", "mean", "new_low", "new_high"]
 def heat_map(arms: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     """Draw the updates saved and their interval, arm by task; to the right over these tasks.
 
-    A frame marks what is decided.
+    A frame marks what is decided; what the budgets leave wholly open, and what was not tested, is
+    grey.
 
     Args:
         arms: The table "arms" of `plan_tables`.
@@ -42,7 +43,8 @@ def heat_map(arms: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     for row in _in_per_cent(rows).itertuples():
         place = (columns.get(row.task, last), methods.index(row.arm))
         framed = row.state in ("better", "worse")
-        _cell(axes, place, row.saved, (row.low, row.high), framed=framed)
+        nothing = row.state == "not tested" or (np.isinf(row.low) and row.high == 100)
+        _cell(axes, place, row.saved, (row.low, row.high), framed=framed, nothing=nothing)
     axes.set_xlim(-0.5, len(tasks) + 0.65)
     axes.set_ylim(max(1, len(methods)) - 0.5, -0.5)
     heads = [f"{task}\n{look.said_n(n)}" for task, n in arms.groupby("task", sort=False)["seeds"]]
@@ -52,7 +54,8 @@ def heat_map(arms: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     axes.spines[:].set_visible(False)
     figure.supxlabel(
         "% of updates saved against standard, [95 % interval]; positive is better\n"
-        "\u221e: beyond every budget that was tried; framed: decided after Holm; blank: no runs",
+        "\u221e: beyond every budget that was tried; framed: decided after Holm; grey: wholly open, "
+        "or not tested",
         fontsize=7,
     )
     return figure
@@ -70,10 +73,12 @@ def _cell(
     limits: tuple[float, float],
     *,
     framed: bool,
+    nothing: bool,
 ) -> None:
     x, y = place
     box = (x - 0.48, y - 0.45)
     shade = mpl.colormaps[SHADES](Normalize(-FAR, FAR, clip=True)(value))
+    shade = mpl.colors.to_rgba("0.93") if nothing and not framed else shade
     frame = {"edgecolor": "black", "lw": 1.3, "zorder": 3} if framed else {"edgecolor": "none"}
     axes.add_patch(Rectangle(box, 0.96, 0.9, facecolor=shade, **frame))
     ink = "white" if np.dot(shade[:3], (0.3, 0.59, 0.11)) < 0.5 else "black"

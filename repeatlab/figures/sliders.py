@@ -19,7 +19,16 @@ from repeatlab.figures.front_end import CSS, module
 
 # Those that `mappings.js` knows: not those that look at every visit's loss, which a trace has not,
 # nor recorded counts, nor draws. One that is written there too is named here.
-OFFERED = tuple("constant threshold linear cosine ramp control_limit quantile zscore".split())
+OFFERED = (
+    "constant",
+    "threshold",
+    "linear",
+    "cosine",
+    "ramp",
+    "control_limit",
+    "quantile",
+    "zscore",
+)
 
 
 class MappingForm(anywidget.AnyWidget):

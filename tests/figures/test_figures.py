@@ -578,6 +578,17 @@ def test_the_updates_saved_are_whole_per_cent_and_what_is_decided_is_framed():
     plt.close(figure)
 
 
+def test_a_cell_that_says_nothing_is_grey():
+    """Its limits are those of everything, or its arm was not tested."""
+    arms, pooled = _arms(t=0.3)
+    arms.loc[arms["arm"] == "random", ["low", "high"]] = -np.inf, 1.0
+    untested = arms.assign(task="u", state="not tested")
+    figure = adaptability.heat_map(pd.concat([arms, untested]), pooled)
+    grey = [len(set(patch.get_facecolor()[:3])) == 1 for patch in figure.axes[0].patches]
+    assert grey[:4] == [False, True, True, True]
+    plt.close(figure)
+
+
 def test_these_tasks_stand_beside_what_a_new_one_would_show():
     figure = adaptability.over_all_tasks(_arms(t=0.3, u=0.2)[1])
     figure.draw_without_rendering()
