@@ -54,8 +54,8 @@ def heat_map(arms: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     axes.spines[:].set_visible(False)
     figure.supxlabel(
         "% of updates saved against standard, [95 % interval]; positive is better\n"
-        "\u221e: beyond every budget that was tried; framed: decided after Holm; grey: wholly open, "
-        "or not tested",
+        "\u221e: beyond every budget that was tried; framed: decided after Holm; "
+        "grey: wholly open, or not tested",
         fontsize=7,
     )
     return figure
