@@ -25,9 +25,9 @@ from repeatlab.core.signals import Interrupted, Stop
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
 from repeatlab.studies.lockstep import functional as functional_stack
-from repeatlab.studies.lockstep import groups, train_group
+from repeatlab.studies.lockstep import groups, plan, train_group
 from repeatlab.studies.lockstep.functional import FunctionalStack
-from repeatlab.studies.lockstep.kinds import STACKS, SupervisedStack
+from repeatlab.studies.lockstep.kinds import STACKS, SupervisedStack, stack_of
 from repeatlab.studies.lockstep.network import StackedMLP
 from repeatlab.studies.lockstep.optimizers import ColumnOptimizer, StackedOptimizer
 from repeatlab.studies.scheduling import with_needs
@@ -619,6 +619,26 @@ def test_what_lock_step_does_not_deal_with_is_left_to_be_made_one_by_one(fields)
     assert len(groups(configs(methods=names))) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "task", "without_cuda"),
+    [
+        ("cnn", {"width": 8, "batch_size": 32}, True),
+        ("cnn", {"width": 16, "batch_size": 64}, False),
+        ("vae", {}, False),
+        ("language", {}, False),
+    ],
+)
+def test_any_network_goes_on_cuda_and_small_cnns_without(monkeypatch, kind, task, without_cuda):
+    runs = general(kind, task=task, device="auto")
+    assert bool(groups(general(kind, task=task))) is without_cuda
+    monkeypatch.setattr(plan, "pick_device", lambda name: "cuda")
+    assert [len(group) for round_ in groups(runs) for group in round_] == [len(runs)]
+    assert bool(groups(general(kind, task=task))) is without_cuda  # `device: cpu`
+    assert stack_of(runs[0].task, "cuda") is FunctionalStack
+    normed = [changed(config, model="resnet18") for config in runs if kind == "cnn"]
+    assert groups(normed) == []
+
+
 def test_a_sampler_s_arms_are_left_out_and_the_others_go():
     runs = configs(
         methods=["standard", "cosine", "fixed3", "random"],
@@ -695,7 +715,7 @@ def test_the_command_line_can_refuse(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "repeatlab.studies.study.run_studies", lambda studies, runs, places: asked.append(places)
     )
-    monkeypatch.setattr("repeatlab.cli._read_studies", lambda paths, **fields: [])
+    monkeypatch.setattr("repeatlab.cli._read_studies", lambda paths, settings: [])
     path = tmp_path / "x.yaml"
     path.write_text("notebook: 10_supervised\nparameters: {}\n")
     for options in ([], ["--no-lockstep"]):
