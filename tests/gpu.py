@@ -1,4 +1,4 @@
-"""What a CUDA device makes of the library, in at most nine minutes: `make gpu`.
+"""What a CUDA device makes of the library, in at most seven minutes: `make gpu`.
 
     python tests/gpu.py FOLDER          # PART.json for each part, written as soon as it is known
     python tests/gpu.py FOLDER --toy    # the same on the CPU, in a few updates: whether it works
@@ -11,11 +11,14 @@ misses it. Without a device it says what it would do, and ends.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,11 +28,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Part -> seconds, and what it does.
 PARTS = {
-    "tests": (150, "the tests that need a CUDA device, tests/package/test_cuda.py"),
-    "updates": (180, "updates per second and peak memory of every task: bare, and as runs are"),
-    "processes": (90, "1 to 8 processes that train on one device: updates per second together"),
-    "resnet": (90, "ResNet-18, batches of 128: float32, bfloat16, bfloat16 with channels last"),
+    "tests": (60, "the tests that need a CUDA device, tests/package/test_cuda.py"),
+    "updates": (100, "updates per second of every task: bare, as runs are, as a graph, compiled"),
+    "processes": (60, "1 to 8 processes that train on one device: updates per second together"),
+    "lockstep": (120, "8 to 224 arms in lock-step, eager and as CUDA graphs, beside one alone"),
+    "resnet": (30, "ResNet-18, batches of 128: float32, bfloat16, bfloat16 with channels last"),
 }
+# In the part of all updates: nothing more is compiled after so many seconds.
+COMPILE_UNTIL = 55
 TOY_FIELDS = {"width": 4, "mu": 1, "projection": 8, "bank": 200, "fid_samples": 20, "latent": 5}
 
 
@@ -57,12 +63,12 @@ def timed(device: str, update: Callable[[], object], seconds: float) -> float:
     return made / (perf_counter() - start)
 
 
-def small_task(name: str, device: str, toy: bool) -> Any:
+def small_task(name: str, device: str, toy: bool, **more: Any) -> Any:
     from repeatlab.tasks import TASKS, load_task
 
     kind = load_task(TASKS[name])
     fields = {k: v for k, v in TOY_FIELDS.items() if toy and k in kind.Config.model_fields}
-    config = kind.Config.model_validate({"name": name} | fields)
+    config = kind.Config.model_validate({"name": name} | fields | more)
     return kind(config, seed=0, device=device)
 
 
@@ -72,36 +78,88 @@ def reported(task: Any, repeater: Any) -> Callable[[], None]:
     return lambda: task.step(next(visits), lambda loss, *_: repeater.report(loss))
 
 
-def updates(device: str, toy: bool) -> Iterator[dict[str, Any]]:
-    """Bare: the task's update, whose loss nobody reads. Then the same under a repeater."""
-    import itertools
-
+def as_graph(task: Any) -> Callable[[], None]:
+    """Return what replays a task's update on one batch as a CUDA graph; off CUDA, what makes it."""
     import torch
+
+    batch = task.fresh_batch(0)
+    if task.device.type != "cuda":
+        return lambda: task.step(batch, lambda *_: None)
+    if getattr(task, "noise", None) is not None:
+        raise ValueError("the host draws what each update needs: a graph would repeat one draw")
+    for optimizer in task.optimizers:
+        for group in optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            task.step(batch, lambda *_: None)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        task.step(batch, lambda *_: None)
+    return graph.replay
+
+
+def compiled(name: str, device: str, toy: bool) -> Callable[[], None]:
+    """Return a task's update with its networks compiled; at toy size as they are."""
+    from repeatlab.tasks.precision import cannot_compile
+
+    if not toy and (reason := cannot_compile(device)) is not None:
+        raise RuntimeError(f"torch.compile: {reason}")
+    task = small_task(name, device, toy, **({} if toy else {"compile": True}))
+    batch = task.fresh_batch(0)
+    return lambda: task.step(batch, lambda *_: None)
+
+
+def as_runs_are(name: str, device: str, toy: bool) -> dict[str, Callable[[], None]]:
+    """Return a task's updates whose loss nobody reads, and those under a repeater."""
+    import itertools
 
     from repeatlab.repetition.mappings import Constant, Linear
     from repeatlab.repetition.repeater import BatchRepeater
+
+    task = small_task(name, device, toy)
+    batches = [task.fresh_batch(index) for index in range(4 if toy else 16)]
+    fresh = itertools.cycle(batches)
+    made = {"bare": lambda: task.step(next(fresh), lambda *_: None)}
+    for arm, mapping in (("constant", Constant(1)), ("linear", Linear(t=1.0))):
+        repeater = BatchRepeater(batches, repeats=mapping, max_updates=10**9)
+        made[arm] = reported(task, repeater)
+    return made
+
+
+def updates(device: str, toy: bool) -> Iterator[dict[str, Any]]:
+    """Every task as runs are; then as a graph; then compiled, while there is time."""
+    import torch
+
     from repeatlab.tasks import TASKS
 
-    for name in ("supervised", "reinforcement") if toy else TASKS:
-        row: dict[str, Any] = {"task": name}
-        try:
-            task = small_task(name, device, toy)
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            batches = [task.fresh_batch(index) for index in range(4 if toy else 16)]
-            fresh = itertools.cycle(batches)
-            rates = {"bare": lambda task=task, fresh=fresh: task.step(next(fresh), lambda *_: None)}
-            for arm, mapping in (("constant", Constant(1)), ("linear", Linear(t=1.0))):
-                repeater = BatchRepeater(batches, repeats=mapping, max_updates=10**9)
-
-                rates[arm] = reported(task, repeater)
-            for arm, update in rates.items():
-                row[f"{arm}, updates/s"] = timed(device, update, 0.01 if toy else 1.0)
-            if device == "cuda":
-                row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
-        except Exception as error:  # the other tasks are to be timed all the same
-            row["error"] = f"{type(error).__name__}: {error}"
-        yield row
+    began = perf_counter()
+    names = ("supervised", "reinforcement") if toy else tuple(TASKS)
+    makes: dict[str, Callable[[str], dict[str, Callable[[], None]]]] = {
+        "run": lambda name: as_runs_are(name, device, toy),
+        "graph": lambda name: {"graph": as_graph(small_task(name, device, toy))},
+        "compiled": lambda name: {"compiled": compiled(name, device, toy)},
+    }
+    for kind, make in makes.items():
+        for name in names:
+            row: dict[str, Any] = {"task": name, "as": kind}
+            if kind == "compiled" and perf_counter() - began > COMPILE_UNTIL:
+                yield row | {"error": "not tried: no time was left"}
+                continue
+            try:
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                for arm, update in make(name).items():
+                    row[f"{arm}, updates/s"] = timed(device, update, 0.01 if toy else 0.7)
+                if device == "cuda":
+                    row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+            except Exception as error:  # the other tasks are to be timed all the same
+                row["error"] = f"{type(error).__name__}: {error}"[:1000]
+            yield row
 
 
 def worker(device: str, toy: bool) -> None:
@@ -117,7 +175,7 @@ def worker(device: str, toy: bool) -> None:
 
 def processes(device: str, toy: bool) -> Iterator[dict[str, Any]]:
     command = [sys.executable, __file__, "-", "--part", "worker", *(["--toy"] if toy else [])]
-    for count in (1, 2) if toy else (1, 2, 4, 8):
+    for count in (1, 2) if toy else (1, 4, 8):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         workers = [subprocess.Popen(command, **pipes) for _ in range(count)]
         for each in workers:
@@ -127,6 +185,83 @@ def processes(device: str, toy: bool) -> Iterator[dict[str, Any]]:
             each.stdin.flush()
         rates = [float(each.communicate()[0]) for each in workers]
         yield {"processes": count, "updates/s together": sum(rates), "slowest": min(rates)}
+
+
+def random_images(folder: Path, side: int, channels: int) -> str:
+    """Write random images of ten classes as a data set of one's own; return its path."""
+    import numpy as np
+
+    draws = np.random.default_rng(0)
+    images = draws.integers(0, 256, (2000, side, side, channels), dtype=np.uint8)
+    np.savez(folder / f"{side}.npz", images=images, labels=np.arange(2000) % 10)
+    return str(folder / f"{side}.npz")
+
+
+def round_of(stack: Any, batches: list[Any], arms: int) -> Callable[[], None]:
+    """Return an update of all arms, of which each second one comes to a fresh batch."""
+    rounds = itertools.count()
+
+    def update() -> None:
+        number = next(rounds)
+        for arm in range(arms):
+            if number < 1 or (arm + number) % 2:
+                stack.stage(arm, batches[(arm + number) % len(batches)])
+        stack.losses()
+        stack.step()
+
+    return update
+
+
+def lockstep(device: str, toy: bool) -> Iterator[dict[str, Any]]:
+    """Arms of one task; `alone` is that task's update by itself, one after another."""
+    with tempfile.TemporaryDirectory() as name:
+        grey, coloured = (random_images(Path(name), *shape) for shape in ((28, 1), (32, 3)))
+        tasks: dict[str, dict[str, Any]] = {
+            "CNN on 28 x 28 x 1": {"name": "supervised", "dataset": grey},
+            "CNN on 32 x 32 x 3": {"name": "supervised", "dataset": coloured},
+            "VAE on 28 x 28": {"name": "unsupervised", "dataset": grey, "width": 32},
+            "language": {"name": "language"},
+        }
+        for title, fields in tasks.items():
+            fields |= {"width": 4, "batch_size": 8} if toy else {}
+            yield from lockstep_of(title, fields, device, toy)
+
+
+def lockstep_of(
+    title: str, fields: dict[str, Any], device: str, toy: bool
+) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from repeatlab.studies.lockstep.functional import FunctionalStack
+    from repeatlab.tasks import TASKS, load_task
+
+    kind, seconds, counts = load_task(TASKS[fields["name"]]), 0.5, (8, 64, 224)
+    if toy:
+        seconds, counts = 0.01, (2,)
+    config = kind.Config.model_validate(fields)
+    first = kind(config, seed=0, device=device)
+    tasks = [kind(config, seed=seed, device=device, data=first.data) for seed in range(counts[-1])]
+    batches = [first.fresh_batch(index) for index in range(8)]
+    alone = timed(device, lambda: first.step(batches[0], lambda *_: None), seconds)
+    for arms, graphs in itertools.product(counts, (False, True)):
+        row = {"task": title, "arms": arms, "as": "graph" if graphs else "eager"}
+        row["alone, updates/s"] = alone
+        try:
+            if device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                stack = FunctionalStack(tasks[:arms], graphs=graphs)
+                row["rounds/s"] = timed(device, round_of(stack, batches, arms), seconds)
+            row["updates/s together"] = arms * row["rounds/s"]
+            row["warned"] = [str(warning.message)[:500] for warning in said]
+            if device == "cuda":
+                row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+        except Exception as error:  # as in `updates`
+            row["error"] = f"{type(error).__name__}: {error}"[:1000]
+        stack = None
+        yield row
 
 
 def resnet(device: str, toy: bool) -> Iterator[dict[str, Any]]:
@@ -156,7 +291,7 @@ def resnet(device: str, toy: bool) -> Iterator[dict[str, Any]]:
             loss.backward()
             optimizer.step()
 
-        row = {"format": name, "images/s": count * timed(device, update, 0.01 if toy else 4.0)}
+        row = {"format": name, "images/s": count * timed(device, update, 0.01 if toy else 3.0)}
         if device == "cuda":
             row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
         yield row
@@ -172,8 +307,7 @@ def run_part(name: str, folder: Path, device: str, toy: bool) -> None:
 
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     found: dict[str, Any] = {"device": where, "torch": torch.__version__, "toy": toy, "rows": []}
-    parts = {"tests": tests, "updates": updates, "processes": processes, "resnet": resnet}
-    for row in parts[name](device, toy):
+    for row in globals()[name](device, toy):
         found["rows"].append(row)
         write(folder / f"{name}.json", found)
 

@@ -253,6 +253,14 @@ class LearningTask(Saved):
     def bound_samples(self) -> int:
         return self.forward_samples
 
+    def fresh_batches(self, first: int, count: int) -> list[Any]:
+        """Return the fresh batches from number `first` on."""
+        return [self.fresh_batch(index) for index in range(first, first + count)]
+
+    def draw(self, batch: Any) -> tuple[Tensor, ...]:
+        """Return what an update on this batch draws, on the CPU; `outputs` takes it after it."""
+        return ()
+
     def refresh(self, batch: Any, visit: int) -> Any:
         return batch  # where nothing is augmented
 

@@ -110,10 +110,6 @@ class SingleIndex(LearningTask):
         numbers = torch.arange(index * self.batch_size, (index + 1) * self.batch_size)
         return SingleIndexBatch(inputs, targets, *self._on_device(numbers), index)
 
-    def fresh_batches(self, first: int, count: int) -> list[SingleIndexBatch]:
-        """Return the fresh batches from number `first` on."""
-        return [self.fresh_batch(index) for index in range(first, first + count)]
-
     def population(self, index: int) -> range:
         return range(index * self.batch_size, (index + 1) * self.batch_size)
 

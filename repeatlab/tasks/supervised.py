@@ -65,6 +65,10 @@ class Supervised(ClassifierTask):
             model = build_model(config, tuple(self.data.train.images.shape[1:]), self.data.classes)
         self.train_with(Learner(model, config, device=device))
 
+    def fresh_batches(self, first: int, count: int) -> list[Batch]:
+        """Return them made together."""
+        return self.stream.fresh_batches(first, count)
+
     def step(
         self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
     ) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.core.seeding import generator
-from repeatlab.data import Batch, TrainStream, iter_batches
+from repeatlab.data import Batch, Splits, TrainStream, iter_batches
 from repeatlab.data.augment import as_pictures, to_uint8
 from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
@@ -84,8 +84,10 @@ class Unsupervised(DatasetTask):
         "ema": "ema",
     }
 
-    def __init__(self, config: UnsupervisedConfig, *, seed: int, device: str) -> None:
-        super().__init__(config, seed=seed, device=device)
+    def __init__(
+        self, config: UnsupervisedConfig, *, seed: int, device: str, data: Splits | None = None
+    ) -> None:
+        super().__init__(config, seed=seed, device=device, data=data)
         channels, size = self.data.train.images.shape[1:3]
         # Pixels stay in [0, 1]: they are the Bernoulli's targets.
         self.scale = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
@@ -107,13 +109,15 @@ class Unsupervised(DatasetTask):
         draws = generator(self.seed, f"binarize/{visit}" if visit else "binarize", index)
         return batch._replace(images=binarize(batch.images, draws))
 
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `VAE.terms` does, with the epsilon that this update draws.
+    def outputs(self, batch: Batch, epsilon: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `VAE.terms` does, with the epsilon that this update draws, or has drawn.
 
         For a batch's `sample_losses` it is the epsilon that the next update will draw, so that
         their mean is then that update's driver loss.
         """
-        return self.model.terms(batch.images, self._epsilon(batch))
+        if epsilon is None:
+            (epsilon,) = self.draw(batch)
+        return self.model.terms(batch.images, epsilon.to(self.device, non_blocking=True))
 
     def losses(self, terms: tuple[Tensor, Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the driver loss and the negative ELBO of every image, (b,) each."""
@@ -126,12 +130,11 @@ class Unsupervised(DatasetTask):
         """Return the norm of the reconstruction's gradient at the decoder's logits, (b,)."""
         return bernoulli_bounds(terms[0], batch.images)
 
-    def _epsilon(self, batch: Batch) -> Tensor:
-        """Return one draw for every sample, made on the CPU: (batch, latent)."""
+    def draw(self, batch: Batch) -> tuple[Tensor]:
+        """Return epsilon, one draw for every sample, made on the CPU: (batch, latent)."""
         redrawn = self.config.redraw_epsilon
         noise = self.noise if redrawn else generator(self.seed, "epsilon", batch.index)
-        epsilon = torch.randn((len(batch.images), self.config.latent), generator=noise)
-        return epsilon.to(self.device, non_blocking=True)
+        return (torch.randn((len(batch.images), self.config.latent), generator=noise),)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:

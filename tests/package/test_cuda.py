@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -14,6 +15,10 @@ from torch.nn import functional
 from repeatlab.core.schema import parse
 from repeatlab.repetition.mappings import Constant, Linear, Threshold, Trace, Uniform
 from repeatlab.repetition.repeater import BatchRepeater, NonFiniteLoss
+from repeatlab.store.records import Store
+from repeatlab.studies.lockstep import train_group
+from repeatlab.studies.lockstep.functional import FunctionalStack
+from repeatlab.tasks import TASKS, load_task
 from repeatlab.tasks.precision import cannot_compile
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train as train_run
@@ -312,6 +317,77 @@ def test_compiled_updates_are_the_plain_ones():
             task.step(task.fresh_batch(index), found.append)
     for mine, theirs in zip(*drivers, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+STEPPED = {
+    "supervised": {"name": "supervised", "width": 4, "batch_size": 16, "lr": 0.02},
+    "unsupervised": {"name": "unsupervised", "width": 4, "latent": 3, "batch_size": 16},
+    "language": {"name": "language", "width": 8, "layers": 1, "batch_size": 8},
+}
+
+
+def stepped(tasks, graphs, rates, updates=30):
+    """Return the losses, (updates, arms), of tasks in lock-step, or alone where `graphs` is None.
+
+    Arm number a is on every fresh batch a + 1 times.
+    """
+    stack = None if graphs is None else FunctionalStack(tasks, graphs=graphs)
+    losses = []
+    for update in range(updates):
+        for task, rate in zip(tasks, rates, strict=True):
+            task.optimizer.param_groups[0]["lr"] = rate * (1 - update / updates)  # as a schedule
+        if stack is None:
+            found = []
+            for arm, task in enumerate(tasks):
+                task.step(task.fresh_batch(update // (arm + 1)), found.append)
+            losses.append([loss.item() for loss in found])
+            continue
+        for arm, task in enumerate(tasks):
+            if update % (arm + 1) == 0:
+                stack.stage(arm, task.fresh_batch(update // (arm + 1)))
+        losses.append(stack.losses())
+        stack.step()
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("name", STEPPED)
+def test_lock_step_as_graphs_is_lock_step_and_each_run_alone(name, optimizer):
+    kind = load_task(TASKS[name])
+    config = kind.Config.model_validate(STEPPED[name] | {"optimizer": {"name": optimizer}})
+    rates, found = [1e-3, 3e-3, 1e-3], {}
+    for graphs in (None, False, True):
+        tasks = [kind(config, seed=seed, device="cuda") for seed in range(len(rates))]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="no CUDA graphs")  # it is to be captured
+            found[graphs] = stepped(tasks, graphs, rates)
+        found[graphs].append([weights.norm().item() for weights in first_weights(tasks)])
+    assert np.isfinite(found[None]).all()
+    np.testing.assert_allclose(found[False], found[None], rtol=2e-3)
+    np.testing.assert_allclose(found[True], found[False], rtol=2e-3)
+
+
+def first_weights(tasks):
+    return [next(task.model.parameters()).detach() for task in tasks]
+
+
+def test_a_study_s_runs_in_lock_step_on_the_device_are_those_alone(tmp_path):
+    """With an arm that diverges, so that the others are stacked and captured again."""
+    fields = {"task": STEPPED["supervised"], "max_updates": 40, "device": "cuda"}
+    mappings = [{"name": "constant", "repeats": 2}, {"name": "uniform"}, {"name": "linear", "t": 1}]
+    methods = [{}, *({"mapping": mapping} for mapping in mappings)]
+    runs = [parse(RunConfig, fields | {"method": method}) for method in methods]
+    wild = parse(RunConfig, fields | {"task": STEPPED["supervised"] | {"lr": 1e18}})
+    outcomes = train_group([*runs, wild], tmp_path / "together")
+    assert set(outcomes.values()) == {None}
+    for config in runs:
+        alone = train_run(config, tmp_path / "alone")
+        one = Store(tmp_path / "together").run("supervised", config.run_id)
+        assert one.environment["lockstep"] == len(runs) + 1
+        assert one.updates["repeats"].equals(alone.updates["repeats"])
+        np.testing.assert_allclose(one.updates["loss"], alone.updates["loss"], rtol=2e-3)
+    diverged = Store(tmp_path / "together").run("supervised", wild.run_id)
+    assert diverged.status["status"] == "diverged"
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6])

@@ -29,14 +29,29 @@ def test_without_a_device_it_says_what_it_would_do(script, tmp_path):
     assert all(
         f"  {part}, at most {limit} s: " in said for part, (limit, _) in script.PARTS.items()
     )
-    assert sum(limit for limit, _ in script.PARTS.values()) <= 9 * 60
+    assert sum(limit for limit, _ in script.PARTS.values()) <= 7 * 60
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
     ("part", "rows"),
     [
-        ("updates", [{"task": "supervised"}, {"task": "reinforcement"}]),
+        (
+            "updates",
+            [
+                {"task": task, "as": kind}
+                for kind in ("run", "graph", "compiled")
+                for task in ("supervised", "reinforcement")
+            ],
+        ),
+        (
+            "lockstep",
+            [
+                {"arms": 2, "as": kind, "warned": []}
+                for _ in range(4)
+                for kind in ("eager", "graph")
+            ],
+        ),
         ("processes", [{"processes": 1}, {"processes": 2}]),
         ("resnet", [{"format": "float32"}, {"format": "bfloat16"}, {}]),
     ],

@@ -12,6 +12,9 @@ Where they do not, losses differ by some units in the last place, and an N where
 close to a boundary of its mapping; from there on the two runs drift apart, as equal runs on two
 processors do. What a record calls seconds is a run's share: the group's time, divided by its arms.
 
+CNNs, transformers and autoencoders, too, are equal to the run alone to float tolerance; see
+`functional`, and `plan` for where they go in step.
+
 Each agent has its own environment and replay buffer: of a DQN's time less is shared than of an
 MLP's on a data set. An evaluation's episodes are played by all networks at once; agents of one seed
 share the steps before the first update.

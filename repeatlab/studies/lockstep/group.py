@@ -14,7 +14,7 @@ from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.core.stopwatch import Stopwatch
 from repeatlab.store.records import Store
 from repeatlab.studies.lockstep.arm import Arm
-from repeatlab.studies.lockstep.kinds import STACKS
+from repeatlab.studies.lockstep.kinds import stack_of
 from repeatlab.tasks import Task
 from repeatlab.tasks.dataset import DatasetTask
 from repeatlab.tasks.reinforcement import Reinforcement
@@ -26,7 +26,8 @@ from repeatlab.training.stand_ins import StandIn
 
 # Of fresh batches that arms of one seed share: one that was dropped is made again.
 SHARED_BYTES = 2**25
-# So many are made at a time: of small images, most of a batch's time is that of the calls.
+# So many are made at a time, since of small images most of a batch's time is that of the calls; of
+# large ones fewer, so that as many blocks are remembered: arms are at many places of their data.
 TOGETHER = 16
 
 
@@ -88,14 +89,15 @@ class SharedBatches(StandIn):
 
     def __init__(self, task: DatasetTask | SingleIndex, other: SharedBatches | None = None) -> None:
         super().__init__(task)
-        inputs, make = task.fresh_batch(0)[0], getattr(task, "stream", task).fresh_batches
-        remembering = lru_cache(maxsize=1 + SHARED_BYTES // (TOGETHER * inputs.nbytes))
-        made = remembering(lambda number: make(number * TOGETHER, TOGETHER))
+        inputs, make = task.fresh_batch(0)[0], task.fresh_batches
+        kept = (SHARED_BYTES if inputs.is_cpu else 8 * SHARED_BYTES) // inputs.nbytes
+        self._count = count = min(max(1, kept // TOGETHER), TOGETHER)
+        made = lru_cache(1 + kept // count)(lambda number: make(number * count, count))
         self.together: Callable[[int], list[Any]] = other.together if other else made
 
     def fresh_batch(self, index: int) -> Any:
         """See `Task`."""
-        number, place = divmod(index, TOGETHER)
+        number, place = divmod(index, self._count)
         return self.together(number)[place]
 
 
@@ -170,7 +172,7 @@ class Group:
         parts = {} if self._data is None else {"data": self._data}
         if config.seed in self._beginnings:
             parts["beginning"] = self._beginnings[config.seed]
-        kind = STACKS[config.task.name].task
+        kind = stack_of(config.task, self.device).task
         task = making.build_task(config, self.device, kind=kind, **parts)
         if isinstance(task, Reinforcement):
             self._beginnings.setdefault(config.seed, task.lived())
@@ -233,7 +235,8 @@ class Group:
         if not left:
             return
         self._clock.arms = len(left)
-        self._stack = STACKS[left[0].config.task.name]([arm.task for arm in left])
+        self._stack = None  # before another one takes as much memory
+        self._stack = stack_of(left[0].config.task, self.device)([arm.task for arm in left])
         for place, arm in enumerate(left):
             if arm.batch is not None:
                 self._stack.stage(place, arm.batch)

@@ -1,21 +1,25 @@
 """What a step of all arms is on each task that can go in lock-step.
 
 A stack holds the networks of some arms of one task, and the batches that they are at. To let
-another task go in lock-step, write one, name it in `STACKS`, and say in `plan` what may differ
-among the task's runs. Its `task` is the class that each arm trains.
+another task go in lock-step, say in `plan` what may differ among its runs; where its update is
+more than a step along `LearningTask.losses`, or where arms need another one's speed, write one and
+name it in `STACKS`. Its `task` is the class that each arm trains; None for the task's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from repeatlab.data import Batch
+from repeatlab.studies.lockstep.functional import FunctionalStack
 from repeatlab.studies.lockstep.network import StackedMLP
 from repeatlab.studies.lockstep.optimizers import StackedOptimizer
+from repeatlab.tasks import TaskConfig
 from repeatlab.tasks.reinforcement import (
     Played,
     Reinforcement,
@@ -211,8 +215,15 @@ class ReinforcementStack:
         return play_greedily(config, split, values, device=device, agents=arms)
 
 
-STACKS = {
+STACKS: dict[str, Any] = {
     "supervised": SupervisedStack,
     "reinforcement": ReinforcementStack,
     "single_index": SingleIndexStack,
 }
+
+
+def stack_of(task: TaskConfig, device: str) -> Any:
+    """Return the stack of such tasks: one of `STACKS`, or the general one where it is better."""
+    if getattr(task, "model", "mlp") == "mlp" and (task.name != "supervised" or device != "cuda"):
+        return STACKS.get(task.name, FunctionalStack)
+    return FunctionalStack  # its calls are those of a CUDA graph

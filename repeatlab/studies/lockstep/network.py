@@ -11,9 +11,7 @@ from torch import Tensor, nn
 class StackedMLP:
     """The MLPs of all arms, each parameter of theirs as one stack.
 
-    The networks' own parameters become views of the stacks: to evaluate or save one of them is to
-    evaluate or save what is trained here. Backward is written out, which costs two thirds of
-    autograd's time on networks of this size.
+    Backward is written out, which costs two thirds of autograd's time on networks of this size.
 
     Args:
         networks: `nn.Sequential`s of equal shape: maybe a `Flatten`, then `Linear` and `ReLU` in
@@ -30,12 +28,8 @@ class StackedMLP:
     def __init__(self, networks: Sequence[nn.Sequential]) -> None:
         for network in networks:
             _check_layers(network)
-        alike = list(zip(*(network.parameters() for network in networks), strict=True))
-        self.weights = [torch.stack(parameters).detach() for parameters in alike]
+        self.weights = stack_parameters(networks)
         self.gradients = [torch.zeros_like(stack) for stack in self.weights]
-        for stack, parameters in zip(self.weights, alike, strict=True):
-            for view, parameter in zip(stack, parameters, strict=True):
-                parameter.data = view
         self._layers = _layers(self.weights)
         self._gradients = _layers(self.gradients)
         self._inputs: list[Tensor] = []
@@ -73,6 +67,20 @@ class StackedMLP:
                 slope = slopes[place - 1]
                 torch.bmm(gradient, self._layers[place][0], out=slope)
                 gradient = relu_backward_(slope, inputs)
+
+
+def stack_parameters(networks: Sequence[nn.Module]) -> list[Tensor]:
+    """Return of each parameter, in order, those of all networks, (arms, *shape).
+
+    The networks' own parameters become views of the stacks: to evaluate or save one of them is to
+    evaluate or save what is trained here.
+    """
+    alike = list(zip(*(network.parameters() for network in networks), strict=True))
+    stacks = [torch.stack(parameters).detach() for parameters in alike]
+    for stack, parameters in zip(stacks, alike, strict=True):
+        for view, parameter in zip(stack, parameters, strict=True):
+            parameter.data = view
+    return stacks
 
 
 def relu_backward_(gradient: Tensor, outputs: Tensor) -> Tensor:

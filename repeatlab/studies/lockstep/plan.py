@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from repeatlab.core.environment import pick_device
 from repeatlab.training.config import RunConfig
 from repeatlab.training.prerequisites import prerequisites
 
@@ -22,12 +23,22 @@ MOST_ARMS = 64
 # (tests/benchmarks/test_lockstep.py). With more, arithmetic is all that takes time.
 MOST_WORK = 2_000_000
 
+# Of the CNN, of images of at most so many pixels, the channels times the samples of a batch up to
+# which an arm takes some two thirds of a run's time; half of it with half of them. On larger images
+# a CPU gains nothing. (In the same place.)
+MOST_PIXELS, MOST_CHANNELS = 64, 512
+
 # What lock-step deals with; whatever else a configuration says must be its default.
 _RUN = "task method max_updates seed evaluation calibration device threads"
 _METHOD = "mapping schedule rate apply fresh_views"
 _EVALUATION = "every splits test early_stopping"
+_DATA = "name dataset lr batch_size width optimizer"
 _TASKS = {
-    "supervised": "name dataset lr batch_size width model optimizer augment label_noise",
+    "supervised": f"{_DATA} model augment label_noise",
+    "unsupervised": f"{_DATA} latent driver binarize redraw_epsilon extractor fid_samples",
+    "language": (
+        f"{_DATA} layers heads tied context numbers base samples repeated_set repeated_share"
+    ),
     "reinforcement": (
         "name lr optimizer batch_size hidden gamma n_steps learning_starts train_frequency "
         "capacity target_every target_clock epsilon_start epsilon_end epsilon_steps epsilon_clock "
@@ -76,15 +87,25 @@ def can_go_in_step(config: RunConfig) -> bool:
         and config.method.way == config.method.apply  # has no settings
         and _is_default(config.evaluation, but=_EVALUATION)
         and _is_default(task, but=_TASKS[task.name])
-        and getattr(task, "model", "mlp") == "mlp"
+        and getattr(task, "model", "mlp") in ("mlp", "cnn")
         and task.optimizer.name in _OPTIMIZERS
     )
 
 
 def pays(config: RunConfig) -> bool:
-    """Whether the network is so small that its calls cost more than its arithmetic."""
-    weights = sum(a * b for a, b in pairwise(_widths(config.task)))
-    return config.task.batch_size * weights <= MOST_WORK
+    """Whether the network is so small that its calls cost more than its arithmetic.
+
+    On CUDA any is held to be: a round of all arms is a few CUDA graphs.
+    """
+    task = config.task
+    on_cuda = config.device in ("auto", "cuda") and pick_device("auto") == "cuda"
+    if task.name in ("unsupervised", "language") or (on_cuda and task.name == "supervised"):
+        return on_cuda
+    if getattr(task, "model", "mlp") == "cnn":
+        small = task.width * task.batch_size <= MOST_CHANNELS
+        return small and _sizes(task.dataset)[0] <= MOST_PIXELS
+    weights = sum(a * b for a, b in pairwise(_widths(task)))
+    return task.batch_size * weights <= MOST_WORK
 
 
 def _deal(runs: list[RunConfig], workers: int) -> list[list[RunConfig]]:
