@@ -82,12 +82,18 @@ def _relinked(page: str) -> str:
     )
     page = re.sub(r"\]\(docs/", "](", page)
     page = re.sub(r"\]\(figures/(\w+/)?results\.md\)", "](results.zh-CN.md)", page)
+    page = re.sub(r"\]\((?:\.\./)?params/([\w/]+\.yaml)\)", _parameters_of, page)
+    page = re.sub(r"\]\(\.\./notebooks/", "](notebooks/", page)
     page = re.sub(r"\]\((?:\.\./)?CONTRIBUTING\.md\)", "](contributing.md)", page)
     return re.sub(r"\]\((?:\.\./)?README(\.zh-CN)?\.md\)", _home, page)
 
 
 def _home(found: re.Match[str]) -> str:
     return f"]({'zh-CN' if found[1] else 'index'}.md)"
+
+
+def _parameters_of(found: re.Match[str]) -> str:
+    return f"](parameters.md#{_anchor(cards.PARAMS / found[1])})"
 
 
 def _contents(caption: str, *entries: str) -> str:
