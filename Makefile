@@ -32,9 +32,10 @@ notebooks: $(STAMP)
 	$(NBVAL) -n 2 --dist loadfile notebooks/[01]*.ipynb
 	$(NBVAL) notebooks/[23]*.ipynb
 
-# JupyterLab in Chromium: 00 and 10 run to their end. It skips, and says so, where there is no browser.
+# In Chromium: JupyterLab runs 00 and 10 to their end, sliders of the site's mapping explorer move. It
+# skips, and says so, where there is no browser.
 test-browser: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser,docs]'
 	$(BIN)/pytest tests/browser -rs
 
 # The recipes of docs/frameworks.md in the libraries themselves; `make test` runs those it finds.

@@ -21,13 +21,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import cards
+import mapping_explorer
 import readme
 import yaml
 
 ROOT = readme.PROJECT
 PROFILE = "quick"
-GUIDES = "concepts mappings controls cost verdicts studies own_data jupyter cluster"
-GUIDES = [*GUIDES.split(), "data_parallel", "frameworks"]
+GUIDES = "concepts mappings mapping_explorer controls cost verdicts studies own_data jupyter"
+GUIDES = [*GUIDES.split(), "cluster", "data_parallel", "frameworks"]
 MEASURED = ["results", "results.zh-CN", "reliability", "speed", "decisions"]
 # On the first page: of each the first that there is.
 FIRST = ("adaptability-heat-map", "convergence-update", "mechanism-controls", "efficiency-pareto")
@@ -69,6 +70,9 @@ def lay_out(source: Path, runs: Path) -> None:
     }
     for name, text in pages.items():
         (source / name).write_text(text, encoding="utf-8")
+    page = source / "mapping_explorer.md"
+    text = mapping_explorer.filled(page.read_text(encoding="utf-8"), mapping_explorer.recorded())
+    page.write_text(text, encoding="utf-8")
     for file in source.glob("*.md"):
         file.write_text(_relinked(file.read_text(encoding="utf-8")), encoding="utf-8")
     cards.write(source / "methods", runs)
@@ -82,12 +86,18 @@ def _relinked(page: str) -> str:
     )
     page = re.sub(r"\]\(docs/", "](", page)
     page = re.sub(r"\]\(figures/(\w+/)?results\.md\)", "](results.zh-CN.md)", page)
+    page = re.sub(r"\]\((?:\.\./)?params/([\w/]+\.yaml)\)", _parameters_of, page)
+    page = re.sub(r"\]\(\.\./notebooks/", "](notebooks/", page)
     page = re.sub(r"\]\((?:\.\./)?CONTRIBUTING\.md\)", "](contributing.md)", page)
     return re.sub(r"\]\((?:\.\./)?README(\.zh-CN)?\.md\)", _home, page)
 
 
 def _home(found: re.Match[str]) -> str:
     return f"]({'zh-CN' if found[1] else 'index'}.md)"
+
+
+def _parameters_of(found: re.Match[str]) -> str:
+    return f"](parameters.md#{_anchor(cards.PARAMS / found[1])})"
 
 
 def _contents(caption: str, *entries: str) -> str:

@@ -33,26 +33,6 @@ ADDRESS = re.compile(r"http://127\.0\.0\.1:(?P<port>\d+)/lab")
 CELLS = ".jp-Notebook .jp-CodeCell"
 PROMPTS = f"document.querySelectorAll('{CELLS} .jp-InputPrompt')"
 PATIENCE = 600  # seconds for a notebook, on a machine that has others to serve
-# Chromium refuses to isolate pages of the superuser, as in a container.
-ARGUMENTS = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """Return what starts Chromium: the system's or that of playwright."""
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="no playwright: pip install -e .[browser]"
-    )
-    with sync_api.sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        names = ("chromium", "chromium-browser", "google-chrome")
-        found = [path for name in names if (path := shutil.which(name))]
-        found += [own] if Path(own).exists() else []
-        if not found:
-            pytest.skip("no Chromium: `apt install chromium` or `playwright install chromium`")
-        browser = playwright.chromium.launch(executable_path=found[0], args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 def _recipe() -> list[str]:
@@ -135,18 +115,6 @@ def test_it_is_set_up_for_these_notebooks(lab, plugin, setting, value):
     address, token, _ = lab
     answer = json.loads(_get(f"{address}/api/settings/@jupyterlab/{plugin}", token))
     assert answer["schema"]["properties"][setting]["default"] == value
-
-
-@pytest.fixture
-def page(chromium, request):
-    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(1000 * 60)
-    page.problems = []
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    yield page
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{request.node.name}.png")
-    page.close()
 
 
 def _choose(page, menu: str, item: str) -> None:

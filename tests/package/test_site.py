@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from importlib.util import find_spec
 
 import cards
+import mapping_explorer
 import pytest
 import readme
 import website
 import yaml
 
 from repeatlab.cli import ROOT
+from repeatlab.figures.sliders import MappingForm
 from repeatlab.studies.study import run_study
 
 ARMS = {arm.name: arm for arm in cards.arms()}
@@ -147,6 +150,27 @@ def test_a_notebook_is_shown_as_executed_or_says_that_it_was_not(source):
     assert {file.name for file in (source / "notebooks").glob("*.ipynb")} == names
 
 
+def test_the_mapping_explorer_is_the_notebooks_form_over_a_run_of_the_library(source):
+    page = (source / "mapping_explorer.md").read_text(encoding="utf-8")
+    assert MappingForm._esm in page
+    assert MappingForm._css in page
+    assert page.count("</script>") == page.count("<script") == 1
+    state = json.loads(re.search(r"^const state = (.*);$", page, re.MULTILINE)[1])
+    # Trained anew: on one machine the same parameters give the same losses, bit for bit.
+    updates = mapping_explorer.recorded()
+    begun = MappingForm(updates, "linear", "quantile", t=mapping_explorer.T)
+    assert base64.b64decode(state["losses"]) == begun.losses
+    assert len(updates) == state["max_updates"] > 100
+    assert (state["t"], state["chosen"]) == (begun.t, begun.chosen)
+    # Of the copy that the project has it stays empty, so that no numbers can grow old there.
+    assert "<script" not in (ROOT / "docs" / "mapping_explorer.md").read_text(encoding="utf-8")
+
+
+def test_the_mapping_explorer_is_in_the_navigation_and_linked_by_its_guide(source):
+    assert "\nmapping_explorer\n" in (source / "index.md").read_text(encoding="utf-8")
+    assert "](mapping_explorer.md)" in (source / "mappings.md").read_text(encoding="utf-8")
+
+
 def test_every_module_and_parameter_file_has_its_place(source):
     api = "".join(file.read_text(encoding="utf-8") for file in (source / "api").glob("*.rst"))
     listed = set(re.findall(r"automodule:: (\S+)", api))
@@ -180,4 +204,8 @@ def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
     reason="no Sphinx: pip install -e .[docs], or `make site`",
 )
 def test_every_link_of_the_site_leads_somewhere(tmp_path):
-    assert website.build(tmp_path / "site", tmp_path / "no-runs") == []
+    site = tmp_path / "site"
+    assert website.build(site, tmp_path / "no-runs") == []
+    built = (site / "mapping_explorer.html").read_text(encoding="utf-8")
+    assert MappingForm._esm in built  # nothing of the form was read as markup
+    assert 'href="mapping_explorer.html"' in (site / "mappings.html").read_text(encoding="utf-8")
