@@ -138,7 +138,6 @@ class Task(Protocol):
         scoring_samples: Samples that go forward for a batch's `sample_losses`.
         bound_samples: Samples that go forward for a batch's `gradient_bounds`.
         environment_steps: Steps made in a simulator so far; 0 for tasks on a data set.
-        skipped_steps: Optimizer steps left out because gradients overflowed; only under float16.
     """
 
     Config: ClassVar[type[TaskConfig]]
@@ -151,7 +150,6 @@ class Task(Protocol):
     scoring_samples: int
     bound_samples: int
     environment_steps: int
-    skipped_steps: int
 
     def fresh_batch(self, index: int) -> Any:
         """Return the `index`-th fresh batch, with `.indices` of its samples, shape (batch,)."""

@@ -276,10 +276,6 @@ class RunConfig(Common):
                 f"method.mapping.counts: they end after {sum(counts)} updates, before "
                 f"max_updates: {self.max_updates}"
             )
-        if self.device != "auto":
-            from repeatlab.tasks.precision import check_device
-
-            check_device(self.task, self.device)
         return self
 
     @model_validator(mode="after")
@@ -290,8 +286,6 @@ class RunConfig(Common):
         # What a step is scaled by, a task has to know before it.
         scaled = {"conservative": "step_size"}.get(method.way, method.way)
         parts = {f"method.apply: {method.way}": scaled}
-        if method.way == "conservative" and getattr(self.task, "precision", "") == "float16":
-            raise ValueError("method.apply: conservative cannot skip float16 steps that overflow")
         parts["method.fresh_views"] = "fresh_views" if method.fresh_views else None
         parts["method.mapping.control: spaced"] = getattr(method.mapping, "control", None)
         parts["loader.prefetch"] = "prefetch" if self.loader.prefetch else None
