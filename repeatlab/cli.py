@@ -72,11 +72,7 @@ def figures(
 @RUNS
 @FIGURES
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default="paper",
-    show_default=True,
-    help="Where the paper goes, and the data that it is made of.",
+    "--out", type=PATH, default="paper", show_default=True, help="Where paper and its data go."
 )
 @click.option("--pages", is_flag=True, help="Write each page as PNG, too.")
 def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> None:
@@ -96,7 +92,7 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
 
 
 @cli.command()
-@click.argument("parameters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("parameters", nargs=-1, required=True, type=PATH)
 @RUNS
 @click.option("--workers", type=click.IntRange(min=0), help="Processes; 0 trains in this one.")
 @click.option("--scheduler", help="Train on the workers of the Dask scheduler at this address.")
@@ -158,10 +154,8 @@ def power(name: str, runs: Path, share: float | None) -> None:
 @click.argument("studies", nargs=-1)
 @RUNS
 @click.option("--plan", "plans", multiple=True, help="Every study of this plan.")
-@click.option(
-    "--visits", multiple=True, help="Every update of this study alone; by default of all."
-)
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="A directory.")
+@click.option("--visits", multiple=True, help="Every update of this study alone; else of all.")
+@click.option("--to", type=PATH, required=True, help="A directory.")
 @click.option("--as", "form", type=FORMS, default="parquet", show_default=True)
 def export(
     studies: tuple[str, ...],
@@ -187,7 +181,7 @@ def export(
 
 
 @cli.command("import")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=PATH)
 @RUNS
 def import_(source: Path, runs: Path) -> None:
     """Put the runs that `export` has written into the store, done: nothing is trained again."""
@@ -199,12 +193,7 @@ def import_(source: Path, runs: Path) -> None:
 @cli.command()
 @click.argument("studies", nargs=-1)
 @RUNS
-@click.option(
-    "--all",
-    "everything",
-    is_flag=True,
-    help="List every run, not only those to look at, with its time and the predicted one.",
-)
+@click.option("--all", "everything", is_flag=True, help="List every run, with its time as well.")
 def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
     """Show how far the studies of a store are: all of them, or those named."""
     import pandas as pd
@@ -268,7 +257,7 @@ def _read_studies(paths: Iterable[Path], settings: Iterable[str]) -> list[Study]
 
 
 @cli.command()
-@click.argument("parameters", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("parameters", nargs=-1, type=PATH)
 @RUNS
 @SET
 def measure(parameters: tuple[Path, ...], runs: Path, settings: tuple[str, ...]) -> None:

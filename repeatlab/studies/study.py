@@ -139,18 +139,6 @@ class Study(Common):
                 raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
         return self
 
-    def _repr_html_(self) -> str:
-        return rows_table(
-            {
-                "study": self.name,
-                "tasks": ", ".join(self.tasks),
-                "methods": ", ".join(self.methods),
-                "seeds": self.seeds if isinstance(self.seeds, int) else len(self.seeds),
-                "updates": self.max_updates,
-                "runs": len(self.planned()),
-            }
-        )
-
     def run(
         self, runs: str | Path = "runs", *, workers: int | None = None, places: Places | None = None
     ) -> Report:
