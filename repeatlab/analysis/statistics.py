@@ -14,6 +14,7 @@ from math import ceil
 from typing import NamedTuple
 
 import numpy as np  # scipy.stats takes a second: imported where it is needed
+import pandas as pd
 
 ALPHA = 0.05  # false verdicts that a decision may make
 LEVEL = 1 - ALPHA
@@ -206,12 +207,8 @@ def signed_ranks(differences: np.ndarray) -> np.ndarray:
     A difference of 0 gets 0 and is not ranked (Wilcoxon 1945).
     """
     values = np.asarray(differences, dtype=float)
-    ranks = np.zeros(len(values))
-    sizes = np.abs(values[values != 0])
-    if len(sizes):
-        _, place, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-        ranks[values != 0] = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    return np.sign(values) * ranks
+    sizes = pd.Series(np.abs(values)).where(values != 0)
+    return np.sign(values) * sizes.rank().fillna(0).to_numpy()
 
 
 # --- several comparisons ----------------------------------------------------------------------

@@ -57,18 +57,10 @@ class Picture(Figure):
     """A figure that a notebook shows where it is the value of a cell, or is displayed: once."""
 
     def _repr_png_(self) -> bytes:
-        return png(self)
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file."""
-    buffer = BytesIO()
-    with style():
-        figure.savefig(buffer, format="png", dpi=STYLE["figure.dpi"])
-    return buffer.getvalue()
-
-
-# --- panels and words -------------------------------------------------------------------------
+        buffer = BytesIO()
+        with style():
+            self.savefig(buffer, format="png", dpi=STYLE["figure.dpi"])
+        return buffer.getvalue()
 
 
 def panels(

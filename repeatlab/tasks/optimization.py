@@ -169,11 +169,6 @@ class Muon(TorchOptimizer):
     momentum: float = 0.95
     weight_decay: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"muon needs torch 2.9 or later; not {torch.__version__}")
-
     def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Any:
         """See `TorchOptimizer`."""
         weights = list(weights)
@@ -240,7 +235,7 @@ OPTIMIZERS: dict[str, type] = {
 _MODELS = choices(OPTIMIZERS)
 
 
-OptimizerChoice = named("optimizer", _MODELS, lambda model: model)
+OptimizerChoice = named("optimizer", _MODELS)
 
 
 def chosen(name: str, **settings: Any) -> Choice:

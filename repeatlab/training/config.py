@@ -85,18 +85,14 @@ class TraceConfig(Model):
         return Trace(self.counts)
 
 
+MAPPING_MODELS = choices(MAPPINGS, without=("seed",)) | {"trace": TraceConfig}
+
+
 class MethodConfig(Model):
     """Which samples make a batch, how often it is visited and at what rate; `{}` is standard."""
 
     sampler: choice("sampler", SAMPLERS) | None = None
-    mapping: (
-        named(
-            "mapping",
-            choices(MAPPINGS, without=("seed",)) | {"trace": TraceConfig},
-            lambda model: model,
-        )
-        | None
-    ) = None
+    mapping: named("mapping", MAPPING_MODELS) | None = None
     schedule: choice("schedule", SCHEDULES) | None = None
     rate: Annotated[float, Field(gt=0)] = 1.0
     """The arm's learning rate in units of the task's, on top of the schedule. The short run of
