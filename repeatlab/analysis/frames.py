@@ -207,7 +207,7 @@ def has_diverged(run: pd.DataFrame) -> bool:
     return "status" in run and run["status"].iloc[0] == "diverged"
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, ...]:
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return mean and Student-t confidence limits of the mean along axis 0, shape (n, ...).
 
     With one value the limits are NaN: one run says nothing of the spread.
@@ -216,7 +216,7 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, 
     n, mean = len(values), values.mean(axis=0)
     if n < 2:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    half = stdtrit(n - 1, (1 + level) / 2) * values.std(axis=0, ddof=1) / np.sqrt(n)
+    half = stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / np.sqrt(n)
     return mean, mean - half, mean + half
 
 

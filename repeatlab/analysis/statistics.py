@@ -91,16 +91,12 @@ def paired_effect(differences: np.ndarray, *, seed: int = 0) -> Effect:
         scores, estimate = values, float(values.mean())
         interval = flip_interval(values, seed=seed)
     else:
-        scores, estimate = signed_ranks(values), _middle(values)
+        # The median, of an even number the lower one: a mean of two infinities is none.
+        scores, estimate = signed_ranks(values), float(np.sort(values)[(len(values) - 1) // 2])
         interval = Interval(-np.inf, np.inf, "signed ranks")
     p, total = sign_flip(scores, seed=seed), float(scores.sum())
     unequal = int(np.count_nonzero(values))
     return Effect(estimate, _agreeing(interval, p, total), p, len(values), unequal)
-
-
-def _middle(values: np.ndarray) -> float:
-    """Return the median, of an even number the lower one: a mean of two infinities is none."""
-    return float(np.sort(values)[(len(values) - 1) // 2])
 
 
 def _agreeing(interval: Interval, p: float, total: float) -> Interval:

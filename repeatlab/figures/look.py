@@ -198,10 +198,15 @@ def in_order(methods: Iterable[str]) -> list[str]:
 
 def said_n(counts: Iterable[int]) -> str:
     """Return over how many seeds something is: "n = 5", "n = 3 to 5"; "no run" if there is none."""
+    return f"n = {said}" if (said := extent(counts)) != "none" else "no run"
+
+
+def extent(counts: Iterable[int]) -> str:
+    """Return the least and the largest count: "5", "3 to 8"; "none" if there are but zeros."""
     found = sorted({int(count) for count in counts})
-    if not found or found == [0]:
-        return "no run"
-    return f"n = {found[0]}" if len(found) == 1 else f"n = {found[0]} to {found[-1]}"
+    if not any(found):
+        return "none"
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def label(name: str) -> str:

@@ -121,6 +121,10 @@ class TaskConfig(Model):
         return {}
 
 
+# What an update calls with the driver loss; with weights, with each sample's and its bound, too.
+Report = Callable[..., None]
+
+
 class Task(Protocol):
     """What `making.train` needs of a task; constructed as `Task(config, seed=..., device=...)`.
 
@@ -178,7 +182,7 @@ class Task(Protocol):
     def pick(self, blocks: Sequence[Any], picks: Tensor, index: int) -> Any:
         """Return the samples `picks`, int64, (batch,), of batches laid end to end, as they are."""
 
-    def step(self, batch: Any, report: Callable[..., None], weights: Tensor | None = None) -> None:
+    def step(self, batch: Any, report: Report, weights: Tensor | None = None) -> None:
         """Make ONE complete update, with any number of optimizers.
 
         Calls `report` once with the 0-d driver loss, as soon as its forward is done. Where

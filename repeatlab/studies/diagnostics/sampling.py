@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import count
-from time import perf_counter
 
 import pandas as pd
 import torch
 
 from repeatlab.core.environment import pick_device
 from repeatlab.methods.selection import draws, importance_sampling
-from repeatlab.studies.diagnostics.measure import Watch
+from repeatlab.studies.diagnostics.measure import Watch, time_on
 from repeatlab.tasks import TASKS, TaskConfig, load_task
 from repeatlab.training.making import torch_settings
 
@@ -36,17 +36,11 @@ def sampling_times(
         GPU is waited for after each part.
     """
     device, rows, numbers = pick_device(device), [], count()
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def now() -> float:
-        synchronize()
-        return perf_counter()
-
     with torch_settings(1, 0):
         task = load_task(TASKS[task_config.name])(task_config, seed=0, device=device)
         for place in range(-(rounds // 10), rounds):
             for presample in presamples:
-                watch, index = Watch(now), next(numbers)
+                watch, index = Watch(partial(time_on, device)), next(numbers)
                 watch.lap("start")
                 blocks = [task.candidates(index, next(numbers)) for _ in range(presample)]
                 watch.lap("drawing")
