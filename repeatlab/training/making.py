@@ -62,6 +62,7 @@ def train(
     if run.done:
         return run
     store.check_writable()
+    pick_device(config.device)  # one that is not there is named before anything is written
     make_needs(config, store, watch=watch, stop=stop)
     with store.locked(run, waiting=partial(leave_if_stopped, stop)), watch([config]):
         if not run.done:
