@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PLACES = (Path(__file__).resolve().parents[1], Path.cwd())
 ROOT = next((place for place in PLACES if (place / "params").is_dir()), PLACES[1])
 PATH = click.Path(path_type=Path)
+Several = tuple[str, ...]  # of an argument or option that may be repeated
 RUNS = click.option("--runs", type=PATH, default="runs", show_default=True, help="Run store.")
 FIGURES = click.option(
     "--figures", type=PATH, default="figures", show_default=True, help="Where figures are, or go."
@@ -47,9 +48,7 @@ def cli() -> None:
 @click.option("--force", is_flag=True, help="Execute also notebooks of which nothing has changed.")
 @RUNS
 @FIGURES
-def figures(
-    notebooks: tuple[str, ...], profile: str, force: bool, runs: Path, figures: Path
-) -> None:
+def figures(notebooks: Several, profile: str, force: bool, runs: Path, figures: Path) -> None:
     """Train a profile's studies and execute its notebooks: all of them, or those named.
 
     Runs that the store has are not trained again, and a notebook is executed again only where its
@@ -72,11 +71,7 @@ def figures(
 @RUNS
 @FIGURES
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default="paper",
-    show_default=True,
-    help="Where the paper goes, and the data that it is made of.",
+    "--out", type=PATH, default="paper", show_default=True, help="Where paper and its data go."
 )
 @click.option("--pages", is_flag=True, help="Write each page as PNG, too.")
 def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> None:
@@ -96,7 +91,7 @@ def paper(profile: str, runs: Path, figures: Path, out: Path, pages: bool) -> No
 
 
 @cli.command()
-@click.argument("parameters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("parameters", nargs=-1, required=True, type=PATH)
 @RUNS
 @click.option("--workers", type=click.IntRange(min=0), help="Processes; 0 trains in this one.")
 @click.option("--scheduler", help="Train on the workers of the Dask scheduler at this address.")
@@ -114,8 +109,8 @@ def run(
     parameters: tuple[Path, ...],
     runs: Path,
     amend: str | None,
-    only: tuple[str, ...],
-    settings: tuple[str, ...],
+    only: Several,
+    settings: Several,
     **places: Any,
 ) -> None:
     """Train the studies of parameter files, without their notebooks; a plan with all its stages."""
@@ -158,18 +153,11 @@ def power(name: str, runs: Path, share: float | None) -> None:
 @click.argument("studies", nargs=-1)
 @RUNS
 @click.option("--plan", "plans", multiple=True, help="Every study of this plan.")
-@click.option(
-    "--visits", multiple=True, help="Every update of this study alone; by default of all."
-)
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="A directory.")
+@click.option("--visits", multiple=True, help="Every update of this study alone; else of all.")
+@click.option("--to", type=PATH, required=True, help="A directory.")
 @click.option("--as", "form", type=FORMS, default="parquet", show_default=True)
 def export(
-    studies: tuple[str, ...],
-    plans: tuple[str, ...],
-    visits: tuple[str, ...],
-    runs: Path,
-    to: Path,
-    form: str,
+    studies: Several, plans: Several, visits: Several, runs: Path, to: Path, form: str
 ) -> None:
     """Write the runs of studies, by default all, as a few Parquet files that `import` reads.
 
@@ -187,7 +175,7 @@ def export(
 
 
 @cli.command("import")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=PATH)
 @RUNS
 def import_(source: Path, runs: Path) -> None:
     """Put the runs that `export` has written into the store, done: nothing is trained again."""
@@ -199,13 +187,8 @@ def import_(source: Path, runs: Path) -> None:
 @cli.command()
 @click.argument("studies", nargs=-1)
 @RUNS
-@click.option(
-    "--all",
-    "everything",
-    is_flag=True,
-    help="List every run, not only those to look at, with its time and the predicted one.",
-)
-def status(studies: tuple[str, ...], runs: Path, everything: bool) -> None:
+@click.option("--all", "everything", is_flag=True, help="List every run, with its time as well.")
+def status(studies: Several, runs: Path, everything: bool) -> None:
     """Show how far the studies of a store are: all of them, or those named."""
     import pandas as pd
 
@@ -268,10 +251,10 @@ def _read_studies(paths: Iterable[Path], settings: Iterable[str]) -> list[Study]
 
 
 @cli.command()
-@click.argument("parameters", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("parameters", nargs=-1, type=PATH)
 @RUNS
 @SET
-def measure(parameters: tuple[Path, ...], runs: Path, settings: tuple[str, ...]) -> None:
+def measure(parameters: tuple[Path, ...], runs: Path, settings: Several) -> None:
     """Time the parts of an update for every task of the studies; by default of params/quick.
 
     Afterwards tables can show predicted beside measured training time.
@@ -295,7 +278,7 @@ def measure(parameters: tuple[Path, ...], runs: Path, settings: tuple[str, ...])
 @click.argument("task")
 @click.option("--dataset", help="By default the embedded one.")
 @SET
-def check(task: str, dataset: str | None, settings: tuple[str, ...]) -> None:
+def check(task: str, dataset: str | None, settings: Several) -> None:
     """Check a task at its defaults, or the tasks of a parameter file, before they are trained.
 
     Exit status 1 if a check fails.

@@ -16,6 +16,7 @@ from repeatlab.core.html_view import rows_table
 from repeatlab.cost import cost_units
 from repeatlab.store.records import Run, Store
 
+GRID = 60  # points of a mean curve whose runs have none in common
 RUN_KEYS = ["task", "method", "seed"]
 # x axis of learning curves -> label; but for updates they hold what came before the first one.
 AXES = {
@@ -175,15 +176,8 @@ def together(records: Mapping[str, Records]) -> Records:
 # --- learning curves --------------------------------------------------------------------------
 
 
-def curves(
-    evals: pd.DataFrame,
-    metric: str,
-    *,
-    split: str = "validation",
-    x: str = "update",
-    points: int = 60,
-) -> pd.DataFrame:
-    """Return mean learning curves with 95 % intervals over seeds.
+def curves(evals: pd.DataFrame, metric: str, *, x: str = "update") -> pd.DataFrame:
+    """Return mean validation curves with 95 % intervals over seeds.
 
     Runs of one method reach different x at the same update, so each run is interpolated linearly
     onto a grid that all runs of the method cover; nothing is extrapolated.
@@ -192,13 +186,13 @@ def curves(
         Rows (task, method, x, mean, low, high, n, diverged) with the interval of `mean_interval`;
         `diverged` of the n runs did, and the curve ends with the first of them.
     """
-    chosen = evals[(evals["metric"] == metric) & (evals["split"] == split)]
+    chosen = evals[(evals["metric"] == metric) & (evals["split"] == "validation")]
     pieces = []
     for (task, method), group in chosen.groupby(["task", "method"], sort=False):
         runs = [r.sort_values("update") for _, r in group.groupby("seed")]
         low, high = max(r[x].iloc[0] for r in runs), min(r[x].iloc[-1] for r in runs)
         same = all(np.array_equal(r[x], runs[0][x]) for r in runs)
-        grid = runs[0][x].to_numpy(float) if same else np.linspace(low, high, points)
+        grid = runs[0][x].to_numpy(float) if same else np.linspace(low, high, GRID)
         values = np.stack([np.interp(grid, r[x], r["value"]) for r in runs])
         mean, below, above = mean_interval(values)
         columns = {x: grid, "mean": mean, "low": below, "high": above, "n": len(runs)}
@@ -213,7 +207,7 @@ def has_diverged(run: pd.DataFrame) -> bool:
     return "status" in run and run["status"].iloc[0] == "diverged"
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, ...]:
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return mean and Student-t confidence limits of the mean along axis 0, shape (n, ...).
 
     With one value the limits are NaN: one run says nothing of the spread.
@@ -222,7 +216,7 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, 
     n, mean = len(values), values.mean(axis=0)
     if n < 2:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    half = stdtrit(n - 1, (1 + level) / 2) * values.std(axis=0, ddof=1) / np.sqrt(n)
+    half = stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / np.sqrt(n)
     return mean, mean - half, mean + half
 
 
@@ -272,9 +266,7 @@ def counted_axes(frame: pd.DataFrame) -> list[str]:
 # --- time to target ---------------------------------------------------------------------------
 
 
-def to_target(
-    evals: pd.DataFrame, metric: str, target: float, *, split: str = "validation"
-) -> pd.DataFrame:
+def to_target(evals: pd.DataFrame, metric: str, target: float) -> pd.DataFrame:
     """Return when each run first reached `target`, by the evaluations.
 
     A run that missed it is censored, never imputed: `reached` is False and the axes hold its last
@@ -284,7 +276,7 @@ def to_target(
     Returns:
         Rows (task, method, seed, reached) and one column for each of `AXES` that was counted.
     """
-    chosen = evals[(evals["metric"] == metric) & (evals["split"] == split)]
+    chosen = evals[(evals["metric"] == metric) & (evals["split"] == "validation")]
     axes = counted_axes(evals)
     rows = []
     ends = chosen.groupby("task")[axes].max()

@@ -17,6 +17,7 @@ from repeatlab.analysis.comparison import comparison_table
 from repeatlab.analysis.declaration import LARGER_STEP
 from repeatlab.analysis.frames import RUN_KEYS, Records, mean_and_limits
 from repeatlab.analysis.paired_differences import Endpoint, pairs
+from repeatlab.analysis.viewpoints import stack
 from repeatlab.store.records import UPDATES, Run, fresh_batches
 
 WINDOW = 50
@@ -273,7 +274,6 @@ def against_controls(
     *,
     real: str,
     controls: Sequence[str],
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Return `comparison_table` of the real arm against each control, one family for Holm.
 
@@ -288,8 +288,7 @@ def against_controls(
     frames = [against(control) for control in controls]
     if LARGER_STEP in controls:
         frames.append(against(LARGER_STEP, "fresh_batches").assign(against=SAME_DATA))
-    filled = [frame for frame in frames if len(frame)]
-    return comparison_table(pd.concat(filled, ignore_index=True), seed=seed)
+    return comparison_table(stack(frames))
 
 
 def noise_shares(records: Records) -> pd.DataFrame:

@@ -37,7 +37,7 @@ def verdicts_side_by_side(plan: PlanRecords) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), columns=VERDICTS)
 
 
-def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validation") -> pd.DataFrame:
+def arms_table(plan: PlanRecords) -> pd.DataFrame:
     """Return one row per arm and task: dose, rate, updates saved and fresh data saved.
 
     Columns: task, arm, rate (in units of the task's), mean_n, repeated (share of batches visited
@@ -46,16 +46,16 @@ def arms_table(plan: PlanRecords, *, stage: str = "own", split: str = "validatio
     for the arm's metric, over those that the arm used), p, p_adjusted (Holm over the table), state
     by it and the margin; "not tested" where an arm that is to repeat hardly does.
     """
-    records, values = plan.stages[stage], plan.values(stage, split)
+    records, values = plan.stages["own"], plan.values("own", "validation")
     rows = []
-    for arm in _arms(plan, stage):
+    for arm in _arms(plan):
         of_arm = doses(records, arm)
         for task, of_task in values.items():
             paired = of_task.paired(arm, plan.declared.against)
             if paired is None:
                 continue
             effect, dose = saved({task: paired}), of_arm[task]
-            choice = plan.rates.get(task, {}).get(arm) if stage == "own" else None
+            choice = plan.rates.get(task, {}).get(arm)
             low, high, _ = effect.interval
             reuse = [ratio * dose.mean for ratio in (effect.ratio, low, high)]
             diverged = int(np.isnan([*of_task.arms[arm].values()]).sum())
@@ -94,7 +94,7 @@ def over_tasks_table(plan: PlanRecords) -> pd.DataFrame:
     """
     values, records = plan.values("own", "validation"), plan.stages["own"]
     rows = []
-    for arm in _arms(plan, "own"):
+    for arm in _arms(plan):
         pairs = {task: one.paired(arm, plan.declared.against) for task, one in values.items()}
         pairs = {task: paired for task, paired in pairs.items() if paired is not None}
         of_arm = doses(records, arm)
@@ -179,8 +179,8 @@ def plan_tables(plan: PlanRecords | None) -> dict[str, pd.DataFrame]:
     }
 
 
-def _arms(plan: PlanRecords, stage: str) -> list[str]:
-    methods = plan.stages[stage].runs["method"].unique()
+def _arms(plan: PlanRecords) -> list[str]:
+    methods = plan.stages["own"].runs["method"].unique()
     return [arm for arm in methods if arm != plan.declared.against]
 
 

@@ -18,6 +18,7 @@ from repeatlab.analysis.over_tasks import OverTasks, over_tasks
 from repeatlab.analysis.power import Pilot, pilot_of
 from repeatlab.analysis.updates_saved import Paired, Saved, saved
 from repeatlab.analysis.verdicts import Verdict, judge
+from repeatlab.analysis.viewpoints import stack
 from repeatlab.core.files import StoreError
 from repeatlab.store.records import Store
 
@@ -129,9 +130,7 @@ def core_hours(parts: Iterable[Records], *tasks: str) -> float:
 
     A run that several of the parts have counts once.
     """
-    runs = pd.concat(
-        [part.done for part in parts if len(part.done)] or [pd.DataFrame(columns=COLUMNS)]
-    )
+    runs = stack([pd.DataFrame(columns=COLUMNS), *(part.done for part in parts)])
     chosen = runs[runs["task"].isin(tasks)] if tasks else runs
     return float(chosen.drop_duplicates("id")["seconds"].sum()) / 3600
 

@@ -23,39 +23,31 @@ SETTINGS = {
 OVER = ["method", "x", "n", "missing", "diverged", "mean", "low", "high", "repeats"]
 
 
-def outcomes(
-    records: Records,
-    metric: str,
-    *,
-    settings: Mapping[str, str] = SETTINGS,
-    split: str = "validation",
-) -> pd.DataFrame:
+def outcomes(records: Records, metric: str) -> pd.DataFrame:
     """Return one row per planned run: how it ended, and under which settings.
 
     Args:
         records: The runs.
-        metric: Of the last evaluation.
-        settings: Column -> dotted path in the run's configuration, such as {"lr": "task.lr"}. A run
-            that is missing has what other seeds of its task and method have; NaN if there are none.
-        split: Of the metric.
+        metric: Of the last evaluation, on the validation split.
 
     Returns:
-        Columns task, method, seed, status, one for each of `settings`, value (NaN unless complete)
-        and repeats (updates a batch).
+        Columns task, method, seed, status, one for each of `SETTINGS`, value (NaN unless complete)
+        and repeats (updates a batch). A run that is missing has the settings of other seeds of its
+        task and method; NaN if there are none.
     """
     rows = []
     for row in records.runs.to_dict("records"):
         config, made = Run(Path(row["path"])).config, row.get("updates", np.nan)
         rows.append(
             {key: row[key] for key in [*RUN_KEYS, "status"]}
-            | {name: _at(config, path) for name, path in settings.items()}
+            | {name: _at(config, path) for name, path in SETTINGS.items()}
             | {
-                "value": row[f"{split}.{metric}"] if row["status"] == "complete" else np.nan,
+                "value": row[f"validation.{metric}"] if row["status"] == "complete" else np.nan,
                 "repeats": made / row["fresh_batches"] if made and made == made else np.nan,
             }
         )
     frame = pd.DataFrame(rows)
-    for name in settings:
+    for name in SETTINGS:
         known = frame.groupby(["task", "method"])[name].transform("first")
         frame[name] = frame[name].where(frame[name].notna(), known)
     return frame

@@ -14,6 +14,7 @@ from math import ceil
 from typing import NamedTuple
 
 import numpy as np  # scipy.stats takes a second: imported where it is needed
+import pandas as pd
 
 ALPHA = 0.05  # false verdicts that a decision may make
 LEVEL = 1 - ALPHA
@@ -90,16 +91,12 @@ def paired_effect(differences: np.ndarray, *, seed: int = 0) -> Effect:
         scores, estimate = values, float(values.mean())
         interval = flip_interval(values, seed=seed)
     else:
-        scores, estimate = signed_ranks(values), _middle(values)
+        # The median, of an even number the lower one: a mean of two infinities is none.
+        scores, estimate = signed_ranks(values), float(np.sort(values)[(len(values) - 1) // 2])
         interval = Interval(-np.inf, np.inf, "signed ranks")
     p, total = sign_flip(scores, seed=seed), float(scores.sum())
     unequal = int(np.count_nonzero(values))
     return Effect(estimate, _agreeing(interval, p, total), p, len(values), unequal)
-
-
-def _middle(values: np.ndarray) -> float:
-    """Return the median, of an even number the lower one: a mean of two infinities is none."""
-    return float(np.sort(values)[(len(values) - 1) // 2])
 
 
 def _agreeing(interval: Interval, p: float, total: float) -> Interval:
@@ -206,12 +203,8 @@ def signed_ranks(differences: np.ndarray) -> np.ndarray:
     A difference of 0 gets 0 and is not ranked (Wilcoxon 1945).
     """
     values = np.asarray(differences, dtype=float)
-    ranks = np.zeros(len(values))
-    sizes = np.abs(values[values != 0])
-    if len(sizes):
-        _, place, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-        ranks[values != 0] = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    return np.sign(values) * ranks
+    sizes = pd.Series(np.abs(values)).where(values != 0)
+    return np.sign(values) * sizes.rank().fillna(0).to_numpy()
 
 
 # --- several comparisons ----------------------------------------------------------------------

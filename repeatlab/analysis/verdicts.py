@@ -164,18 +164,18 @@ def _mean_dose(doses: Mapping[str, Dose]) -> float:
     return float(np.mean([dose.mean for dose in doses.values()])) if doses else np.nan
 
 
-def _case(evidence: Evidence, declared: Declaration, seed: int) -> _Case:
+def _case(evidence: Evidence, declared: Declaration) -> _Case:
     limits = {task: float(goal.updates) for task, goal in declared.goals.items()}
     until = {a: repeating(evidence.until[a], evidence.dose.get(a, {})) for a in declared.arms}
     at_end = {a: repeating(evidence.at_end[a], evidence.dose.get(a, {})) for a in declared.arms}
-    time_saved = partial(saved_until, limits=limits, seed=seed)
+    time_saved = partial(saved_until, limits=limits)
     speed = {a: time_saved(tasks) for a, tasks in until.items() if tasks}
-    end = {a: saved(tasks, seed=seed) for a, tasks in at_end.items() if tasks}
+    end = {a: saved(tasks) for a, tasks in at_end.items() if tasks}
     evidence = replace(evidence, **_of_real(evidence, declared))
-    parts = {c: saved(found, seed=seed) for c, found in evidence.controls.items() if found}
+    parts = {c: saved(found) for c, found in evidence.controls.items() if found}
     # What was declared keeps its place in the family, whether it was tested or not.
     family = [found[a].p if a in found else np.nan for found in (speed, end) for a in declared.arms]
-    *adjusted, mechanism_p = holm([*family, _mechanism_p(evidence, parts, seed)])
+    *adjusted, mechanism_p = holm([*family, _mechanism_p(evidence, parts)])
     arms = len(declared.arms)
     p_speed = dict(zip(declared.arms, adjusted[:arms], strict=True))
     p_end = dict(zip(declared.arms, adjusted[arms:], strict=True))
@@ -231,7 +231,7 @@ def _of_real(evidence: Evidence, declared: Declaration) -> dict[str, Any]:
     }
 
 
-def _mechanism_p(evidence: Evidence, parts: Mapping[str, Saved], seed: int) -> float:
+def _mechanism_p(evidence: Evidence, parts: Mapping[str, Saved]) -> float:
     """Return the p of H3 as a whole, two-sided: every part holds, or one of them is reversed.
 
     To hold, each part must be significant by itself, so the largest p decides; that one is
@@ -241,7 +241,7 @@ def _mechanism_p(evidence: Evidence, parts: Mapping[str, Saved], seed: int) -> f
     """
     if not parts or not evidence.hardness:
         return np.nan
-    hard_p, hard = _hardness_test(evidence, seed)
+    hard_p, hard = _hardness_test(evidence)
     signs = {name: effect.ratio - 1 for name, effect in parts.items()} | {"": hard}
     ps = {name: effect.p for name, effect in parts.items()} | {"": hard_p}
     if all(sign > 0 for sign in signs.values()):
@@ -250,11 +250,11 @@ def _mechanism_p(evidence: Evidence, parts: Mapping[str, Saved], seed: int) -> f
     return min(1.0, min(reversed_) * len(ps)) if reversed_ else 1.0
 
 
-def _hardness_test(evidence: Evidence, seed: int) -> tuple[float, float]:
+def _hardness_test(evidence: Evidence) -> tuple[float, float]:
     """Return p and mean of the rank correlations between first loss and N, tasks alike."""
     parts = [(seeds, values[:, None]) for seeds, values in evidence.hardness.values()]
     rows = by_seed(parts, len(parts))
-    return float(sign_flips(rows, seed=seed)[0]), float(rows.sum())
+    return float(sign_flips(rows)[0]), float(rows.sum())
 
 
 # --- hypotheses -------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def _h3(case: _Case) -> Ruling:
         return NOT_TESTED, f"{real} does not reach a mean N of {LEAST_DOSE}", parts
     if len(parts) < len(case.declared.controls) or not parts or not case.evidence.hardness:
         return INCONCLUSIVE, "Runs are missing", parts
-    hard = _hardness_test(case.evidence, 0)[1]
+    hard = _hardness_test(case.evidence)[1]
     jointly = f"jointly p = {case.mechanism_p:.2g}, rank correlation of loss and N {hard:+.2f}"
     if case.mechanism_p < ALPHA:
         if hard > 0 and all(part.effect.ratio > 1 for part in parts.values()):
@@ -383,15 +383,14 @@ HYPOTHESES = tuple(
 )
 
 
-def judge(evidence: Evidence, declared: Declaration, *, seed: int = 0) -> list[Verdict]:
+def judge(evidence: Evidence, declared: Declaration) -> list[Verdict]:
     """Return the verdict of every hypothesis.
 
     Args:
         evidence: What `evidence.gather` returns.
         declared: The plan that it was gathered for.
-        seed: Of the random sign flips, which serve above 12 seeds.
     """
-    case = _case(evidence, declared, seed)
+    case = _case(evidence, declared)
     verdicts = []
     for hypothesis in HYPOTHESES:
         verdict, lead, rests = hypothesis.rule(case)

@@ -13,7 +13,7 @@ import pandas as pd
 from repeatlab.analysis.frames import Records, load, together
 from repeatlab.analysis.paired_differences import Endpoint
 from repeatlab.core.schema import read_yaml
-from repeatlab.store.measurements import measured_k
+from repeatlab.store.measurements import measurement_of
 from repeatlab.store.records import Run, Store
 
 
@@ -123,8 +123,8 @@ def load_views(runs: str | Path, views: Sequence[Mapping[str, Any]]) -> Views:
     absent = [view["study"] for view in views if view["name"] not in found]
     records = together(found)
     first = records.done.groupby("task", sort=False)["path"].first()
-    of_task = {task: measured_k(runs, Run(Path(path))) for task, path in first.items()}
-    measured = {task: k for task, k in of_task.items() if k is not None}
+    of_task = {task: measurement_of(runs, Run(Path(path))) for task, path in first.items()}
+    measured = {task: found.sample_ratio for task, found in of_task.items() if found}
     return Views(records, tasks, absent, measured)
 
 

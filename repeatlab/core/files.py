@@ -73,13 +73,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise not_written(path, error) from error
-
-
-def not_written(path: Path, error: OSError) -> StoreError:
-    # Libraries put words of their own around what the system says.
-    reason = os.strerror(error.errno) if error.errno else error
-    return StoreError(f"{path} cannot be written: {reason}")
+        # Libraries put words of their own around what the system says.
+        reason = os.strerror(error.errno) if error.errno else error
+        raise StoreError(f"{path} cannot be written: {reason}") from error
 
 
 def write_json(path: Path, data: Any, *, sealed: bool = False) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_origin, get_type_hints
@@ -74,6 +74,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"{hint}(known: {', '.join(known[:MOST_KNOWN])}{more})"
 
 
+def check_known(field: str, what: str, name: str, known: Collection[str]) -> None:
+    """Raise a `ConfigError` that names the field unless `name` is among the known ones."""
+    if name not in known:
+        raise ConfigError(f"{field}: unknown {what} {name!r}; {did_you_mean(name, known)}")
+
+
 class Model(BaseModel):
     """Base of all configuration models: immutable, no conversion, no unknown keys, no NaN."""
 
@@ -127,7 +133,7 @@ class Model(BaseModel):
 # --- one of several, by name ------------------------------------------------------------------
 
 
-def named(what: str, models: Mapping[str, Any], load: Callable[[Any], type[Model]]) -> Any:
+def named(what: str, models: Mapping[str, Any], load: Callable = lambda model: model) -> Any:
     """Return the annotation of a field `{name: ..., ...}` that holds one of several models.
 
     Args:
@@ -161,7 +167,7 @@ class Choice(Model):
         return type(self).target(**(fields | overrides))
 
 
-def choice(what: str, registry: Mapping[str, type], *, without: tuple[str, ...] = ()) -> Any:
+def choice(what: str, registry: Mapping[str, type]) -> Any:
     """Return the annotation of a field that holds one member of `registry`.
 
     The dataclasses stay the only place where fields, defaults and ranges are written. A field that
@@ -172,7 +178,7 @@ def choice(what: str, registry: Mapping[str, type], *, without: tuple[str, ...] 
         registry: Name to frozen dataclass.
         without: Fields that are not configured, because the run provides them.
     """
-    return named(what, choices(registry, without=without), lambda model: model)
+    return named(what, choices(registry))
 
 
 def choices(

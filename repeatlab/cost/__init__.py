@@ -3,25 +3,19 @@
 from repeatlab.cost.ledger import Ledger, cost_units, spent_on
 from repeatlab.cost.model import (
     CostModel,
-    backward_ratio,
     break_even_keep,
     break_even_presample,
     cost_ratio,
-    expected_keep,
-    score_cost,
     tau_threshold,
 )
 
 __all__ = [
     "CostModel",
     "Ledger",
-    "backward_ratio",
     "break_even_keep",
     "break_even_presample",
     "cost_ratio",
     "cost_units",
-    "expected_keep",
-    "score_cost",
     "spent_on",
     "tau_threshold",
 ]

@@ -44,8 +44,7 @@ class Ledger:
         environment_steps: Steps made in a simulator.
         seconds: Training time; evaluation is outside the clock.
         host_reads: How often the host waited for a loss on the device.
-        skipped_steps: Optimizer steps left out because float16 gradients overflowed; their updates
-            are counted all the same.
+        skipped_steps: 0; earlier versions left out steps whose float16 gradients overflowed.
         calibration_updates: Updates of the short run that `t: auto` needed, on top of the above.
         calibration_forward_samples: Samples that went forward in that run.
         calibration_backward_samples: Samples that went backward in it.

@@ -79,20 +79,6 @@ class CostModel:
         return self.data / self.update
 
 
-def backward_ratio(presample: float, score_cost: float) -> float:
-    """Return k = p / a - 1, given a, the time to score B samples over that to train on b.
-
-    >>> round(backward_ratio(2, 0.55), 2), backward_ratio(5, 1.25)
-    (2.64, 3.0)
-    """
-    return presample / score_cost - 1
-
-
-def score_cost(presample: float, k: float) -> float:
-    """Return a = p / (1 + k), the time to score B = p b samples over that to train on b."""
-    return presample / (1 + k)
-
-
 def tau_threshold(presample: float, k: float) -> float:
     """Return tau_th = (p + 1 + k) / (1 + k): an importance update over a uniform one.
 
@@ -119,14 +105,6 @@ def cost_ratio(presample: float, k: float) -> float:
 def break_even_presample(k: float) -> float:
     """Return the p above which `cost_ratio` is below 1: (k + 1) / k."""
     return (k + 1) / k
-
-
-def expected_keep(beta: float) -> float:
-    """Return the share of samples that selective backprop keeps: 1 / (beta + 1).
-
-    The keep probability is percentile^beta (Jiang et al. 2019), and percentiles are uniform.
-    """
-    return 1 / (beta + 1)
 
 
 def break_even_keep(k: float) -> float:

@@ -200,22 +200,17 @@ def _own(dataset: str, root: str | Path | None) -> tuple[str, ImageSet, ImageSet
 
 def _mnist(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:
     """60,000 + 10,000 digits of 28 x 28 pixels."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
     folder = sources.prepare(sources.MNIST, root) / "MNIST" / "raw"
 
     def part(prefix: str) -> ImageSet:
-        images = _idx((folder / f"{prefix}-images-idx3-ubyte").read_bytes())
-        labels = _idx((folder / f"{prefix}-labels-idx1-ubyte").read_bytes())
-        return ImageSet(images.unsqueeze(1), labels.to(torch.int64))
+        images = read_image_file(str(folder / f"{prefix}-images-idx3-ubyte"))
+        return ImageSet(
+            images.unsqueeze(1), read_label_file(str(folder / f"{prefix}-labels-idx1-ubyte"))
+        )
 
     return part("train"), part("t10k"), 5_000
-
-
-def _idx(content: bytes) -> Tensor:
-    """Return the uint8 tensor in an IDX file: 0, 0, type 8, rank, big-endian sizes, values."""
-    rank = content[3]
-    sizes = np.frombuffer(content, ">u4", count=rank, offset=4)
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
-    return torch.from_numpy(values.reshape(sizes.tolist()).copy())
 
 
 def _cifar10(root: str | Path | None) -> tuple[ImageSet, ImageSet, int]:

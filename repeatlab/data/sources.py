@@ -84,7 +84,9 @@ def prepare(source: Source, root: str | Path | None = None) -> Path:
         packed = directory / download
         try:
             if not packed.exists():
-                _fetch(source.url + Path(download).name, packed, checksum)
+                url = source.url + Path(download).name
+                with urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+                    _write(response, packed, checksum)
             _verify(packed, checksum)
             _untar(packed, missing, directory) if is_archive else _gunzip(packed)
         except (OSError, HTTPException) as error:
@@ -118,11 +120,6 @@ def _verify(path: Path, expected: str) -> None:
             f"{path} is damaged or not the expected file: its MD5 is {found}, expected {expected}"
             f" ({path.stat().st_size} bytes). Remove it, or replace it with a good copy."
         )
-
-
-def _fetch(url: str, path: Path, checksum: str) -> None:
-    with urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-        _write(response, path, checksum)
 
 
 def _gunzip(packed: Path) -> None:

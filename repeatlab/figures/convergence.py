@@ -19,7 +19,7 @@ from repeatlab.figures import look
 
 @look.style()
 def curves_against_standard(
-    frame: pd.DataFrame, *, x: str, ylabel: str, log: bool = False, columns: int = 4
+    frame: pd.DataFrame, *, x: str, ylabel: str, log: bool = False
 ) -> Figure:
     """Draw one small panel per method, each over the standard arm in grey.
 
@@ -30,11 +30,10 @@ def curves_against_standard(
         x: Its x column, a key of `analysis.AXES`.
         ylabel: Label of the metric, with its unit.
         log: Whether the metric's axis is logarithmic.
-        columns: Panels in a row.
     """
     methods = [method for method in frame["method"].unique() if method != "standard"]
     figure, grid = look.tiles(
-        len(methods), columns=columns, height=1.45, head=0.35, sharex=True, sharey=True
+        len(methods), columns=4, height=1.45, head=0.35, sharex=True, sharey=True
     )
     for axes, method in zip(grid, methods, strict=True):
         for name in ("standard", method):

@@ -57,18 +57,10 @@ class Picture(Figure):
     """A figure that a notebook shows where it is the value of a cell, or is displayed: once."""
 
     def _repr_png_(self) -> bytes:
-        return png(self)
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file."""
-    buffer = BytesIO()
-    with style():
-        figure.savefig(buffer, format="png", dpi=STYLE["figure.dpi"])
-    return buffer.getvalue()
-
-
-# --- panels and words -------------------------------------------------------------------------
+        buffer = BytesIO()
+        with style():
+            self.savefig(buffer, format="png", dpi=STYLE["figure.dpi"])
+        return buffer.getvalue()
 
 
 def panels(
@@ -206,10 +198,15 @@ def in_order(methods: Iterable[str]) -> list[str]:
 
 def said_n(counts: Iterable[int]) -> str:
     """Return over how many seeds something is: "n = 5", "n = 3 to 5"; "no run" if there is none."""
+    return f"n = {said}" if (said := extent(counts)) != "none" else "no run"
+
+
+def extent(counts: Iterable[int]) -> str:
+    """Return the least and the largest count: "5", "3 to 8"; "none" if there are but zeros."""
     found = sorted({int(count) for count in counts})
-    if not found or found == [0]:
-        return "no run"
-    return f"n = {found[0]}" if len(found) == 1 else f"n = {found[0]} to {found[-1]}"
+    if not any(found):
+        return "none"
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def label(name: str) -> str:

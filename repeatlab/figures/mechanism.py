@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from repeatlab.figures import look
 from repeatlab.figures.intervals import interval_rows, is_decided
 
+ByTask = Mapping[str, Mapping[str, pd.DataFrame]]
 # What a control takes away from the real run.
 WITHOUT = {
     "permuted": "without time trend and hardness",
@@ -34,9 +35,7 @@ WITHOUT = {
 
 
 @look.style()
-def loss_against_repeats(
-    batches: pd.DataFrame, methods: Sequence[str], *, xlabel: str = "first loss", columns: int = 4
-) -> Figure:
+def loss_against_repeats(batches: pd.DataFrame, methods: Sequence[str]) -> Figure:
     """Draw N of every fresh batch against its first loss, one panel per method.
 
     Dots, spread within their N and coloured by how much of the run had passed.
@@ -44,13 +43,11 @@ def loss_against_repeats(
     Args:
         batches: Rows of `mechanism.visited_batches` with `method` and `seed`, of one task.
         methods: Which, in their order; one without a run says so.
-        xlabel: Name of the loss, with its unit.
-        columns: Panels in a row.
     """
     most = int(batches["repeats"].max()) if len(batches) else 1
     on_log = look.spans_decades(batches["loss"])
     drawn, random = None, np.random.default_rng(0)
-    figure, grid = look.tiles(len(methods), columns=columns, height=1.45, sharex=True, sharey=True)
+    figure, grid = look.tiles(len(methods), columns=4, height=1.45, sharex=True, sharey=True)
     for axes, method in zip(grid, methods, strict=True):
         rows = batches[batches["method"] == method]
         axes.set_title(look.label(method), loc="left", fontweight="bold")
@@ -69,7 +66,7 @@ def loss_against_repeats(
     if drawn is not None:
         bar = {"label": "share of the run that had passed", "fraction": 0.03, "pad": 0.01}
         figure.colorbar(drawn, ax=grid, aspect=30, **bar)
-    figure.supxlabel(xlabel, fontsize=8)
+    figure.supxlabel("first loss", fontsize=8)
     figure.supylabel("N (updates on the batch)", fontsize=8)
     return figure
 
@@ -132,16 +129,15 @@ def _stacked(axes: Axes, place: int, row: pd.DataFrame, most: int) -> None:
 
 
 @look.style()
-def loss_ratios(ratios: pd.DataFrame, methods: Sequence[str], *, columns: int = 5) -> Figure:
+def loss_ratios(ratios: pd.DataFrame, methods: Sequence[str]) -> Figure:
     """Draw the loss at each visit relative to the first, a line for each N, a panel per method.
 
     Args:
         ratios: Rows with `method`, `repeats` (N), `repeat`, `mean` (ratio), `low`, `high`, `n`.
         methods: Which; one without a batch that was repeated says so.
-        columns: Panels in a row.
     """
     most = int(ratios["repeats"].max()) if len(ratios) else 2
-    figure, grid = look.tiles(len(methods), columns=columns, height=1.5, sharex=True, sharey=True)
+    figure, grid = look.tiles(len(methods), columns=5, height=1.5, sharex=True, sharey=True)
     drawn: dict[int, Any] = {}
     for axes, method in zip(grid, methods, strict=True):
         rows = ratios[ratios["method"] == method]
@@ -201,9 +197,7 @@ def _curve(axes: Axes, curve: pd.DataFrame, method: str) -> None:
 
 
 @look.style()
-def transfer_rows(
-    found: Mapping[str, Mapping[str, pd.DataFrame]], methods: Sequence[str], *, columns: int = 3
-) -> Figure:
+def transfer_rows(found: ByTask, methods: Sequence[str]) -> Figure:
     """Draw how far an extra update lowers its own batch's loss and that of the next fresh batch.
 
     The latter is a cause only where N is drawn at random; `found` should hold it for such arms.
@@ -211,31 +205,23 @@ def transfer_rows(
     Args:
         found: Task -> {"own": rows, "other": rows}, both with `method`, `mean`, `low`, `high`, `n`.
         methods: Which, from top to bottom.
-        columns: Panels in a row.
     """
     kinds = {"own": "the batch itself", "other": "the next fresh batch"}
-    figure, _ = _two_quantities(
-        found, methods, kinds, columns=columns, absent="no run, or no repeat"
-    )
+    figure, _ = _two_quantities(found, methods, kinds, absent="no run, or no repeat")
     figure.supxlabel("fall of the loss for each extra update, in its unit", fontsize=8)
     return figure
 
 
 @look.style()
-def time_share_rows(
-    found: Mapping[str, Mapping[str, pd.DataFrame]], methods: Sequence[str], *, columns: int = 3
-) -> Figure:
+def time_share_rows(found: ByTask, methods: Sequence[str]) -> Figure:
     """Draw the share of Var(N) and of the first losses' variance that training time explains.
 
     Args:
         found: Task -> {"repeats": rows, "loss": rows}, as in `transfer_rows`.
         methods: Which, from top to bottom.
-        columns: Panels in a row.
     """
     kinds = {"repeats": "N", "loss": "first loss of a batch"}
-    figure, grid = _two_quantities(
-        found, methods, kinds, columns=columns, absent="no run, or nothing varies"
-    )
+    figure, grid = _two_quantities(found, methods, kinds, absent="no run, or nothing varies")
     for axes in grid:
         axes.set_xlim(-0.1, 1.02)
     figure.supxlabel("share of the variance that training time explains", fontsize=8)
@@ -243,16 +229,11 @@ def time_share_rows(
 
 
 def _two_quantities(
-    found: Mapping[str, Mapping[str, pd.DataFrame]],
-    methods: Sequence[str],
-    kinds: Mapping[str, str],
-    *,
-    columns: int,
-    absent: str,
+    found: ByTask, methods: Sequence[str], kinds: Mapping[str, str], *, absent: str
 ) -> tuple[Figure, list[Axes]]:
     """Draw two estimates with limits for each method, the second with open dots below the first."""
     methods = look.in_order(methods)
-    figure, grid = look.tiles(len(found), columns=columns, height=0.4 + 0.2 * len(methods))
+    figure, grid = look.tiles(len(found), columns=3, height=0.4 + 0.2 * len(methods))
     counts: list[int] = []
     for axes, (task, frames) in zip(grid, found.items(), strict=True):
         axes.set_title(look.label(task), loc="left", fontweight="bold")
@@ -290,20 +271,17 @@ def _dot(axes: Axes, row: Any, place: int, below: bool) -> None:
 
 
 @look.style()
-def control_rows(
-    table: pd.DataFrame, *, real: str, units: Mapping[str, str], columns: int = 3
-) -> Figure:
+def control_rows(table: pd.DataFrame, *, real: str, units: Mapping[str, str]) -> Figure:
     """Draw the paired difference of the real arm to each of its controls, a panel per task.
 
     Args:
         table: What `mechanism.against_controls` returns.
         real: The real arm's name.
         units: Task -> what its differences are of.
-        columns: Panels in a row.
     """
     tasks, controls = list(table["task"].unique()), list(table["against"].unique())
     names = [f"{look.label(c)}\n{WITHOUT[c]}" if c in WITHOUT else look.label(c) for c in controls]
-    figure, grid = look.tiles(len(tasks), columns=columns, height=0.45 + 0.33 * len(controls))
+    figure, grid = look.tiles(len(tasks), columns=3, height=0.45 + 0.33 * len(controls))
     for axes, task in zip(grid, tasks, strict=True):
         rows = table[table["task"] == task].assign(method=table["against"])
         found = rows.rename(columns={"difference": "estimate"})

@@ -122,15 +122,3 @@ def falling(counts: np.ndarray, *, shape: str) -> np.ndarray:
     totals = np.floor(np.cumsum(targets) + 0.5).astype(np.int64)
     totals[-1] = counts.sum()  # whatever the cosine's sum was rounded to
     return np.diff(totals, prepend=0)
-
-
-def effective_rate(rate: float, repeats: int) -> float:
-    """Return the rate of the one gradient step that equals `repeats` steps on a quadratic.
-
-    Both times the curvature: (1 - (1 - eta lambda)^N) for `rate` = eta lambda. Plain gradient
-    descent on the same batch; momentum makes it more.
-
-    >>> round(effective_rate(0.1, 2), 5), round(effective_rate(0.1, 5), 5)
-    (0.19, 0.40951)
-    """
-    return 1 - (1 - rate) ** repeats

@@ -61,7 +61,6 @@ class Mapping(ABC):
 
     Class attributes:
         needs_loss: False where N does not depend on the loss; the host then never waits for it.
-        monotone: True where, for fixed stats, a larger loss never gives a smaller N.
         asks_again: True where N is found visit by visit: each loss of a batch, until the mapping
             returns 1 for it or `most` visits are made.
         window: How many recent losses the mapping reads from its `LossStats`.
@@ -70,7 +69,6 @@ class Mapping(ABC):
     """
 
     needs_loss: ClassVar[bool] = True
-    monotone: ClassVar[bool] = True
     asks_again: ClassVar[bool] = False
     calibrated: ClassVar[str | None] = None
     limit: ClassVar[str] = "repeats"
@@ -235,7 +233,6 @@ class While(Until):
     [2, 1]
     """
 
-    monotone: ClassVar[bool] = False
     calibrated: ClassVar[str | None] = None
 
     def repeats_for(self, loss: float, stats: LossStats) -> int:

@@ -137,8 +137,8 @@ def _read(path: Path) -> Measurement:
         ) from None
 
 
-def measured_k(runs: str | Path, run: Run) -> float | None:
-    """Return one sample's backward in forwards, as measured for a run's task; None if it was not.
+def measurement_of(runs: str | Path, run: Run) -> Measurement | None:
+    """Return what was measured of a run's task; None if nothing was.
 
     It is that of the device, the processor and the number of threads that the run was made on.
 
@@ -156,4 +156,4 @@ def measured_k(runs: str | Path, run: Run) -> float | None:
     path = Path(runs, "measurements", f"{key}.json")
     found = _read(path) if path.exists() else None
     same = found and found.environment["processor"] == environment.get("processor")
-    return found.sample_ratio if same else None
+    return found if same else None

@@ -49,7 +49,6 @@ from repeatlab.core.files import (
     write_json,
     writing,
 )
-from repeatlab.core.html_view import rows_table, small_curve
 from repeatlab.core.locks import hold, is_held
 
 UPDATES = pa.schema(
@@ -351,28 +350,6 @@ class Run:
     def _json(self, name: str) -> dict[str, Any]:
         path = self._file(name)
         return read_json(path) if path else {}
-
-    def _repr_html_(self) -> str:
-        config, summary = self.config, self.summary
-        mapping = (config.get("method", {}).get("mapping") or {"name": "none"})["name"]
-        ledger = summary.get("ledger", {})
-        counted = ("updates", "fresh_batches", "seconds")
-        rows = {
-            "run": self.path.name,
-            **self.status,
-            "task": config.get("task", {}).get("name"),
-            "mapping": mapping,
-            "seed": config.get("seed"),
-            **{name: ledger[name] for name in counted if name in ledger},
-            **summary.get("final", {}),
-        }
-        try:
-            updates = self.updates
-        except StoreError:
-            return rows_table(rows)
-        batches = fresh_batches(updates)
-        curves = small_curve("first loss", batches["loss"]) + small_curve("N", batches["repeats"])
-        return rows_table(rows) + curves
 
 
 def fresh_batches(updates: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from repeatlab.core.schema import ConfigError, Model, did_you_mean, parse, read_yaml
+from repeatlab.core.schema import ConfigError, Model, check_known, parse, read_yaml
 
 
 class Included(Model):
@@ -46,9 +46,7 @@ def with_included(methods: dict[str, Any], path: Path, field: str) -> dict[str, 
         shared |= read_yaml(path.parent / file)
     for key in ("only", "without"):
         for name in getattr(settings, key):
-            if name not in shared:
-                hint = did_you_mean(name, shared)
-                raise ConfigError(f"{where}.{key}: unknown method {name!r}; {hint}")
+            check_known(f"{where}.{key}", "method", name, shared)
     kept = {n: v for n, v in shared.items() if n not in settings.without}
     if settings.only:
         kept = {name: kept[name] for name in settings.only}

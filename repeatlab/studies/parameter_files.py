@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
-from repeatlab.core.schema import ConfigError, Model, did_you_mean, parse, read_yaml
+from repeatlab.core.schema import ConfigError, Model, check_known, did_you_mean, parse, read_yaml
 from repeatlab.studies.method_files import with_included
 from repeatlab.studies.plan import is_plan
 
@@ -117,9 +117,7 @@ def read_job(path: Path, root: Path) -> Job:
     if not folder.is_dir():
         return Job(path, folder / f"{entry.notebook}.ipynb", parameters, alone=entry.alone)
     notebooks = {p.stem: p for p in folder.glob("*.ipynb")}
-    if entry.notebook not in notebooks:
-        hint = did_you_mean(entry.notebook, notebooks)
-        raise ConfigError(f"{path}: notebook: unknown notebook {entry.notebook!r}; {hint}")
+    check_known(f"{path}: notebook", "notebook", entry.notebook, notebooks)
     notebook = notebooks[entry.notebook]
     known = parameter_names(notebook)
     for name in entry.parameters:

@@ -33,7 +33,7 @@ refused, unless the change is amended with a reason, which every verdict then sh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -47,7 +47,7 @@ from repeatlab.analysis.evidence import final_values
 from repeatlab.analysis.frames import Records, load
 from repeatlab.analysis.statistics import ALPHA
 from repeatlab.core.files import digest_of_content, safe_name
-from repeatlab.core.schema import ConfigError, Model, did_you_mean, parse, read_yaml, with_value
+from repeatlab.core.schema import ConfigError, Model, check_known, parse, read_yaml, with_value
 from repeatlab.store.records import Store
 from repeatlab.studies.cluster import Places
 from repeatlab.studies.method_files import with_included
@@ -119,11 +119,6 @@ class Judged(Model):
     window: PositiveInt = 50
 
 
-def _known(field: str, what: str, name: str, names: Collection[str]) -> None:
-    if name not in names:
-        raise ConfigError(f"{field}: unknown {what} {name!r}; {did_you_mean(name, names)}")
-
-
 class Plan(Model):
     """See the module."""
 
@@ -142,7 +137,7 @@ class Plan(Model):
         judged = self.judged
         for field, value in judged.model_dump(exclude={"window"}).items():
             for name in (value,) if isinstance(value, str) else value:
-                _known(f"judged.{field}", "method", name, self.methods)
+                check_known(f"judged.{field}", "method", name, self.methods)
         if 1.0 not in self.budgets or not min(self.budgets) < 1.0 < max(self.budgets):
             raise ValueError(
                 "budgets must hold 1.0, the budget of all arms, and both less and more"
@@ -162,9 +157,9 @@ class Plan(Model):
         if judged.against not in arms:
             raise ValueError(f"{where}.methods: {judged.against!r} cannot be left out")
         for name in self._left_out(task):
-            _known(f"{where}.methods", "method", name, self.methods)
+            check_known(f"{where}.methods", "method", name, self.methods)
         for name in task.grids:
-            _known(f"{where}.grids", "method", name, arms)
+            check_known(f"{where}.grids", "method", name, arms)
         if "accuracy" in task.metric and not 0 < task.target <= 1:
             raise ValueError(f"{where}.target must be a share, as accuracy is; not {task.target}")
         here = [n for n in judged.controls if n in arms and judged.real in arms]
@@ -460,7 +455,7 @@ def run_plan(
     """
     store = Store(runs)
     for label in only:
-        _known("tasks", "task", label, plan.tasks)
+        check_known("tasks", "task", label, plan.tasks)
     labels = list(dict.fromkeys(only)) or list(plan.tasks)
     for label in labels:
         if f"{plan.name}-{label}-tuning" not in store.studies():
@@ -484,7 +479,7 @@ def check_goal(plan: Plan, label: str) -> None:
     plan.tasks[label].task.prepare()
     run = plan.study(label, "own", plan.arms(label)).planned()[0]
     metrics = build_task(run.config, "cpu").evaluate("validation")
-    _known(f"{where}.metric", "metric", goal.metric, metrics)
+    check_known(f"{where}.metric", "metric", goal.metric, metrics)
     if goal.sign * (metrics[goal.metric] - goal.target) >= 0:
         start = f"without which {goal.metric} is {metrics[goal.metric]:.4g}"
         raise ConfigError(f"{where}.target must take training, {start}; not {goal.target}")

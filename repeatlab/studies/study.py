@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from repeatlab.core.environment import commit
 from repeatlab.core.files import StoreError, safe_name
 from repeatlab.core.html_view import rows_table
-from repeatlab.core.schema import Name, did_you_mean, parse, shown
+from repeatlab.core.schema import Name, check_known, parse, shown
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
@@ -118,9 +118,7 @@ class Study(Common):
         method, path = self.methods[name], f"methods.{name}.mapping.of"
         if not isinstance(method.source, str):
             return method
-        if method.source not in self.methods:
-            hint = did_you_mean(method.source, self.methods)
-            raise ValueError(f"{path}: unknown method {method.source!r}; {hint}")
+        check_known(path, "method", method.source, self.methods)
         source = self.methods[method.source]
         try:
             source.check_source()
@@ -138,18 +136,6 @@ class Study(Common):
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"tasks.{label} with methods.{name}: {message}") from None
         return self
-
-    def _repr_html_(self) -> str:
-        return rows_table(
-            {
-                "study": self.name,
-                "tasks": ", ".join(self.tasks),
-                "methods": ", ".join(self.methods),
-                "seeds": self.seeds if isinstance(self.seeds, int) else len(self.seeds),
-                "updates": self.max_updates,
-                "runs": len(self.planned()),
-            }
-        )
 
     def run(
         self, runs: str | Path = "runs", *, workers: int | None = None, places: Places | None = None

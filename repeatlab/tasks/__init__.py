@@ -121,6 +121,10 @@ class TaskConfig(Model):
         return {}
 
 
+# What an update calls with the driver loss; with weights, with each sample's and its bound, too.
+Report = Callable[..., None]
+
+
 class Task(Protocol):
     """What `making.train` needs of a task; constructed as `Task(config, seed=..., device=...)`.
 
@@ -138,7 +142,6 @@ class Task(Protocol):
         scoring_samples: Samples that go forward for a batch's `sample_losses`.
         bound_samples: Samples that go forward for a batch's `gradient_bounds`.
         environment_steps: Steps made in a simulator so far; 0 for tasks on a data set.
-        skipped_steps: Optimizer steps left out because gradients overflowed; only under float16.
     """
 
     Config: ClassVar[type[TaskConfig]]
@@ -151,7 +154,6 @@ class Task(Protocol):
     scoring_samples: int
     bound_samples: int
     environment_steps: int
-    skipped_steps: int
 
     def fresh_batch(self, index: int) -> Any:
         """Return the `index`-th fresh batch, with `.indices` of its samples, shape (batch,)."""
@@ -180,7 +182,7 @@ class Task(Protocol):
     def pick(self, blocks: Sequence[Any], picks: Tensor, index: int) -> Any:
         """Return the samples `picks`, int64, (batch,), of batches laid end to end, as they are."""
 
-    def step(self, batch: Any, report: Callable[..., None], weights: Tensor | None = None) -> None:
+    def step(self, batch: Any, report: Report, weights: Tensor | None = None) -> None:
         """Make ONE complete update, with any number of optimizers.
 
         Calls `report` once with the 0-d driver loss, as soon as its forward is done. Where

@@ -31,7 +31,7 @@ generated again after D's step), forward and backward alike: the ledger counts 4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
@@ -44,7 +44,7 @@ from torch.nn.functional import pad, softplus
 from repeatlab.core.seeding import generator
 from repeatlab.data import Batch, TrainStream, iter_batches
 from repeatlab.data.augment import as_pictures, to_uint8
-from repeatlab.tasks import TaskConfig
+from repeatlab.tasks import Report, TaskConfig
 from repeatlab.tasks.dataset import DatasetTask, DatasetTaskConfig
 from repeatlab.tasks.fid import Extractor, Fid, prepare
 from repeatlab.tasks.learner import EVALUATION_BATCH, Learner
@@ -147,9 +147,7 @@ class Generative(DatasetTask):
             return batch
         return batch._replace(images=pad(batch.images, (self.frame,) * 4, value=-1.0))
 
-    def step(
-        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
-    ) -> None:
+    def step(self, batch: Batch, report: Report, weights: Tensor | None = None) -> None:
         driver, weighted = self.config.driver, weights is not None
         fake = self.g_learner(self._latents(batch))
 

@@ -28,7 +28,7 @@ The record has the share of visits and of extra visits that fell on false labels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from repeatlab.data import Batch
-from repeatlab.tasks import TaskConfig
+from repeatlab.tasks import Report, TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     ClassifierTask,
@@ -91,9 +91,7 @@ class NoisyLabels(ClassifierTask):
         self.train_with(Learner(network, config, device=device))
         self.updates = 0
 
-    def step(
-        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
-    ) -> None:
+    def step(self, batch: Batch, report: Report, weights: Tensor | None = None) -> None:
         super().step(batch, report, weights)
         self.updates += 1
 

@@ -9,10 +9,6 @@ several times in a step, and such forward and backward passes would not count ag
 `clip_norm` scales an optimizer's gradients down to that norm where it is larger (Pascanu et al.
 2013, arXiv 1211.5063): the norm of all its weights together, for each optimizer of a task alone.
 
-Under float16 an update whose gradients overflow is skipped, and the scale of the losses halved. It
-counts against T all the same: the forward and backward passes were made, and the batch keeps its N.
-The ledger says how many there were (`skipped_steps`).
-
 `ema_decay` evaluates an exponential moving average of the weights in place of the weights. It moves
 once per update, and so N times on a batch repeated N times; BatchNorm's statistics are copied.
 """
@@ -173,11 +169,6 @@ class Muon(TorchOptimizer):
     momentum: float = 0.95
     weight_decay: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"muon needs torch 2.9 or later; not {torch.__version__}")
-
     def make(self, weights: Iterable[Tensor], *, lr: float, device: str) -> Any:
         """See `TorchOptimizer`."""
         weights = list(weights)
@@ -244,7 +235,7 @@ OPTIMIZERS: dict[str, type] = {
 _MODELS = choices(OPTIMIZERS)
 
 
-OptimizerChoice = named("optimizer", _MODELS, lambda model: model)
+OptimizerChoice = named("optimizer", _MODELS)
 
 
 def chosen(name: str, **settings: Any) -> Choice:
@@ -278,13 +269,16 @@ class OptimizerStep:
     Args:
         weights: What is trained.
         config: A task's `OptimizationConfig`, with its `lr`.
-        precision: In which the losses are computed.
+        precision: In which the losses are computed; no longer looked at.
         device: Where the weights are.
 
     Attributes:
         optimizer: Of these weights.
         lap: Called with "forward", "optimizer" or "backward" at the end of each of these parts.
+        skipped: Steps left out: none ever is, and `LearningTask` still counts them.
     """
+
+    skipped: ClassVar[int] = 0
 
     def __init__(
         self, weights: Iterable[Tensor], config: Any, precision: Precision, *, device: str
@@ -293,15 +287,7 @@ class OptimizerStep:
         settings = config.optimizer.build()
         self.optimizer: Optimizer = settings.make(weights, lr=config.lr, device=device)
         self._clip_norm = config.clip_norm
-        self._scaler = precision.scaler()
-        self._one = torch.ones((), device=device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._watchers: list[Callable[[Any], None]] = []
-
-    @property
-    def skipped(self) -> int:
-        """How many updates were skipped so far because gradients overflowed; waits for them."""
-        return int(self._skipped) if self._scaler else 0
 
     def watch(self, see: Callable[[Any], None]) -> None:
         """Have `see` called with the optimizer at every update, between backward and clipping."""
@@ -312,48 +298,23 @@ class OptimizerStep:
         self.lap("forward")
         self.optimizer.zero_grad()
         self.lap("optimizer")
-        if self._scaler is None:
-            loss.backward()
-            self.lap("backward")
-            self._clip()
-            self.optimizer.step()
-        else:
-            self._scaled(loss, self._scaler)
-        self.lap("optimizer")
-
-    def _scaled(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
-        scaler.scale(loss).backward()
+        loss.backward()
         self.lap("backward")
-        if self._clip_norm is not None or self._watchers:
-            scaler.unscale_(self.optimizer)
-            self._clip()
-        before = scaler.scale(self._one)
-        scaler.step(self.optimizer)
-        scaler.update()
-        # The scale falls if, and only if, the step was skipped; the host does not wait to see it.
-        self._skipped += scaler.scale(self._one) < before
-
-    def _clip(self) -> None:
         for see in self._watchers:
             see(self.optimizer)
         if self._clip_norm is not None:
             weights = [w for group in self.optimizer.param_groups for w in group["params"]]
             nn.utils.clip_grad_norm_(weights, self._clip_norm)
+        self.optimizer.step()
+        self.lap("optimizer")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state, with the scale of the losses where there is one."""
-        state = self.optimizer.state_dict()
-        if self._scaler is not None:
-            state["scaler"] = self._scaler.state_dict()
-            state["skipped"] = self.skipped
-        return state
+        """Return the optimizer's state."""
+        return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
         self.optimizer.load_state_dict(state)
-        if self._scaler is not None:
-            self._scaler.load_state_dict(state["scaler"])
-            self._skipped.fill_(state["skipped"])
 
 
 def averaged(network: N, decay: float | bool) -> N | None:

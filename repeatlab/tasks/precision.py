@@ -1,9 +1,8 @@
 """In which number format and memory layout networks run, and whether they are compiled.
 
-Under `bfloat16` and `float16` networks run under autocast: weights, optimizer and losses stay
-float32, as does everything that leaves a network. float16's gradients would underflow, so that its
-losses are scaled up before the backward pass (Micikevicius et al. 2018, arXiv 1710.03740, section
-3.2); see `repeatlab.tasks.optimization` for the updates that this makes it skip.
+Under `bfloat16` networks run under autocast: weights, optimizer and losses stay float32, as does
+everything that leaves a network. There is no `float16`: its gradients underflow unless losses are
+scaled, which skips updates (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
 
 Channels last lays images out with the channel as the fastest index, as convolutions under autocast
 want them. Compilation is in place: the names in a network's state stay as they are.
@@ -26,8 +25,8 @@ from repeatlab.core.schema import Model
 class PrecisionConfig(Model):
     """Fields of a task that say how its networks are computed."""
 
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """`float16` needs a CUDA device; without one `bfloat16` is there."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """In which number format networks are computed."""
     channels_last: bool = False
     """Whether images are laid out with the channel as the fastest index."""
     compile: bool = False
@@ -47,15 +46,9 @@ class Precision:
 
     @classmethod
     def of(cls, config: PrecisionConfig, device: str | torch.device) -> Precision:
-        """Return what `config` asks for on this device.
-
-        Raises:
-            ValueError: float16 without CUDA.
-        """
-        kind = torch.device(device).type
-        check_device(config, kind)
-        low = config.precision != "float32"
-        return cls(getattr(torch, config.precision) if low else None, kind)
+        """Return what `config` asks for on this device."""
+        low = config.precision == "bfloat16"
+        return cls(torch.bfloat16 if low else None, torch.device(device).type)
 
     def __call__(self, network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if self.dtype is None:
@@ -63,19 +56,6 @@ class Precision:
         with torch.autocast(self.device, self.dtype):
             outputs = network(*inputs)
         return outputs.float()
-
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """Return what scales losses in this format, if it needs that."""
-        return torch.amp.GradScaler(self.device) if self.dtype is torch.float16 else None
-
-
-def check_device(config: Model, device: str) -> None:
-    """Raise a ValueError unless a task's `config` can run on a device of this type."""
-    if getattr(config, "precision", None) == "float16" and device != "cuda":
-        raise ValueError(
-            f"task.precision: float16 needs a CUDA device, not '{device}', where its gradients "
-            "underflow and nothing is faster for it: use bfloat16 or float32"
-        )
 
 
 def place(network: nn.Module, config: PrecisionConfig, device: str) -> nn.Module:

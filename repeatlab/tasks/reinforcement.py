@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.core.seeding import EndlessDraws, generator
-from repeatlab.tasks import TaskConfig
+from repeatlab.tasks import Report, TaskConfig
 from repeatlab.tasks.cartpole import ACTIONS, OBSERVED, CartPole, CartPoleConfig, greedy_episodes
 from repeatlab.tasks.learner import Learner, LearningTask
 from repeatlab.tasks.models import drawn_from
@@ -277,9 +277,7 @@ class Reinforcement(LearningTask):
     def batch_of(self, indices: Tensor, index: int) -> Transitions:
         return self.buffer.batch(indices.cpu(), index).to(self.device)
 
-    def step(
-        self, batch: Transitions, report: Callable[..., None], weights: Tensor | None = None
-    ) -> None:
+    def step(self, batch: Transitions, report: Report, weights: Tensor | None = None) -> None:
         values, targets = self.outputs(batch)
         if weights is None:
             loss = functional.smooth_l1_loss(values, targets)

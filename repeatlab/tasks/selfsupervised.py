@@ -28,7 +28,7 @@ Public references, ResNet-18 on CIFAR-10: linear probe 90.74 % after 1,000 epoch
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -48,7 +48,7 @@ from repeatlab.data import ImageSet
 from repeatlab.data.augment import as_pictures, normalize, to_uint8
 from repeatlab.data.datasets import fixed_order
 from repeatlab.data.views import ContrastiveViews
-from repeatlab.tasks import TaskConfig
+from repeatlab.tasks import Report, TaskConfig
 from repeatlab.tasks.classification import ImageModelConfig
 from repeatlab.tasks.dataset import DatasetTask, make_stream
 from repeatlab.tasks.learner import Learner
@@ -163,9 +163,7 @@ class SelfSupervised(DatasetTask):
 
     # --- one update ---------------------------------------------------------------------------
 
-    def step(
-        self, batch: ViewBatch, report: Callable[..., None], weights: Tensor | None = None
-    ) -> None:
+    def step(self, batch: ViewBatch, report: Report, weights: Tensor | None = None) -> None:
         projected = self.outputs(batch)
         if weights is not None:
             self.learner.descend(self.losses(projected, batch)[0], report, weights)

@@ -32,7 +32,7 @@ Public reference, error on CIFAR-10 with 4,000 labels, WRN-28-2: 4.26 +- 0.05 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -47,7 +47,7 @@ from repeatlab.data.augment import as_pictures, normalize, random_crop_flip, to_
 from repeatlab.data.datasets import fixed_order
 from repeatlab.data.randaugment import strong_augment
 from repeatlab.data.unlabelled import EpochOrder
-from repeatlab.tasks import TaskConfig
+from repeatlab.tasks import Report, TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierTask,
     ImageModelConfig,
@@ -211,9 +211,7 @@ class SemiSupervised(ClassifierTask):
 
     # --- one update ---------------------------------------------------------------------------
 
-    def step(
-        self, batch: SemiBatch, report: Callable[..., None], weights: Tensor | None = None
-    ) -> None:
+    def step(self, batch: SemiBatch, report: Report, weights: Tensor | None = None) -> None:
         # Spaced visits come back to an earlier batch.
         is_fresh = batch.index > self.last_index
         follows = self.config.ema_clock == "updates" or is_fresh

@@ -85,18 +85,14 @@ class TraceConfig(Model):
         return Trace(self.counts)
 
 
+MAPPING_MODELS = choices(MAPPINGS, without=("seed",)) | {"trace": TraceConfig}
+
+
 class MethodConfig(Model):
     """Which samples make a batch, how often it is visited and at what rate; `{}` is standard."""
 
     sampler: choice("sampler", SAMPLERS) | None = None
-    mapping: (
-        named(
-            "mapping",
-            choices(MAPPINGS, without=("seed",)) | {"trace": TraceConfig},
-            lambda model: model,
-        )
-        | None
-    ) = None
+    mapping: named("mapping", MAPPING_MODELS) | None = None
     schedule: choice("schedule", SCHEDULES) | None = None
     rate: Annotated[float, Field(gt=0)] = 1.0
     """The arm's learning rate in units of the task's, on top of the schedule. The short run of
@@ -276,10 +272,6 @@ class RunConfig(Common):
                 f"method.mapping.counts: they end after {sum(counts)} updates, before "
                 f"max_updates: {self.max_updates}"
             )
-        if self.device != "auto":
-            from repeatlab.tasks.precision import check_device
-
-            check_device(self.task, self.device)
         return self
 
     @model_validator(mode="after")
@@ -290,8 +282,6 @@ class RunConfig(Common):
         # What a step is scaled by, a task has to know before it.
         scaled = {"conservative": "step_size"}.get(method.way, method.way)
         parts = {f"method.apply: {method.way}": scaled}
-        if method.way == "conservative" and getattr(self.task, "precision", "") == "float16":
-            raise ValueError("method.apply: conservative cannot skip float16 steps that overflow")
         parts["method.fresh_views"] = "fresh_views" if method.fresh_views else None
         parts["method.mapping.control: spaced"] = getattr(method.mapping, "control", None)
         parts["loader.prefetch"] = "prefetch" if self.loader.prefetch else None

@@ -15,7 +15,7 @@ from repeatlab.core.seeding import derive
 from repeatlab.core.signals import Interrupted, Stop, held_back
 from repeatlab.cost import spent_on
 from repeatlab.store.records import Run, RunWriter, Store
-from repeatlab.tasks import TASKS, Task, load_task, precision
+from repeatlab.tasks import TASKS, Task, load_task
 from repeatlab.training import checkpoint
 from repeatlab.training.calibration import calibrate, calibration_run
 from repeatlab.training.config import RunConfig
@@ -62,7 +62,7 @@ def train(
     if run.done:
         return run
     store.check_writable()
-    precision.check_device(config.task, pick_device(config.device))
+    pick_device(config.device)  # one that is not there is named before anything is written
     make_needs(config, store, watch=watch, stop=stop)
     with store.locked(run, waiting=partial(leave_if_stopped, stop)), watch([config]):
         if not run.done:

@@ -116,7 +116,6 @@ class Recorder:
         ledger.environment_steps = task.environment_steps
         ledger.seconds = updates.elapsed
         ledger.host_reads = updates.repeater.host_reads + sampler.host_reads
-        ledger.skipped_steps = getattr(task, "skipped_steps", 0)
 
     def evaluation(self, metrics: Mapping[str, Mapping[str, float]]) -> None:
         """Write metrics by split, with the ledger as it is."""

@@ -70,7 +70,7 @@ def test_curves_at_shared_updates_are_plain_means():
 def test_curves_interpolate_within_what_every_seed_covers():
     x = {("a", 0): [0, 10, 20], ("a", 1): [0, 5, 15]}
     evals = _evals({("a", 0): [0.0, 1.0, 2.0], ("a", 1): [0.0, 0.5, 1.5]}, x)
-    frame = curves(evals, "accuracy", x="fresh_batches", points=16)
+    frame = curves(evals, "accuracy", x="fresh_batches")
     # Both runs are the line value = x / 10, so their mean is it, up to the end of the shorter.
     assert frame["fresh_batches"].max() == 15
     assert frame["mean"].to_numpy() == pytest.approx(frame["fresh_batches"].to_numpy() / 10)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -11,13 +10,10 @@ from hypothesis import strategies as st
 from repeatlab.cost import (
     CostModel,
     Ledger,
-    backward_ratio,
     break_even_keep,
     break_even_presample,
     cost_ratio,
     cost_units,
-    expected_keep,
-    score_cost,
     tau_threshold,
 )
 
@@ -34,12 +30,6 @@ def test_the_table_of_cost_ratios(presample, k, u):
 
 def test_the_threshold_of_the_papers_setting():
     assert tau_threshold(3, 2) == 2
-
-
-@pytest.mark.parametrize(("a", "presample", "k"), [(0.55, 2, 2.64), (1.25, 5, 3.0)])
-def test_the_earlier_measurements(a, presample, k):
-    assert backward_ratio(presample, a) == pytest.approx(k, abs=5e-3)
-    assert score_cost(presample, backward_ratio(presample, a)) == pytest.approx(a)
 
 
 @given(positive, positive)
@@ -66,12 +56,6 @@ def test_the_parts_by_hand():
     assert MODEL.free_repeats() == pytest.approx(2.5)
     # 2 * (0.1 + 10 ms) + 40 ms
     assert MODEL.importance_update(2) == pytest.approx(0.26)
-
-
-@pytest.mark.parametrize("beta", [0.5, 1, 2, 3])
-def test_selective_backprop_keeps_what_uniform_percentiles_keep(beta):
-    percentiles = (np.arange(100_000) + 0.5) / 100_000
-    assert expected_keep(beta) == pytest.approx((percentiles**beta).mean(), rel=1e-4)
 
 
 @given(positive)

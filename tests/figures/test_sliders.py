@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repeatlab.figures.sliders import OFFERED, MappingForm
-from repeatlab.figures.trace import binned
 from repeatlab.repetition.loss_stats import LossStats
 from repeatlab.repetition.mappings import MAPPINGS
 from repeatlab.repetition.repeater import BatchRepeater
@@ -162,11 +161,3 @@ def test_what_cannot_be_shown_is_refused():
         MappingForm(trace([np.inf]))
     with pytest.raises(ValueError, match=r"must be one of .*; not 'trace'"):
         MappingForm(trace([1.0]), other="trace")
-
-
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=100), st.integers(1, 40))
-def test_bins_keep_the_sum_and_are_few(values, most):
-    edges, means = binned(np.array(values), most)
-    assert len(means) <= most
-    assert (edges[0], edges[-1]) == (0, len(values))
-    assert (means * np.diff(edges)).sum() == pytest.approx(sum(values), abs=1e-9)

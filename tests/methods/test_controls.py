@@ -12,7 +12,6 @@ from scipy.stats import spearmanr
 
 from repeatlab.methods.controls import (
     anti_hard,
-    effective_rate,
     falling,
     permuted,
     spaced,
@@ -146,14 +145,6 @@ def test_a_falling_schedule_goes_from_high_to_low(run):
 def test_an_unknown_shape_is_refused():
     with pytest.raises(ValueError, match="shape must be 'linear' or 'cosine'; not 'step'"):
         falling(np.array([1, 2]), shape="step")
-
-
-@given(st.floats(0, 1), st.integers(1, 8))
-def test_the_effective_rate_is_that_of_repeated_steps_on_a_quadratic(rate, repeats):
-    x = 1.0
-    for _ in range(repeats):
-        x -= rate * x
-    assert effective_rate(rate, repeats) == pytest.approx(1 - x, abs=1e-12)
 
 
 @pytest.mark.parametrize("bad", [[], [0, 1], [[1]], [1.5]])

@@ -260,7 +260,7 @@ def test_a_loss_that_a_cuda_graph_overwrites():
 # --- whole tasks ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SIX)
 def test_an_update_makes_the_host_wait_for_nothing(name, precision):
     """Once kernels are loaded: whatever an update needs of the device stays there."""
@@ -275,25 +275,23 @@ def test_an_update_makes_the_host_wait_for_nothing(name, precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", SIX)
-def test_a_low_precision_s_drivers_are_float32_s_to_its_few_digits(name, precision):
+def test_bfloat16_s_drivers_are_float32_s_to_its_few_digits(name):
     losses = {}
-    for kind in ("float32", precision):
+    for kind in ("float32", "bfloat16"):
         last = name != "reinforcement"
         task, found = build_task(name, "cuda", precision=kind, channels_last=last), []
         for index in (0, 0, 1):
             task.step(task.fresh_batch(index), found.append)
         assert {loss.dtype for loss in found} == {torch.float32}
         losses[kind] = [loss.item() for loss in found]
-    # Another representation may skip an update at first, and act otherwise where values are close.
-    assert losses[precision] == pytest.approx(losses["float32"], rel=0.1)
+    # Another representation may act otherwise where values are close.
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_run_records_its_peak_memory_and_the_steps_that_it_skipped(precision, tmp_path):
+def test_a_run_records_its_peak_memory(tmp_path):
     run = {
-        "task": {"name": "supervised", "precision": precision, "channels_last": True},
+        "task": {"name": "supervised", "channels_last": True},
         "method": {"mapping": {"name": "constant", "repeats": 2}},
         "max_updates": 40,
         "device": "cuda",
@@ -302,9 +300,7 @@ def test_a_run_records_its_peak_memory_and_the_steps_that_it_skipped(precision, 
     torch.cuda.empty_cache()
     summary = train_run(parse(RunConfig, run), tmp_path).summary
     assert 0 < summary["peak_memory_bytes"] < 2**28
-    ledger = summary["ledger"]
-    assert ledger["updates"] == 40
-    assert 0 <= ledger["skipped_steps"] <= (20 if precision == "float16" else 0)
+    assert summary["ledger"]["updates"] == 40
 
 
 def test_compiled_updates_are_the_plain_ones():

@@ -101,7 +101,7 @@ def test_count_is_an_integer_from_1_to_most(mapping, loss, history):
     assert 1 <= count <= mapping.most
 
 
-@mappings_where(lambda m: m.monotone)
+@mappings_where(lambda m: type(m) is not While)
 @settings(max_examples=60, deadline=None)
 @given(losses=st.lists(float32, min_size=2, max_size=6), history=histories)
 def test_a_larger_loss_never_gives_fewer_repeats(mapping, losses, history):

@@ -309,27 +309,6 @@ def test_a_run_that_does_not_exist_reads_as_missing(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_run_shows_its_outcome_in_a_notebook(tmp_path):
-    run, writer = begin(Store(tmp_path))
-    writer.finish("complete", {"final": {"test.accuracy": 0.875}})
-    html = run._repr_html_()
-    assert "test.accuracy" in html
-    assert "0.875" in html
-    assert "complete" in html
-    assert "svg" not in html  # it has made no update
-
-
-def test_a_run_shows_its_losses_and_counts_while_it_trains_too(tmp_path):
-    run, writer = begin(Store(tmp_path))
-    writer.updates(rows(0, 4))
-    html = run._repr_html_()
-    assert "running" in html
-    losses = run.fresh_batches["loss"]
-    assert losses.tolist() == run.updates["loss"][run.updates["repeat"] == 0].tolist()
-    assert f"first loss: {losses.iloc[0]:.4g} to {losses.iloc[-1]:.4g}" in html
-    assert html.count("<polyline") == 2
-
-
 # --- damage -------------------------------------------------------------------------------------
 
 

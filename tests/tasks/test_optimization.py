@@ -207,12 +207,6 @@ def test_muon_moves_matrices_by_torch_s_and_the_rest_by_adamw_bit_for_bit():
     assert all(map(torch.equal, task.model.parameters(), model.parameters()))
 
 
-def test_without_torch_s_muon_it_is_refused_with_what_would_be_right(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    run = {"task": {"name": "supervised", "optimizer": {"name": "muon"}}, "max_updates": 1}
-    assert "task.optimizer: muon needs torch 2.9 or later; not" in refusal(RunConfig, run)
-
-
 def test_schedule_free_follows_its_recursion_and_evaluates_its_average():
     """Equations 3 to 5 of arXiv 2405.15682, with c of update t by the squares of the rates."""
     momentum, decay, rates = 0.8, 0.01, [0.01, 0.05, 0.05, 0.02, 0.02, 0.05]

@@ -1,4 +1,4 @@
-"""Autocast, loss scaling, memory layout and compilation: what changes, and what must not."""
+"""Autocast, memory layout and compilation: what changes, and what must not."""
 
 from __future__ import annotations
 
@@ -7,23 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_optimization import SIX, SMALL, TORCH, advance, build, ignore, refusal, weights
+from test_optimization import SIX, advance, build, ignore, refusal, weights
 from torch import nn
-from torch.nn import functional
 
 from repeatlab.core.schema import parse
 from repeatlab.tasks import precision
-from repeatlab.tasks.optimization import OPTIMIZERS, OptimizerStep, chosen
 from repeatlab.tasks.precision import Precision
-from repeatlab.tasks.supervised import SupervisedConfig
-from repeatlab.training import making
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 from repeatlab.training.making import train
 
 every_task = pytest.mark.parametrize("name", SIX)
-# A float16 number has 11 significant bits and ends at 65504.
-OVERFLOWING = 2.0**40
 
 
 # --- bfloat16 -----------------------------------------------------------------------------------
@@ -81,130 +75,10 @@ def test_a_network_without_a_format_runs_as_it_is():
     assert low.dtype is torch.float32
 
 
-# --- float16 ------------------------------------------------------------------------------------
-
-
-def test_float16_is_for_cuda_and_says_so_where_it_is_not():
+def test_float16_is_refused_by_an_error_that_names_bfloat16():
     run = {"task": {"name": "supervised", "precision": "float16"}, "max_updates": 1}
-    for device in ("cpu", "mps"):
-        found = refusal(RunConfig, run | {"device": device})
-        assert found.startswith(f"task.precision: float16 needs a CUDA device, not '{device}'")
-    parse(RunConfig, run | {"device": "cuda"})
-    with pytest.raises(ValueError, match=r"task\.precision: float16 needs a CUDA device"):
-        build("supervised", precision="float16")
-
-
-def test_where_auto_means_the_cpu_nothing_is_written_before_float16_is_refused(
-    monkeypatch, tmp_path
-):
-    monkeypatch.setattr(making, "pick_device", lambda name: "cpu")
-    run = {"task": {"name": "supervised", "precision": "float16"}, "max_updates": 1}
-    with pytest.raises(ValueError, match=r"task\.precision: float16 needs a CUDA device"):
-        train(parse(RunConfig, run), tmp_path / "runs")
-    assert not list(tmp_path.rglob("*.json"))
-
-
-def settings_of(name: str) -> dict[str, Any]:
-    return TORCH[name][1] if name in TORCH else {}
-
-
-def scaled_step(name: str, model: nn.Module, clip: float | None = None) -> OptimizerStep:
-    """Return updates with scaled losses, as on CUDA, of a model on the CPU."""
-    config = SupervisedConfig(lr=0.05, optimizer=chosen(name, **settings_of(name)), clip_norm=clip)
-    low = Precision(torch.float16, "cpu")
-    return OptimizerStep(model.parameters(), config, low, device="cpu")
-
-
-def loss_of(model: nn.Module, index: int) -> torch.Tensor:
-    draws = torch.Generator().manual_seed(index)
-    return functional.mse_loss(model(torch.randn(8, 5, generator=draws)), torch.ones(8, 3))
-
-
-def linear() -> nn.Module:
-    model = nn.Linear(5, 3)
-    for weight in model.parameters():
-        nn.init.constant_(weight, 0.1)
-    return model
-
-
-@pytest.mark.parametrize("clip", [None, 0.2])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_scaled_updates_are_the_plain_ones_and_overflowing_ones_are_left_out(name, clip):
-    """A scale is a power of two, so that it changes no digit; the plain loop just skips 3."""
-    model, plain = linear(), linear()
-    step = scaled_step(name, model, clip)
-    own = chosen(name, **settings_of(name)).build()  # in its own file held to torch's
-    optimizer = own.make(plain.parameters(), lr=0.05, device="cpu")
-    for index in range(8):
-        loss = loss_of(model, index)
-        step(loss * torch.inf if index == 3 else loss)
-        assert step.skipped == (index >= 3)
-        if index != 3:
-            optimizer.zero_grad()
-            loss_of(plain, index).backward()
-            if clip:
-                nn.utils.clip_grad_norm_(plain.parameters(), clip)
-            optimizer.step()
-        assert all(map(torch.equal, model.parameters(), plain.parameters()))
-
-
-def test_the_scale_and_the_count_are_part_of_the_state():
-    models, steps = [], []
-    for _ in range(2):
-        models.append(linear())
-        steps.append(scaled_step("momentum", models[-1]))
-    for index in range(3):
-        steps[0](loss_of(models[0], index) * (torch.inf if index == 1 else 1))
-    file = io.BytesIO()
-    torch.save([models[0].state_dict(), steps[0].state_dict()], file)
-    file.seek(0)
-    weights_then, state = torch.load(file, weights_only=True)
-    assert state["scaler"]["scale"] == 2.0**15
-    models[1].load_state_dict(weights_then)
-    steps[1].load_state_dict(state)
-    assert steps[1].skipped == 1
-    for model, step in zip(models, steps, strict=True):
-        step(loss_of(model, 3) * torch.inf)
-        step(loss_of(model, 4))
-    assert digest(steps[0].state_dict()) == digest(steps[1].state_dict())
-    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
-    assert steps[1].skipped == 2
-
-
-@pytest.fixture
-def float16_on_the_cpu(monkeypatch):
-    """Let runs on the CPU use float16, with a first scale that is far too high."""
-    monkeypatch.setattr(precision, "check_device", lambda config, device: None)
-    monkeypatch.setattr(
-        Precision, "scaler", lambda self: torch.amp.GradScaler("cpu", init_scale=OVERFLOWING)
-    )
-
-
-@every_task
-def test_a_skipped_update_counts_against_t_and_stands_in_the_ledger(
-    name, float16_on_the_cpu, tmp_path
-):
-    run = {
-        "task": {"name": name, "batch_size": 8, "precision": "float16"} | SMALL[name],
-        "method": {"mapping": {"name": "constant", "repeats": 2}},
-        "max_updates": 5,
-        "evaluation": {"splits": ["train"], "test": False, "every": 2},
-        "device": "cpu",
-    }
-    made = train(parse(RunConfig, run), tmp_path)
-    ledger = made.summary["ledger"]
-    steps = 5 * (2 if name == "generative" else 1)
-    assert made.status == {"status": "complete"}
-    assert (ledger["updates"], ledger["fresh_batches"]) == (5, 3)
-    # 2^40 halved four times is still too much for float16: all were skipped.
-    assert ledger["skipped_steps"] == steps
-    assert made.updates["update"].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_without_float16_nothing_is_skipped(tmp_path):
-    run = {"task": {"name": "supervised"}, "max_updates": 2, "device": "cpu"}
-    ledger = train(parse(RunConfig, run), tmp_path).summary["ledger"]
-    assert ledger["skipped_steps"] == 0
+    found = refusal(RunConfig, run)
+    assert found == "task.precision: must be 'float32' or 'bfloat16'; not 'float16'"
 
 
 # --- layout and compilation ---------------------------------------------------------------------

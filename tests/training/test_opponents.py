@@ -183,19 +183,6 @@ def test_what_is_refused_says_why(method, message):
     assert message in str(error.value)
 
 
-def test_plain_steps_are_refused_where_they_could_not_be_skipped():
-    method = {"mapping": {"name": "until_limit"}, "apply": {"name": "conservative"}}
-    with pytest.raises(ConfigError, match="conservative cannot skip float16 steps"):
-        parse(
-            RunConfig,
-            {
-                "task": {"name": "supervised", "precision": "float16"},
-                "method": method,
-                "max_updates": 3,
-            },
-        )
-
-
 def test_a_driver_that_comes_after_the_first_step_cannot_scale_it():
     mapping = {"name": "until_limit"}
     method = {"mapping": mapping, "apply": {"name": "conservative"}}

@@ -18,10 +18,9 @@ This module never imports torch: a configuration is read without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from math import isfinite
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -32,26 +31,28 @@ Score = Literal["loss", "gradient_norm"]
 Progress = Callable[[], float]
 
 
-def _check_count(field: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{field} must be an integer of at least {least}, not {value!r}")
-
-
-def _check_range(field: str, value: float, low: float, high: float) -> None:
-    if not isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{field} must lie between {low} and {high}, not {value!r}")
-
-
 class Sampler:
     """Base of all samplers' parameters.
 
     Class attributes:
+        ranges: Lowest and highest value by field; of a count, the least alone.
         unbiased: Whether the weighted batch gradient equals the mean gradient in expectation.
         running: What draws, "module:class", of this folder: its module imports torch.
     """
 
+    ranges: ClassVar[Mapping[str, tuple[float, ...]]] = {}
     unbiased: ClassVar[bool] = False
     running: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field, (low, *high) in self.ranges.items():
+            value = getattr(self, field)
+            if value is None:
+                continue
+            if high and not low <= value <= high[0]:
+                raise ValueError(f"{field} must lie between {low} and {high[0]}, not {value!r}")
+            if not high and (type(value) is not int or value < low):
+                raise ValueError(f"{field} must be an integer of at least {low}, not {value!r}")
 
     def start(
         self, task: Task, *, seed: int, progress: Progress, rebuild: Callable[[str], Task]
@@ -100,16 +101,13 @@ class HardMining(Sampler):
     beta: float = 0.0
     beta_end: float | None = None
 
+    ranges: ClassVar = {"alpha": (0, 10), "floor": (1e-6, 1), "beta": (0, 1), "beta_end": (0, 1)}
     running = "history:RunningHardMining"
 
     def __post_init__(self) -> None:
-        _check_range("alpha", self.alpha, 0, 10)
-        _check_range("floor", self.floor, 1e-6, 1)
-        _check_range("beta", self.beta, 0, 1)
-        if self.beta_end is not None:
-            _check_range("beta_end", self.beta_end, 0, 1)
-            if not self.beta < self.beta_end:
-                raise ValueError(f"beta_end must exceed beta, but {self.beta_end} <= {self.beta}")
+        super().__post_init__()
+        if self.beta_end is not None and not self.beta < self.beta_end:
+            raise ValueError(f"beta_end must exceed beta, but {self.beta_end} <= {self.beta}")
 
 
 @dataclass(frozen=True)
@@ -131,13 +129,8 @@ class OnlineBatchSelection(Sampler):
     pressure_end: float | None = None
     sort_every: int = 20
 
+    ranges: ClassVar = {"pressure": (1, 1e9), "pressure_end": (1, 1e9), "sort_every": (1,)}
     running = "history:RunningOnlineSelection"
-
-    def __post_init__(self) -> None:
-        _check_range("pressure", self.pressure, 1, 1e9)
-        if self.pressure_end is not None:
-            _check_range("pressure_end", self.pressure_end, 1, 1e9)
-        _check_count("sort_every", self.sort_every)
 
 
 @dataclass(frozen=True)
@@ -164,13 +157,9 @@ class Importance(Sampler):
     k: float = 2.0
     ema: float = 0.9
 
+    ranges: ClassVar = {"presample": (2,), "k": (0.01, 100), "ema": (0, 0.9999)}
     unbiased: ClassVar[bool] = True
     running = "importance:RunningImportance"
-
-    def __post_init__(self) -> None:
-        _check_count("presample", self.presample, 2)
-        _check_range("k", self.k, 0.01, 100)
-        _check_range("ema", self.ema, 0, 0.9999)
 
 
 @dataclass(frozen=True)
@@ -190,11 +179,8 @@ class SelectiveBackprop(Sampler):
     beta: float = 1.0
     history: int = 1024
 
+    ranges: ClassVar = {"beta": (0, 20), "history": (1,)}
     running = "selective:RunningSelective"
-
-    def __post_init__(self) -> None:
-        _check_range("beta", self.beta, 0, 20)
-        _check_count("history", self.history)
 
 
 @dataclass(frozen=True)
@@ -214,11 +200,8 @@ class RhoLoss(Sampler):
     presample: int = 10
     holdout_updates: int = 1000
 
+    ranges: ClassVar = {"presample": (2,), "holdout_updates": (1,)}
     running = "rho:RunningRhoLoss"
-
-    def __post_init__(self) -> None:
-        _check_count("presample", self.presample, 2)
-        _check_count("holdout_updates", self.holdout_updates)
 
 
 @dataclass(frozen=True)
@@ -235,10 +218,8 @@ class Multiplicity(Sampler):
 
     views: int = 4
 
+    ranges: ClassVar = {"views": (2,)}
     running = "views:RunningMultiplicity"
-
-    def __post_init__(self) -> None:
-        _check_count("views", self.views, 2)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

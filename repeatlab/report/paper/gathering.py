@@ -28,6 +28,7 @@ from repeatlab.core.environment import commit
 from repeatlab.core.files import write_json
 from repeatlab.core.schema import ConfigError
 from repeatlab.figures import read_manifest
+from repeatlab.figures.look import extent
 from repeatlab.report.paper.tables import every_table
 from repeatlab.report.paper.wording import registered, verdict_entries, what_can_be_decided
 from repeatlab.store.records import Run, Store
@@ -165,8 +166,8 @@ def _banner(
     return {
         "profile": profile,
         "data": sorted({row["data"] for row in studies.to_dict("records") if row["data"]}),
-        "updates": _range(studies["updates"]),
-        "seeds": _range(studies["seeds"]),
+        "updates": extent(studies["updates"].dropna()),
+        "seeds": extent(studies["seeds"][studies["seeds"] > 0]),
         "tasks": len(studies),
         **{count: int(studies[count].sum()) for count in ("planned", "complete", "diverged")},
         "missing": int(studies["missing"].sum()),
@@ -190,14 +191,6 @@ def _machine(environment: Mapping[str, Any]) -> str:
     processor = f"{environment.get('processor')}, {environment.get('cores')} cores"
     device = environment.get("device", "cpu")
     return processor if device == "cpu" else f"{device} ({processor})"
-
-
-def _range(values: pd.Series) -> str:
-    """Return "5", or "3 to 8" where they differ, "none" without any."""
-    known = sorted({int(v) for v in values.dropna() if v})
-    if not known:
-        return "none"
-    return f"{known[0]}" if len(known) == 1 else f"{known[0]} to {known[-1]}"
 
 
 def _plain(value: Any) -> Any:

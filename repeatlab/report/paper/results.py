@@ -33,26 +33,23 @@ ARMS = (
 NOTHING = "-"
 
 
-def write_results(
-    gathered: Gathered, directory: str | Path, *, methods: Sequence[str] = ARMS
-) -> Path:
+def write_results(gathered: Gathered, directory: str | Path) -> Path:
     """Write results.md into a directory, and return its path.
 
     Args:
         gathered: What the runs say.
         directory: Where; made if need be.
-        methods: The columns.
     """
     path = Path(directory) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results(gathered, methods=methods), encoding="utf-8")
+    path.write_text(results(gathered), encoding="utf-8")
     return path
 
 
-def results(gathered: Gathered, *, methods: Sequence[str] = ARMS) -> str:
+def results(gathered: Gathered) -> str:
     """Return the final metric of each task and method, and the verdicts, as Markdown."""
     banner, final = gathered.banner, gathered.tables["final"]
-    shown = [method for method in methods if method in set(final["method"])]
+    shown = [method for method in ARMS if method in set(final["method"])]
     rows = [
         [task, _metric(group["metric"].iloc[0]), *(_cell(group, method) for method in shown)]
         for task, group in final.groupby("task", sort=False)

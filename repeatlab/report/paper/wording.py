@@ -21,6 +21,7 @@ from repeatlab.analysis.verdicts import (
     Comparison,
     Verdict,
 )
+from repeatlab.figures.look import extent
 
 OPENINGS = {
     SUPPORTED: "The runs support this.",
@@ -37,12 +38,11 @@ MOST_TOLD = 4  # comparisons of which a sentence tells each
 def registered(plan: PlanRecords) -> dict[str, Any]:
     """Return what stands beside every verdict: the plan, its digest, n, margin and changes."""
     declared = plan.declared
-    planned = sorted({declared.seeds_on(task) for task in declared.goals})
     return {
         "plan": plan.name,
         "digest": plan.digest,
         "tasks": list(declared.goals),
-        "seeds": " to ".join(map(str, planned[:1] + planned[1:][-1:])),
+        "seeds": extent(map(declared.seeds_on, declared.goals)),
         "margin": declared.margin,
         "changes": plan.changes,
     }

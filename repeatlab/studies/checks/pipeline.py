@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repeatlab.data.augment import as_pictures
 from repeatlab.studies.checks.probe import Subject
 from repeatlab.studies.checks.report import Result, Verdict, worst
 
@@ -111,5 +112,4 @@ def seen(subject: Subject) -> dict[str, np.ndarray]:
 def _bytes(images: Tensor) -> np.ndarray:
     low, high = images.min(), images.max()
     pixels = ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
-    pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    return as_pictures(pixels)

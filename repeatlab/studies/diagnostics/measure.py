@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from math import ceil, isfinite, nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +54,15 @@ def measure(task_config: TaskConfig, *, blocks: int = 15, **options: Any) -> Mea
     for _ in range(blocks):
         bench.round()
     return bench.measurement()
+
+
+def time_on(device: str, clock: Callable[[], float] = perf_counter) -> float:
+    """Return the time when the device has done what it was told to."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+    return clock()
 
 
 class Watch:
@@ -111,6 +121,7 @@ class Bench:
     ) -> None:
         self.config, self.threads, self.seed = task_config, threads, seed
         self.device, self._clock, self._first = pick_device(device), clock, first_batch + 1
+        self._now = partial(time_on, self.device, clock)
         self.rounds: list[dict[str, dict[str, float]]] = []
         self.updates, self.lead = REPEATS, 0
         with torch_settings(self.threads, self.seed):
@@ -224,14 +235,6 @@ class Bench:
         """Return the task as it is where every block begins. In reinforcement, steps are unmade."""
         task.load_state_dict(deepcopy(self._start))
         return task
-
-    def _now(self) -> float:
-        """Return the time when the device has done what it was told to."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        elif self.device == "mps":
-            torch.mps.synchronize()
-        return self._clock()
 
 
 def _freeze(task: Task) -> Task:

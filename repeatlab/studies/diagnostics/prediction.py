@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from repeatlab.store.measurements import Measurement, measurement_key, read_measurements
+from repeatlab.store.measurements import Measurement, measurement_of
 from repeatlab.store.records import Run, Store
 
 
@@ -81,10 +81,9 @@ def with_prediction(runs: pd.DataFrame, store: Store) -> pd.DataFrame:
         runs: The rows of `repeatlab.analysis.frames.Records.runs`.
         store: Where the measurements are.
     """
-    measurements = read_measurements(store)
     done = runs["status"].isin(["complete", "diverged"])
     predicted = [
-        _predicted(Run(Path(path)), measurements) if finished else nan
+        _predicted(Run(Path(path)), store) if finished else nan
         for path, finished in zip(runs["path"], done, strict=True)
     ]
     place = runs.columns.get_loc("seconds") + 1 if "seconds" in runs else len(runs.columns)
@@ -93,13 +92,8 @@ def with_prediction(runs: pd.DataFrame, store: Store) -> pd.DataFrame:
     return runs
 
 
-def _predicted(run: Run, measurements: Mapping[str, Measurement]) -> float:
-    config = run.config
-    environment = run.environment
-    key = measurement_key(config["task"], environment["device"], config["threads"])
-    measurement = measurements.get(key)
-    if measurement is None or "lockstep" in environment:
+def _predicted(run: Run, store: Store) -> float:
+    measurement = measurement_of(store.root, run)
+    if measurement is None or "lockstep" in run.environment:
         return nan
-    if measurement.environment["processor"] != environment["processor"]:
-        return nan
-    return predict(measurement, run.summary["ledger"], config=config)
+    return predict(measurement, run.summary["ledger"], config=run.config)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import count
-from time import perf_counter
 
 import pandas as pd
 import torch
 
 from repeatlab.core.environment import pick_device
 from repeatlab.methods.selection import draws, importance_sampling
-from repeatlab.studies.diagnostics.measure import Watch
+from repeatlab.studies.diagnostics.measure import Watch, time_on
 from repeatlab.tasks import TASKS, TaskConfig, load_task
 from repeatlab.training.making import torch_settings
 
@@ -24,7 +24,6 @@ def sampling_times(
     *,
     rounds: int = 40,
     device: str = "auto",
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Return what the parts of such an update take, the presamples in turn, round by round.
 
@@ -37,23 +36,17 @@ def sampling_times(
         GPU is waited for after each part.
     """
     device, rows, numbers = pick_device(device), [], count()
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def now() -> float:
-        synchronize()
-        return perf_counter()
-
-    with torch_settings(1, seed):
-        task = load_task(TASKS[task_config.name])(task_config, seed=seed, device=device)
+    with torch_settings(1, 0):
+        task = load_task(TASKS[task_config.name])(task_config, seed=0, device=device)
         for place in range(-(rounds // 10), rounds):
             for presample in presamples:
-                watch, index = Watch(now), next(numbers)
+                watch, index = Watch(partial(time_on, device)), next(numbers)
                 watch.lap("start")
                 blocks = [task.candidates(index, next(numbers)) for _ in range(presample)]
                 watch.lap("drawing")
                 scores = torch.cat([task.gradient_bounds(block) for block in blocks])
                 watch.lap("scoring")
-                picks, weights = importance_sampling(scores, task.batch_size, draws(seed, index))
+                picks, weights = importance_sampling(scores, task.batch_size, draws(0, index))
                 batch = task.pick(blocks, picks, index)
                 watch.lap("choosing")
                 task.step(batch, lambda *_: None, weights)
