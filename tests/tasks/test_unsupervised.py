@@ -165,7 +165,7 @@ def test_weights_act_on_the_gradient_and_not_on_the_driver_loss():
     for given, sample_weights in ((batch, None), (batch, chosen), (part, None)):
         task = build()
         # One epsilon for all samples: which of them are in the batch then makes no difference.
-        task._epsilon = lambda b: torch.arange(3.0).expand(len(b.images), 3)
+        task.draw = lambda b: (torch.arange(3.0).expand(len(b.images), 3),)
         for _ in range(2):
             task.step(given, lambda loss, *_: reports.append(loss.item()), sample_weights)
         ends.append(weights(task))
@@ -195,9 +195,9 @@ def test_a_repeat_redraws_epsilon_unless_it_is_told_to_keep_it():
     for redraw, equal in ((True, False), (False, True)):
         task = build(redraw_epsilon=redraw)
         batch = task.fresh_batch(0)
-        draws = [task._epsilon(batch) for _ in range(2)]
+        draws = [*task.draw(batch), *task.draw(batch)]
         assert torch.equal(*draws) is equal
-        other = task._epsilon(task.fresh_batch(1))
+        (other,) = task.draw(task.fresh_batch(1))
         assert not torch.equal(draws[0], other)
 
 
