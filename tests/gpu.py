@@ -11,6 +11,7 @@ misses it. Without a device it says what it would do, and ends.
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ PARTS = {
     "lockstep": (120, "8 to 224 arms in lock-step, eager and as CUDA graphs, beside one alone"),
     "resnet": (30, "ResNet-18, batches of 128: float32, bfloat16, bfloat16 with channels last"),
 }
+RATE = "updates/s together"
 # In the part of all updates: nothing more is compiled after so many seconds.
 COMPILE_UNTIL = 55
 TOY_FIELDS = {"width": 4, "mu": 1, "projection": 8, "bank": 200, "fid_samples": 20, "latent": 5}
@@ -340,6 +342,8 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     sys.path.insert(0, str(ROOT))
     device = "cpu" if options.toy else "cuda"
+    if options.part == "table":
+        return print(table(options.folder))
     if options.part == "worker":
         return worker(device, options.toy)
     if options.part:
@@ -353,7 +357,34 @@ def main() -> None:
     for name in PARTS:
         (options.folder / f"{name}.json").unlink(missing_ok=True)
         print(in_time(name, options.folder, options.toy), flush=True)
+    print(table(options.folder))
     return None
+
+
+def table(folder: Path) -> Path:
+    """Write what the parts measured as one table, FOLDER.csv, for the page on speed."""
+    rows = []
+    for name in ("updates", "processes", "lockstep", "resnet"):
+        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        for row in found["rows"]:
+            what = row.get("task") or row.get("format") or "supervised"
+            count = row.get("arms") or row.get("processes") or 1
+            rates = {key: row[key] for key in row if key.endswith("/s") or key == RATE}
+            alone = rates.pop("alone, updates/s", None)
+            rates = {RATE: rates[RATE]} if RATE in rates else rates
+            for key, rate in rates.items():
+                how, _, unit = key.rpartition(", ")
+                shown = {"part": name, "what": what, "how": how or row.get("as", ""), "n": count}
+                shown |= {"a second": f"{rate:.0f}", "unit": unit.split("/")[0]}
+                shown["times one alone"] = f"{rate / alone:.1f}" if alone else ""
+                shown["peak MiB"] = f"{row.get('peak MiB', 0):.0f}" if "peak MiB" in row else ""
+                rows.append(shown | {"device": found["device"], "torch": found["torch"]})
+    path = folder.with_suffix(".csv")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def has_device() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -82,3 +83,11 @@ def test_what_was_known_before_a_failure_is_written(script, tmp_path, monkeypatc
     with pytest.raises(RuntimeError):
         script.run_part("updates", tmp_path, "cpu", True)
     assert json.loads((tmp_path / "updates.json").read_text())["rows"] == [{"first": 1}]
+
+
+def test_the_committed_table_is_that_of_the_committed_parts(script, tmp_path):
+    committed = ROOT / "tests" / "benchmarks" / "results"
+    copied = shutil.copytree(committed / "gpu", tmp_path / "gpu")
+    made = script.table(copied).read_text(encoding="utf-8")
+    assert made == (committed / "gpu.csv").read_text(encoding="utf-8")
+    assert sum(line.startswith("lockstep,") for line in made.splitlines()) == 4 * 3 * 2
