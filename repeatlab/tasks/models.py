@@ -70,6 +70,46 @@ def resnet18(channels: int, classes: int, *, large: bool = False) -> nn.Module:
     return model
 
 
+class Residual(nn.Sequential):
+    """Layers whose output is added to their input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+class Scaled(nn.Linear):
+    """A linear layer whose outputs are scaled by an eighth."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 8
+
+
+def resnet9(channels: int, classes: int) -> nn.Module:
+    """The small residual network of CIFAR-10's speed runs (Page 2018, "How to train your ResNet").
+
+    6.57 million parameters for three channels and ten classes, and 379 million multiplications for
+    an image of 32 x 32 pixels, where ResNet-18 has 555: few, wide layers, which keep a GPU busy.
+    """
+
+    def halved(before: int, after: int) -> nn.Sequential:
+        return nn.Sequential(*_norm_layer(before, after), nn.MaxPool2d(2))
+
+    def residual(width: int) -> Residual:
+        return Residual(*_norm_layer(width, width), *_norm_layer(width, width))
+
+    return nn.Sequential(
+        *_norm_layer(channels, 64),
+        halved(64, 128),
+        residual(128),
+        halved(128, 256),
+        halved(256, 512),
+        residual(512),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        Scaled(512, classes, bias=False),
+    )
+
+
 def norm_cnn(channels: int, classes: int, *, width: int) -> nn.Module:
     """Three 3x3 convolutions with BatchNorm, two poolings, a linear layer on mean features.
 
@@ -102,19 +142,23 @@ def build_classifier(
     """Return a network giving (batch, classes) logits, and the size of the features before them.
 
     Args:
-        name: "cnn" (no BatchNorm), "norm_cnn" or "resnet18".
+        name: "cnn" (no BatchNorm), "norm_cnn", "resnet9" or "resnet18".
         channels: Of the images.
         classes: Outputs of the linear layer at the end.
         side: Height of the images in pixels: `resnet18` has its original stem from 64 upwards.
-        width: Channels of the first layer of all but `resnet18`.
+        width: Channels of the first layer of all but the residual networks.
 
     Raises:
         ValueError: `name` is none of these.
     """
     if name == "resnet18":
         return resnet18(channels, classes, large=side >= LARGE_IMAGE), 512
+    if name == "resnet9":
+        return resnet9(channels, classes), 512
     if name not in PLAIN:
-        raise ValueError(f"model must be one of {', '.join(PLAIN)} and resnet18; not {name!r}")
+        raise ValueError(
+            f"model must be one of {', '.join(PLAIN)}, resnet9 and resnet18; not {name!r}"
+        )
     build, features = PLAIN[name]
     return build(channels, classes, width=width), features * width
 

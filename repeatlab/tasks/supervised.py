@@ -39,9 +39,9 @@ class SupervisedConfig(ClassifierConfig):
     """Settings of the supervised task; the defaults are the plan's, on the embedded data."""
 
     name: Literal["supervised"] = "supervised"
-    model: Literal["cnn", "mlp", "resnet18"] = "cnn"
+    model: Literal["cnn", "mlp", "resnet9", "resnet18"] = "cnn"
     width: Annotated[int, Field(ge=1)] = 16
-    """Channels of the CNN's first layer, units of the MLP's hidden ones; none of ResNet-18."""
+    """Channels of the CNN's first layer, units of the MLP's hidden ones; none of ResNets."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training labels replaced by another class, each as likely; drawn from the seed."""

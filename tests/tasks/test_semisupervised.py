@@ -406,7 +406,7 @@ def test_networks_have_the_parameters_of_their_layers():
 
 
 def test_an_unknown_network_is_refused():
-    with pytest.raises(ValueError, match="cnn, norm_cnn and resnet18; not 'vgg'"):
+    with pytest.raises(ValueError, match="cnn, norm_cnn, resnet9 and resnet18; not 'vgg'"):
         build_classifier("vgg", 3, 10, side=32, width=1)
 
 

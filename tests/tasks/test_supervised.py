@@ -13,6 +13,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from repeatlab.core.schema import parse
 from repeatlab.data import DATASETS, Batch
@@ -87,6 +88,21 @@ def test_from_64_pixels_on_resnet18_has_its_original_stem(side, sizes):
     assert model.conv1.kernel_size == ((3, 3) if side < 64 else (7, 7))
 
 
+def test_resnet9_is_the_network_of_the_speed_runs():
+    """Page 2018: 64, 128, 256 and 512 channels, a residual block behind the second and the last."""
+    pairs = [(3, 64), (64, 128), (128, 128), (128, 128), (128, 256), (256, 512)]
+    pairs += [(512, 512), (512, 512)]
+    model = build_model(SupervisedConfig(model="resnet9"), (3, 32, 32), 10)
+    weights = sum(9 * before * after + 2 * after for before, after in pairs) + 512 * 10
+    assert weights == 6_573_120
+    assert sum(p.numel() for p in model.parameters()) == weights
+    with FlopCounterMode(display=False) as counted:
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    sides = [32, 32, 16, 16, 16, 8, 8 // 2, 8 // 2]
+    multiplied = [9 * a * b * side**2 for (a, b), side in zip(pairs, sides, strict=True)]
+    assert counted.get_total_flops() == 2 * (sum(multiplied) + 512 * 10)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("model", ["cnn", "resnet18"])
 def test_small_images_get_the_networks_of_one_random_stream(model, shape):
@@ -108,7 +124,7 @@ def test_the_small_cnn_has_the_parameters_of_its_layers(channels, width, size):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("model", ["cnn", "resnet18"])
+@pytest.mark.parametrize("model", ["cnn", "resnet9", "resnet18"])
 def test_the_loss_before_training_is_that_of_a_guess(model, seed):
     """Ten classes: ln 10. With a good initialisation nothing is known, and nothing believed."""
     task = build(seed=seed, model=model)
@@ -120,7 +136,7 @@ def test_the_loss_before_training_is_that_of_a_guess(model, seed):
         assert np.mean(losses) == pytest.approx(log(10), rel=0.05)
 
 
-@pytest.mark.parametrize("model", ["cnn", "resnet18"])
+@pytest.mark.parametrize("model", ["cnn", "resnet9", "resnet18"])
 def test_the_loss_of_noise_before_training_is_that_of_a_guess(model):
     task = build(model=model)
     generator = torch.Generator().manual_seed(0)
