@@ -224,10 +224,13 @@ def _invert(
 
     values, p = summed(grid), p_values(grid)
     means, one = values.sum(axis=0), int(np.searchsorted(grid, 0.0))
+    wide, narrow = (_accepted(grid, p, means, p_values, alpha) for alpha in (0.05, 0.10))
+    # Where no ratio of the grid is kept, limits are the grid's own: never beyond the wider ones.
+    low, high = max(wide.low, narrow.low), min(wide.high, narrow.high)
     return Saved(
         ratio=_crossing(grid, means),
-        interval=_accepted(grid, p, means, p_values, 0.05),
-        within=_accepted(grid, p, means, p_values, 0.10),
+        interval=wide,
+        within=narrow._replace(low=low, high=high),
         p=float(p[one]),
         seeds=max(map(len, at_one)),
         tasks=len(at_one),

@@ -134,11 +134,11 @@ def _arms(arms: pd.DataFrame) -> list[str]:
 def _blind(arms: pd.DataFrame) -> str:
     """Return which tasks have too few seeds for any of so many comparisons to be decided."""
     least = arms.groupby("task", sort=False)["seeds"].max().map(smallest_p) * len(arms)
+    least = least.clip(upper=1)[least >= ALPHA]
     said = [
-        f" On {task} it cannot fall below {p:.2g}, whatever the runs show: there an arm can be "
-        "equivalent or undecided, and no more."
-        for task, p in least.clip(upper=1).items()
-        if p >= ALPHA
+        f" On {' and '.join(tasks)} it cannot fall below {p:.2g}, whatever the runs show: there an "
+        "arm can be equivalent or undecided, and no more."
+        for p, tasks in least.index.groupby(least).items()
     ]
     return "".join(said)
 
