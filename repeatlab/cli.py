@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from repeatlab.core.files import StoreError
-from repeatlab.core.schema import ConfigError, parse
+from repeatlab.core.schema import ConfigError, counted, parse
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Store
 from repeatlab.studies.settings import with_settings
@@ -26,7 +26,8 @@ PLACES = (Path(__file__).resolve().parents[1], Path.cwd())
 ROOT = next((place for place in PLACES if (place / "params").is_dir()), PLACES[1])
 PATH = click.Path(path_type=Path)
 Several = tuple[str, ...]  # of an argument or option that may be repeated
-RUNS = click.option("--runs", type=PATH, default="runs", show_default=True, help="Run store.")
+FOLDER = click.Path(path_type=Path, file_okay=False)
+RUNS = click.option("--runs", type=FOLDER, default="runs", show_default=True, help="Run store.")
 FIGURES = click.option(
     "--figures", type=PATH, default="figures", show_default=True, help="Where figures are, or go."
 )
@@ -61,7 +62,7 @@ def figures(notebooks: Several, profile: str, force: bool, runs: Path, figures: 
         names = execute_profile(profile, **places, only=notebooks, force=force, echo=click.echo)
     except NotebookError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{len(names)} figures in {figures}/ (PDF and PNG, manifest.json):")
+    click.echo(f"{counted(len(names), 'figure')} in {figures}/ (PDF and PNG, manifest.json):")
     for name in names:
         click.echo(f"  {figures / name}.pdf")
 
@@ -167,11 +168,18 @@ def export(
     from repeatlab.studies.viewers import export_as
 
     store = Store(runs)
-    known = store.studies()
-    chosen = list(studies) + [n for n in known for p in plans if n.startswith(f"{p}-")]
+    chosen = list(studies) + [n for n in store.studies() for p in plans if n.startswith(f"{p}-")]
     write = export if form == "parquet" else partial(export_as, form)
-    count = write(store, chosen or known, to, visits=visits or None)
-    click.echo(f"{count} runs written into {to}")
+    count = write(store, _chosen(store, chosen), to, visits=visits or None)
+    click.echo(f"{counted(count, 'run')} written into {to}")
+
+
+def _chosen(store: Store, studies: Iterable[str]) -> list[str]:
+    """Return the studies that are named, by default all."""
+    names = list(studies) or store.studies()
+    if not names:
+        raise StoreError(f"{store.root} holds no study; `repeatlab run` makes one")
+    return names
 
 
 @cli.command("import")
@@ -181,7 +189,8 @@ def import_(source: Path, runs: Path) -> None:
     """Put the runs that `export` has written into the store, done: nothing is trained again."""
     from repeatlab.store.exchange import import_runs
 
-    click.echo(f"{import_runs(Store(runs), source)} runs of {source} are new in {runs}")
+    count = import_runs(Store(runs), source)
+    click.echo(f"{source}: {counted(count, 'run')} new in {runs}")
 
 
 @cli.command()
@@ -195,9 +204,7 @@ def status(studies: Several, runs: Path, everything: bool) -> None:
     from repeatlab.studies.verification import study_states, summary_table, timed_states
 
     store = Store(runs)
-    names = list(studies) or store.studies()
-    if not names:
-        raise StoreError(f"{runs} holds no study; `repeatlab run` makes one")
+    names = _chosen(store, studies)
     click.echo(summary_table(store, names).to_string())
     states = timed_states if everything else study_states
     rows = pd.concat([states(store, name) for name in names])
@@ -230,7 +237,7 @@ def verify(runs: Path, remove: bool) -> None:
         click.echo(f"damaged: {damage.reason}")
         if remove:
             verification.remove(store, damage.path)
-    click.echo(f"{count} runs read, {len(found)} damaged{' and removed' if remove else ''}")
+    click.echo(f"{counted(count, 'run')} read, {len(found)} damaged{' and removed' * remove}")
     sys.exit(1 if found and not remove else 0)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -76,6 +77,18 @@ def writing(path: Path) -> Iterator[None]:
         # Libraries put words of their own around what the system says.
         reason = os.strerror(error.errno) if error.errno else error
         raise StoreError(f"{path} cannot be written: {reason}") from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory if it is not there, and see that it can be written to.
+
+    Raises:
+        StoreError: it cannot.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
 
 
 def write_json(path: Path, data: Any, *, sealed: bool = False) -> None:

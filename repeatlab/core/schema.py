@@ -51,6 +51,12 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def counted(count: int, what: str) -> str:
+    """Return "1 run", "2 runs", "2 studies"."""
+    several = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{count} {what if count == 1 else several}"
+
+
 def _checked_name(name: str) -> str:
     unsafe = {"/", "\\", "$"} & set(name)  # a path's, and what starts a formula in a figure
     if unsafe or not name.isprintable() or not name.strip(". ") or len(name) > 100:
@@ -119,6 +125,9 @@ class Model(BaseModel):
         elif item["type"] == "model_type":
             keys = ", ".join(sorted(cls.model_fields))
             message = f"must be a mapping with keys among {keys}; not {shown(item['input'])}"
+        elif item["type"] == "too_short":
+            least = item["ctx"]["min_length"]
+            message = f"must have at least {'one' if least == 1 else least}; not {item['input']!r}"
         elif item["type"] not in ("missing", "value_error", "repeatlab"):
             # YAML and notebooks write tuples as lists.
             message = message.replace("tuple", "list").replace("Input should be", "must be")
@@ -290,15 +299,16 @@ def yaml_value(text: str | bytes, source: str) -> Any:
         data = yaml.load(text, Loader=_Loader)
         _check_size(data)
     except Exception as error:  # a date such as 2024-99-99 is a ValueError, `!!bool x` a KeyError
-        raise ConfigError(_cut(f"{source}: not valid YAML: {error}")) from None
+        said = str(error).replace('"<unicode string>"', f'"{source}"')  # PyYAML's own name for it
+        raise ConfigError(_cut(f"{source}: not valid YAML: {said}")) from None
     return data
 
 
-def with_value(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+def with_value(content: dict[str, Any], path: str, value: Any, source: str = "") -> dict[str, Any]:
     """Return a mapping with another value at a dotted path; what is not there is made.
 
     Raises:
-        ConfigError: something on the path is no mapping.
+        ConfigError: something on the path is no mapping; with `source` (a file, say) in front.
 
     >>> with_value({"a": {"b": 1}}, "a.c.d", 2)
     {'a': {'b': 1, 'c': {'d': 2}}}
@@ -306,8 +316,9 @@ def with_value(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]
     name, _, rest = path.partition(".")
     inner = content.get(name, {})
     if rest and not isinstance(inner, dict):
-        raise ConfigError(f"{path}: {name} must be a mapping; not {shown(inner)}")
-    return content | {name: with_value(inner, rest, value) if rest else value}
+        message = f"{name} must be a mapping; not {shown(inner)}"
+        raise ConfigError(": ".join(filter(None, (source, path, message))))
+    return content | {name: with_value(inner, rest, value, source) if rest else value}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

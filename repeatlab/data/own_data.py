@@ -90,6 +90,10 @@ def _load(path: Path, version: tuple) -> tuple[str, Part, Part | None]:
 
 def _arrays(path: Path) -> tuple[Part, Part | None]:
     try:
+        with path.open("rb") as opened:
+            # Else numpy takes it for a pickle, and advises to allow that.
+            if not zipfile.is_zipfile(opened):
+                raise ValueError("it is no .npz archive")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:

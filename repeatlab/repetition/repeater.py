@@ -419,7 +419,15 @@ class BatchRepeater:
 
         Sets the random states of torch, `random` and numpy: load it last, right before the loop.
         (Another rank's are left; those on CUDA devices are yours to keep.)
+
+        Raises:
+            ValueError: it holds more updates than max_updates; nothing is changed then.
         """
+        if state["updates"] > self.max_updates:
+            raise ValueError(
+                f"the state holds {state['updates']} updates, max_updates is {self.max_updates}: "
+                "resume with the max_updates it was saved with"
+            )
         self.updates, self.fresh_batch = state["updates"], state["fresh_batch"]
         self.repeat = self._done = state["repeat"]
         self.repeats, self._first = state["repeats"], state["updates"]

@@ -22,7 +22,7 @@ from threading import Timer
 from time import perf_counter
 from typing import Any
 
-from repeatlab.core.schema import parse
+from repeatlab.core.schema import counted, parse
 from repeatlab.report.redrawing import Drawn
 from repeatlab.studies.parameter_files import Job, plans_of, read_profile
 
@@ -174,7 +174,8 @@ def execute_profile(
 
     published = [file.parent for file in (root / "results" / profile).glob("*/plans.json")]
     for export in sorted(published):
-        echo(f"{export.relative_to(root)}: {import_runs(Store(runs), export)} runs imported")
+        count = import_runs(Store(runs), export)
+        echo(f"{export.relative_to(root)}: {counted(count, 'run')} imported")
     files = [] if only or published else plans_of(profile, root)
     plans = [(path, read_plan(path)) for path in files]
     jobs = read_profile(profile, root, only=only)
@@ -188,9 +189,8 @@ def execute_profile(
     ]
     if studies:
         start = perf_counter()
-        echo(
-            f"{len(studies)} studies: {run_studies(studies, runs)}, {perf_counter() - start:.0f} s"
-        )
+        report = run_studies(studies, runs)
+        echo(f"{counted(len(studies), 'study')}: {report}, {perf_counter() - start:.0f} s")
     kernels = Kernels()
 
     def run(job: Job, name: str, do: Callable[[], Any]) -> None:
@@ -198,7 +198,8 @@ def execute_profile(
         if not changed and not force:
             echo(f"{name}: nothing has changed")
             return
-        echo(f"{name}: changed: {', '.join(changed) or 'nothing, but it is forced'}")
+        what = ", ".join(changed) or "nothing, but it is forced"
+        echo(f"{name}: {what if changed == ['new'] else f'changed: {what}'}")
         start = perf_counter()
         with drawn.noting(job):
             done = do()

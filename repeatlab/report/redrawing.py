@@ -41,11 +41,11 @@ class Drawn:
     figures: Path
 
     def changes(self, job: Job) -> list[str]:
-        """Return, in words, what is not as it was when the job was last done; all if it was not."""
+        """Return, in words, what is not as it was when the job was last done, or "new"."""
         try:
             before = read_json(self._record(job), sealed=True)
         except StoreError:
-            before = {}
+            return ["new"]
         return [what for what, digest in self._state(job).items() if digest != before.get(what)]
 
     @contextmanager

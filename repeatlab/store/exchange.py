@@ -25,7 +25,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from repeatlab.core.files import StoreError, digest_of, not_whole, read_json, replacing, write_json
+from repeatlab.core.files import (
+    StoreError,
+    digest_of,
+    make_directory,
+    not_whole,
+    read_json,
+    replacing,
+    write_json,
+)
 from repeatlab.store.records import Run, Store
 
 FORMAT = 1
@@ -51,11 +59,12 @@ def export(
             run came to is left, with its evaluations.
 
     Raises:
-        StoreError: a study is not in the store, or a run is damaged; the message names it.
+        StoreError: a study is not in the store, a run is damaged, or the directory cannot be
+            written; the message names it.
     """
     to = Path(to)
-    to.mkdir(parents=True, exist_ok=True)
     manifests = {name: store.read_study(name) for name in studies}
+    make_directory(to)
     ids = dict.fromkeys(tuple(run["run"]) for study in manifests.values() for run in study["runs"])
     runs = [run for key in ids if (run := store.run(*key)).done]
     chosen = manifests if visits is None else visits

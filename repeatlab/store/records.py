@@ -24,7 +24,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ import pyarrow.parquet as pq
 from repeatlab.core.files import (
     StoreError,
     digest_of,
+    make_directory,
     not_whole,
     read_bytes,
     read_json,
@@ -160,14 +160,9 @@ class Store:
             StoreError: it cannot be made or written to.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
-        except OSError as error:
-            raise StoreError(
-                f"the run directory {self.root} cannot be written: {error.strerror}; "
-                "name another one with `runs`"
-            ) from None
+            make_directory(self.root)
+        except StoreError as error:
+            raise StoreError(f"the run directory {error}; name another one with `runs`") from None
 
     def write_study(self, name: str, study: Mapping[str, Any]) -> None:
         """Record which runs a study consists of."""

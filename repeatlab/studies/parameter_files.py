@@ -112,7 +112,10 @@ def read_job(path: Path, root: Path) -> Job:
     Raises:
         ConfigError: the file is not valid; see `read_profile`.
     """
-    entry = parse(BatchEntry, read_yaml(path), source=str(path))
+    content = read_yaml(path)
+    if "tasks" in content:
+        raise ConfigError(f"{path}: tasks: a study must stand under `parameters: study:`")
+    entry = parse(BatchEntry, content, source=str(path))
     folder, parameters = root / "notebooks", _with_methods(entry.parameters, path)
     if not folder.is_dir():
         return Job(path, folder / f"{entry.notebook}.ipynb", parameters, alone=entry.alone)

@@ -30,5 +30,5 @@ def with_settings(content: Any, settings: Iterable[str], source: str) -> Any:
         known = content.get(part) if part in ("tasks", "methods") else None
         if fields[2:] and isinstance(known, dict) and name not in known:
             raise ConfigError(f"{source}: {part}.{name}: unknown key; {did_you_mean(name, known)}")
-        content = with_value(content, key, yaml_value(value, f"--set {key}"))
+        content = with_value(content, key, yaml_value(value, f"--set {key}"), source)
     return content

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from repeatlab.core.environment import commit
 from repeatlab.core.files import StoreError, safe_name
 from repeatlab.core.html_view import rows_table
-from repeatlab.core.schema import Name, check_known, parse, shown
+from repeatlab.core.schema import Name, check_known, counted, parse, shown
 from repeatlab.core.signals import Interrupted
 from repeatlab.store.records import Run, Store
 from repeatlab.studies.cluster import Places
@@ -168,7 +168,7 @@ class Report:
         runs, *counts = self._counts()
         ended, now = (", ".join(f"{n} {what}" for what, n in part.items()) for part in counts)
         again = f"; {len(self.retried)} took more than one attempt" if self.retried else ""
-        return f"{runs} {'run' if runs == 1 else 'runs'}: {ended} ({now}){again}"
+        return f"{counted(runs, 'run')}: {ended} ({now}){again}"
 
     def _repr_html_(self) -> str:
         runs, ended, now = self._counts()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from repeatlab.analysis.frames import load
+from repeatlab.core.files import make_directory
 from repeatlab.core.schema import ConfigError
 from repeatlab.store.records import Run, Store
 
@@ -67,13 +68,14 @@ def viewer(name: str, to: str | Path) -> Viewer:
 
     Raises:
         ConfigError: there is no such viewer, or its library is not installed.
+        StoreError: the directory cannot be written.
     """
     if name not in ("tensorboard", "wandb", "trackio"):
         raise ConfigError(f"a viewer must be tensorboard, wandb or trackio; not {name!r}")
     if find_spec(name) is None:
         raise ConfigError(f"{name} must be installed: pip install {name}")
     to = Path(to).resolve()
-    to.mkdir(parents=True, exist_ok=True)
+    make_directory(to)
     if name == "tensorboard":
         return partial(_write_events, to)
     # What is seen of this machine now says nothing of the runs.
@@ -119,10 +121,11 @@ def export_as(
         visits: None, since only Parquet can leave out visits.
 
     Raises:
-        StoreError: a study is not in the store, or a run is damaged.
+        StoreError: a study is not in the store, a run is damaged, or the directory cannot be
+            written.
         ConfigError: the directory is not empty, a viewer's library is not installed, or `visits`.
     """
-    if visits or (form != "csv" and to.exists() and any(to.iterdir())):
+    if visits or (form != "csv" and to.is_dir() and any(to.iterdir())):
         raise ConfigError(f"--as {form}: --to must be an empty directory, and --visits left out")
     write = None if form == "csv" else viewer(form, to)
     count = 0
@@ -132,7 +135,7 @@ def export_as(
         for row in records.done.itertuples() if write else ():
             write(Run(Path(row.path)), study, row.task, row.method, row.seed)
         if write is None:
-            (to / study).mkdir(parents=True, exist_ok=True)
+            make_directory(to / study)
             records.runs.drop(columns="path").to_csv(to / study / "runs.csv", index=False)
             records.evals.to_csv(to / study / "evaluations.csv", index=False)
             records.updates.to_csv(to / study / "updates.csv", index=False)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repeatlab.core.schema import ConfigError, did_you_mean, parse, read_yaml
+from repeatlab.core.schema import ConfigError, counted, did_you_mean, parse, read_yaml
 from repeatlab.training.config import RunConfig
 
 VALID = {
@@ -187,6 +187,20 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, content, reason):
     with pytest.raises(ConfigError, match=r"some params\.yaml: ") as error:
         read(tmp_path, content)
     assert reason in str(error.value)
+    assert "<unicode string>" not in str(error.value)
+
+
+def test_where_yaml_is_not_valid_is_said_with_the_file_s_name(tmp_path):
+    with pytest.raises(ConfigError, match=r'in ".*some params\.yaml", line 2, column 4'):
+        read(tmp_path, "a: 1\n  b: 2")
+
+
+@pytest.mark.parametrize(
+    ("count", "what", "text"),
+    [(1, "run", "1 run"), (0, "run", "0 runs"), (2, "study", "2 studies")],
+)
+def test_one_is_singular(count, what, text):
+    assert counted(count, what) == text
 
 
 BOMB = "x0: &x0 {k: v}\n" + "".join(

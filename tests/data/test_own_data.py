@@ -138,8 +138,10 @@ def test_what_is_wrong_with_a_file_is_said(change, message, tmp_path):
 def test_what_is_no_numpy_file_is_said(tmp_path):
     path = tmp_path / "birds.npz"
     path.write_bytes(b"no archive")
-    with pytest.raises(DataError, match=f"{path} must be an .npz file of plain arrays"):
+    with pytest.raises(DataError, match=r"must be an .npz file of plain arrays") as caught:
         load_splits(str(path))
+    assert str(caught.value).startswith(f"{path} must be")
+    assert str(caught.value).endswith(": it is no .npz archive")
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -108,10 +110,55 @@ def test_bad_input_names_file_and_field_and_writes_nothing(tmp_path, repeatlab, 
 
 
 def test_a_run_directory_that_cannot_be_written(tmp_path, repeatlab):
-    (tmp_path / "runs").write_text("a file is in the way")
-    code, _, err = repeatlab("run", _write(tmp_path))
+    code, _, err = repeatlab("run", _write(tmp_path), "--runs", tmp_path / "tiny.yaml" / "runs")
     assert code == 2
-    assert err.startswith("Error: the run directory runs cannot be written: ")
+    place = tmp_path / "tiny.yaml" / "runs"
+    assert err.startswith(f"Error: the run directory {place} cannot be written: ")
+
+
+@pytest.mark.parametrize("command", ["run tiny.yaml", "export --to q", "status", "verify"])
+def test_a_store_that_is_a_file(tmp_path, repeatlab, command):
+    _write(tmp_path)
+    code, out, err = repeatlab(*command.split(), "--runs", "tiny.yaml")
+    assert (code, out) == (2, "")
+    assert err.endswith("Error: Invalid value for '--runs': Directory 'tiny.yaml' is a file.\n")
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_an_export_of_no_study_or_to_no_directory_names_it(tmp_path, repeatlab, form):
+    export = ["export", "--as", form, "--to"]
+    code, out, err = repeatlab(*export, "q", "--runs", "nope")
+    assert (code, out) == (2, "")
+    assert err == "Error: nope holds no study; `repeatlab run` makes one\n"
+    assert repeatlab("run", _write(tmp_path), "--workers", 0)[0] == 0
+    assert repeatlab(*export, "q", "other")[0] == 2
+    assert not (tmp_path / "q").exists()
+    code, _, err = repeatlab(*export, "tiny.yaml")
+    assert code == 2
+    assert err.startswith("Error: tiny.yaml")
+    assert "cannot be written: " in err
+    assert "Errno" not in err
+    assert repeatlab(*export, "q") == (0, "1 run written into q\n", "")
+    if form == "parquet":
+        done = "q: 0 runs new in runs\n"
+        assert repeatlab("import", "q") == (0, done, "")
+
+
+def test_an_export_into_a_directory_that_is_read_only(tmp_path, repeatlab, monkeypatch):
+    assert repeatlab("run", _write(tmp_path), "--workers", 0)[0] == 0
+
+    def refuse(**_):  # as to all but root
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    said = "Error: q cannot be written: Permission denied\n"
+    assert repeatlab("export", "--to", "q") == (2, "", said)
+
+
+def test_a_study_at_a_file_s_top_is_sent_to_its_place(tmp_path, repeatlab):
+    (tmp_path / "mine.yaml").write_text("name: mine\ntasks: {}\nmethods: {}\n")
+    said = "Error: mine.yaml: tasks: a study must stand under `parameters: study:`\n"
+    assert repeatlab("run", "mine.yaml") == (2, "", said)
 
 
 def test_a_corrupt_data_file_is_named_and_nothing_is_written(tmp_path, repeatlab, monkeypatch):
@@ -191,7 +238,7 @@ def test_status_without_a_study(repeatlab):
 def test_verify_names_a_damaged_run_and_remove_makes_room_for_it(tmp_path, repeatlab):
     path = _write(tmp_path)
     assert repeatlab("run", path, "--workers", 0)[0] == 0
-    assert repeatlab("verify") == (0, "1 runs read, 0 damaged\n", "")
+    assert repeatlab("verify") == (0, "1 run read, 0 damaged\n", "")
     (run,) = (tmp_path / "runs" / "supervised").glob("[!.]*")
     (run / "updates.parquet").write_bytes(b"PAR1")
     code, out, _ = repeatlab("verify")
@@ -199,10 +246,10 @@ def test_verify_names_a_damaged_run_and_remove_makes_room_for_it(tmp_path, repea
     damaged, counts = out.splitlines()
     file = run.relative_to(tmp_path) / "updates.parquet"
     assert damaged == f"damaged: {file} is damaged: its content does not fit its digest"
-    assert counts == "1 runs read, 1 damaged"
+    assert counts == "1 run read, 1 damaged"
     code, out, _ = repeatlab("verify", "--remove")
-    assert (code, out.splitlines()[1]) == (0, "1 runs read, 1 damaged and removed")
+    assert (code, out.splitlines()[1]) == (0, "1 run read, 1 damaged and removed")
     assert not run.exists()
     code, out, _ = repeatlab("run", path, "--workers", 0)
     assert (code, out) == (0, "1 run: 1 complete (1 trained now, 0 in the store)\n")
-    assert repeatlab("verify") == (0, "1 runs read, 0 damaged\n", "")
+    assert repeatlab("verify") == (0, "1 run read, 0 damaged\n", "")

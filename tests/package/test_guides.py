@@ -13,6 +13,7 @@ from textwrap import indent
 import pytest
 import readme
 import yaml
+from click.testing import CliRunner
 
 from repeatlab.cli import ROOT, cli
 from repeatlab.core.schema import parse
@@ -65,6 +66,7 @@ def test_what_is_configured_is_valid(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks(GUIDES[name], "yaml"):
         data = yaml.safe_load(block)
+        data = data.get("parameters", {}).get("study", data)
         if "judged" in data:
             assert parse(Plan, data).judged.real in data["methods"]
         elif "tasks" in data:
@@ -75,18 +77,22 @@ def test_what_is_configured_is_valid(name, tmp_path, monkeypatch):
                 parse(MethodConfig, method)
 
 
-def test_own_data_as_shown_is_read(tmp_path, monkeypatch):
-    """The array file of the page is what its study names."""
+def test_own_data_as_shown_is_read_and_trained_on(tmp_path, monkeypatch):
+    """The array file of the page is what its study names, which runs as it is saved."""
     from repeatlab.data import own_data
 
     monkeypatch.chdir(tmp_path)
     (code,), (config,) = (blocks(GUIDES["own_data"], kind) for kind in ("python", "yaml"))
     exec(code, {})
-    dataset = yaml.safe_load(config)["tasks"]["birds"]["dataset"]
-    _, (images, labels), test = own_data.load(dataset)
+    _, (images, labels), test = own_data.load("./birds.npz")
     assert images.shape == (200, 1, 8, 8)
     assert labels.tolist() == [n % 4 for n in range(200)]
     assert test is None
+    (tmp_path / "birds.yaml").write_text(config, encoding="utf-8")
+    small = ["--workers=0", "--set=max_updates=4", "--set=seeds=1"]
+    told = CliRunner().invoke(cli, ["run", "birds.yaml", *small])
+    assert told.exit_code == 0, told.output
+    assert "2 runs: 2 complete" in told.output
 
 
 def test_the_guide_to_studies_names_every_command():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import shutil
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -72,6 +75,15 @@ def test_only_checked_cells_keep_their_output_and_every_one_has_it(notebook):
         else:
             assert not cell.outputs
     assert checked
+
+
+def test_stripping_them_as_contributors_are_told_changes_nothing(tmp_path):
+    copies = [shutil.copy(path, tmp_path) for path in NOTEBOOKS]
+    command = [sys.executable, "-m", "nbstripout", "--keep-count", *map(str, copies)]
+    subprocess.run(command, check=True)
+    for path in NOTEBOOKS:
+        stripped = (tmp_path / path.name).read_bytes()
+        assert stripped == path.read_bytes(), f"nbstripout --keep-count notebooks/{path.name}"
 
 
 def test_store_and_figures_are_parameters_of_every_notebook_that_uses_them():

@@ -57,6 +57,8 @@ def test_the_loop_makes_its_updates():
     (snippet,) = blocks("python")
     exec(snippet, names)
     assert len(steps) == names["repeater"].max_updates == 5_000
+    drained = names["repeater"].drain()  # what the line below it tells of
+    assert len(drained["repeats"]) == len(drained["loss"]) == 5_000
 
 
 def test_the_study_trains(tmp_path):

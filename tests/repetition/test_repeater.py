@@ -869,6 +869,23 @@ def test_a_state_of_another_window_or_a_shorter_loader_is_refused():
         visited(shorter)
 
 
+def test_a_state_of_more_updates_than_max_updates_is_refused_and_changes_nothing():
+    first = BatchRepeater(range(5), repeats=2, max_updates=9)
+    for _ in first:
+        first.report(1.0)
+        if first.updates == 7:
+            break
+    state = first.state_dict()
+    short = BatchRepeater(range(5), repeats=2, max_updates=6)
+    with pytest.raises(ValueError, match="state holds 7 updates, max_updates is 6: resume with"):
+        short.load_state_dict(state)
+    assert (len(short), len(visited(short))) == (6, 6)
+    for max_updates in (7, 8, 30):  # all made, and any number left
+        longer = BatchRepeater(range(5), repeats=2, max_updates=max_updates)
+        longer.load_state_dict(state)
+        assert len(longer) == len(visited(longer)) == max_updates - 7
+
+
 def test_break_and_enter_again():
     repeater = BatchRepeater("abcd", repeats=3, max_updates=8)
     seen = []

@@ -96,6 +96,7 @@ def test_a_run_is_the_one_that_the_changed_file_asks_for(repeatlab, files):
         ("tasks.digit.lr=3", "tasks.digit: unknown key; did you mean 'digits'"),
         ("seeds=many", "seeds: "),
         ("name.first=x", "name.first: name must be a mapping; not 'tiny'"),
+        ("methods={}", "methods: must have at least one; not {}"),
         ("seeds", "--set: must be KEY=VALUE; not 'seeds'"),
         ("seeds=[1", "--set seeds: not valid YAML"),
         ("=1", ": unknown key"),
@@ -107,6 +108,7 @@ def test_what_is_not_known_is_refused_by_its_key_and_nothing_is_written(
     before = sorted(files.iterdir())
     code, said = repeatlab("run", f"{file}.yaml", "--set", setting)
     assert code == 2
+    assert said.err.startswith((f"Error: {file}.yaml: ", "Error: --set"))
     assert message in said.err
     assert "Traceback" not in said.err
     assert sorted(files.iterdir()) == before
