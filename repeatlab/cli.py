@@ -168,7 +168,12 @@ def export(
     from repeatlab.studies.viewers import export_as
 
     store = Store(runs)
-    chosen = list(studies) + [n for n in store.studies() for p in plans if n.startswith(f"{p}-")]
+    chosen = list(studies)
+    for plan in plans:
+        of_plan = [name for name in store.studies() if name.startswith(f"{plan}-")]
+        if not of_plan:
+            raise StoreError(f"{runs} holds no study of a plan {plan!r}")
+        chosen += of_plan
     write = export if form == "parquet" else partial(export_as, form)
     count = write(store, _chosen(store, chosen), to, visits=visits or None)
     click.echo(f"{counted(count, 'run')} written into {to}")

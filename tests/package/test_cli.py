@@ -132,6 +132,8 @@ def test_an_export_of_no_study_or_to_no_directory_names_it(tmp_path, repeatlab, 
     assert err == "Error: nope holds no study; `repeatlab run` makes one\n"
     assert repeatlab("run", _write(tmp_path), "--workers", 0)[0] == 0
     assert repeatlab(*export, "q", "other")[0] == 2
+    code, _, err = repeatlab(*export, "q", "--plan", "other")
+    assert (code, err) == (2, "Error: runs holds no study of a plan 'other'\n")
     assert not (tmp_path / "q").exists()
     code, _, err = repeatlab(*export, "tiny.yaml")
     assert code == 2
