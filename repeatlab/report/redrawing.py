@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -54,7 +54,7 @@ class Drawn:
 
         What changes meanwhile counts as changed since; not the runs of a job that trains by itself.
         """
-        before, made = self._state(job), ["figures", "runs"] if job.alone else ["figures"]
+        before, made = self._state(job), ["figures", "runs of its own", *["runs"] * job.alone]
         self.output.mkdir(parents=True, exist_ok=True)
         self._record(job).unlink(missing_ok=True)
         yield
@@ -72,31 +72,42 @@ class Drawn:
             names += [f"{name}.pdf" for name in shown] + ["results.md"]
         files = [self.figures / name for name in names]
         files.append(self.output / f"{job.source.stem}.ipynb")
+        given, own = _records(job, Store(self.runs))
         return {
             "source": digest_of(job.notebook),
             "parameters": digest_of_content(job.parameters),
-            "runs": digest_of_content(_records(job, Store(self.runs))),
+            "runs": digest_of_content(given),
+            "runs of its own": digest_of_content(own),
             "figures": digest_of_content([(f.name, f.is_file() and digest_of(f)) for f in files]),
             "code": _code(),
         }
 
 
-def _records(job: Job, store: Store) -> list[Any]:
-    """Return what the store has of all that the parameters name, and every measurement.
+def _records(job: Job, store: Store) -> tuple[list[Any], list[Any]]:
+    """Return what the store has of all that the parameters name, with every measurement.
 
-    A name stands also for the studies whose names begin with it and "-", as a plan's do.
+    A plan's name stands for its studies. Apart from these what the notebook makes by itself: the
+    studies whose names begin with one of its own and "-", and the plan that it declares.
     """
     named = set(re.findall('"(.*?)"', json.dumps(job.parameters, default=str)))
-    found = [plan for name, plan in store.plans().items() if name in named]
+    plan = job.parameters.get("plan")
+    own_plan = plan["name"] if isinstance(plan, Mapping) else None
+    beginnings = tuple(f"{study['name']}-" for study in job.studies.values())
+    plans = {name: plan for name, plan in store.plans().items() if name in named}
+    found = [plan for name, plan in plans.items() if name != own_plan]
     found += [digest_of(file) for file in sorted(store.root.glob("measurements/*.json"))]
+    own = [plan for name, plan in plans.items() if name == own_plan]
+    of_plan = {plan["digest"]: name for name, plan in plans.items()}
     for name in store.studies():
-        if name in named or any(name.startswith(f"{start}-") for start in named):
-            study = store.read_study(name) | {"commit": None}  # `_code` says more of it
+        study = store.read_study(name) | {"commit": None}  # `_code` says more of it
+        its_plan = of_plan.get(study.get("plan"))
+        itself = its_plan == own_plan if its_plan else name.startswith(beginnings)
+        if name in named or its_plan or itself:
             runs = [store.run(*planned["run"]) for planned in study["runs"]]
             # A summary has the digests of all that its run has left.
             ends = [digest_of(r.path / "summary.json") if r.done else r.status for r in runs]
-            found.append([study, ends])
-    return found
+            (own if itself and name not in named else found).append([study, ends])
+    return found, own
 
 
 @cache

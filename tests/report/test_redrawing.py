@@ -257,6 +257,26 @@ def test_a_plan_is_not_looked_at_again_and_its_runs_are_those_of_who_names_it(pr
     assert not draw()[0]
 
 
+def test_what_a_notebook_trains_by_itself_is_no_change(project, draw):
+    """Nor are studies of others whose names begin as a plan's do."""
+    name = "tiny-one-more"
+    more = f"""
+store = __import__("repeatlab.store.records", fromlist=["Store"]).Store(runs)
+store.write_study({name!r}, store.read_study("tiny-one") | {{"name": {name!r}}})
+"""
+    notebook(project, "10_one", more)
+    store = Store(project / "runs")
+    store.write_plan("tiny", {"plan": {"tasks": {"one": {}}}, "digest": "0" * 16})
+    text = "notebook: 20_view\nparameters: {views: [{study: tiny-other}], plan: tiny}\n"
+    (project / "params" / "tiny" / "view.yaml").write_text(text)
+    assert draw()[0] == {"10_one", "20_view"}
+    assert name in store.studies()
+    assert not draw()[0]
+    content = store.read_study(name)
+    store.write_study(name, content | {"max_updates": 1})  # by another than the notebook
+    assert draw()[0] == {"10_one"}
+
+
 def test_changed_code_draws_all(project):
     packages = project / "packages"
     leave = shutil.ignore_patterns("__pycache__")
