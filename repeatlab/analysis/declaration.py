@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from repeatlab.analysis.frames import LOWER_IS_BETTER
-from repeatlab.analysis.statistics import smallest_p
+from repeatlab.analysis.updates_saved import least_p
 
 # The control of one larger step, which at equal updates goes further and sees more fresh data.
 LARGER_STEP = "step_size"
@@ -85,7 +85,7 @@ class Declaration:
     @property
     def least_p(self) -> float:
         """The smallest p, adjusted over the family, that the seeds can give."""
-        return min(1.0, self.family * smallest_p(self.most_seeds))
+        return min(1.0, self.family * least_p(self.most_seeds))
 
     def seeds_on(self, task: str) -> int:
         """Return how many seeds are planned on `task`."""

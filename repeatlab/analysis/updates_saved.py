@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from repeatlab.analysis.statistics import ALPHA, Flips, Interval, sign_flips
+from repeatlab.analysis.statistics import ALPHA, Flips, Interval, sign_flips, smallest_p
 
 # Seeds whose 2^n flips are enumerated, and random ones above: of every ratio of the grid.
 FLIPS = Flips(exact_up_to=12, resamples=4_999)
@@ -135,6 +135,11 @@ def share_saved(ratio: float) -> float:
     [-1.0, 0.0, 0.2, 0.5]
     """
     return 1 - 1 / ratio if ratio > 0 else -np.inf
+
+
+def least_p(n: int) -> float:
+    """Return the smallest p that `saved` can give on `n` seeds, whatever they show."""
+    return smallest_p(n, flips=FLIPS)
 
 
 def saved(tasks: Mapping[str, Paired], *, seed: int = 0) -> Saved:

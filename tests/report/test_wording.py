@@ -8,7 +8,7 @@ import pytest
 from repeatlab.analysis.declaration import Declaration, Goal
 from repeatlab.analysis.plans import PlanRecords
 from repeatlab.analysis.statistics import Interval
-from repeatlab.analysis.updates_saved import Saved
+from repeatlab.analysis.updates_saved import Paired, Saved, saved
 from repeatlab.analysis.verdicts import Comparison, Verdict
 from repeatlab.report.paper.wording import effect, for_people, what_can_be_decided
 
@@ -69,3 +69,12 @@ def test_a_verdict_names_dose_and_margin():
     told = for_people(Verdict("H1", "-", "-", "not tested", "-", {}), plan(8), hardly)
     assert told.startswith("This was not tested")
     assert told.endswith("Mean visits of a batch: linear 1.02.")
+
+
+def test_the_least_p_that_is_said_is_one_that_the_verdicts_can_give():
+    """Above 12 seeds their flips are drawn: fewer than there are."""
+    steady = Paired(
+        np.ones(30), np.zeros(30), np.zeros((30, 3)), np.array([0.5, 1, 2]), np.arange(13)
+    )
+    p = saved({"a": steady}).p
+    assert f"p cannot fall below {p:.2g}:" in what_can_be_decided(plan(30))

@@ -11,7 +11,8 @@ import pandas as pd
 
 from repeatlab.analysis.declaration import LEAST_DOSE
 from repeatlab.analysis.frames import LOWER_IS_BETTER
-from repeatlab.analysis.statistics import ALPHA, smallest_p
+from repeatlab.analysis.statistics import ALPHA
+from repeatlab.analysis.updates_saved import least_p
 from repeatlab.analysis.verdicts import BETTER, EQUIVALENT, NOT_TESTED, UNDECIDED, WORSE
 from repeatlab.report.paper.gathering import NO_PLAN, Gathered
 from repeatlab.report.paper.wording import bound, dose_words, percent, rate_words
@@ -133,7 +134,7 @@ def _arms(arms: pd.DataFrame) -> list[str]:
 
 def _blind(arms: pd.DataFrame) -> str:
     """Return which tasks have too few seeds for any of so many comparisons to be decided."""
-    least = arms.groupby("task", sort=False)["seeds"].max().map(smallest_p) * len(arms)
+    least = arms.groupby("task", sort=False)["seeds"].max().map(least_p) * len(arms)
     least = least.clip(upper=1)[least >= ALPHA]
     said = [
         f" On {' and '.join(tasks)} it cannot fall below {p:.2g}, whatever the runs show: there an "

@@ -10,7 +10,8 @@ import pandas as pd
 
 from repeatlab.analysis.declaration import LEAST_DOSE
 from repeatlab.analysis.plans import PlanRecords
-from repeatlab.analysis.statistics import ALPHA, smallest_p
+from repeatlab.analysis.statistics import ALPHA
+from repeatlab.analysis.updates_saved import least_p
 from repeatlab.analysis.verdicts import (
     EQUIVALENT,
     INCONCLUSIVE,
@@ -124,7 +125,7 @@ def effect(one: Comparison) -> str:
         low, high = -high, -low
     limits = f"(95 %: {percent(low)} to {percent(high)})"
     if one.effect.interval.low == 0 and isinf(one.effect.interval.high):
-        few = smallest_p(one.effect.seeds) >= ALPHA
+        few = least_p(one.effect.seeds) >= ALPHA
         beyond = "its limits lie beyond every budget that was tried"
         limits = f"({'with so few seeds there are no limits' if few else beyond})"
     if isinf(share):
@@ -166,7 +167,7 @@ def rate_words(arms: Sequence[Mapping[str, Any]]) -> str:
 def what_can_be_decided(plan: PlanRecords) -> str:
     """Return what so many seeds can decide at all, whatever the runs show."""
     declared = plan.declared
-    n, family, least = declared.most_seeds, declared.family, smallest_p(declared.most_seeds)
+    n, family, least = declared.most_seeds, declared.family, least_p(declared.most_seeds)
     start = f"With {n} seeds, flipped as wholes over all tasks, p cannot fall below {least:.2g}"
     if least >= 2 * ALPHA:
         return f"{start}: at this scale nothing can be decided, whatever the runs show."
