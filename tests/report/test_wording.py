@@ -74,7 +74,7 @@ def test_a_verdict_names_dose_and_margin():
 def test_the_least_p_that_is_said_is_one_that_the_verdicts_can_give():
     """Above 12 seeds their flips are drawn: fewer than there are."""
     steady = Paired(
-        np.ones(30), np.zeros(30), np.zeros((30, 3)), np.array([0.5, 1, 2]), np.arange(13)
+        np.ones(30), np.zeros(30), np.zeros((30, 3)), np.array([0.5, 1, 2]), np.arange(30)
     )
     p = saved({"a": steady}).p
     assert f"p cannot fall below {p:.2g}:" in what_can_be_decided(plan(30))
