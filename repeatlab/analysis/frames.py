@@ -226,6 +226,17 @@ def mean_and_limits(values: np.ndarray) -> dict[str, float]:
     return dict(zip(["mean", "low", "high"], map(float, found), strict=True))
 
 
+def possible(metric: str) -> tuple[float, float]:
+    """Return the least and the greatest value that a metric can have.
+
+    >>> possible("knn_accuracy"), possible("return"), possible("forgetting")
+    ((0.0, 1.0), (0.0, 500.0), (-inf, inf))
+    """
+    if metric == "return":  # of CartPole-v1, which ends an episode after so many steps
+        return 0.0, 500.0
+    return (0.0, 1.0) if metric.endswith(("accuracy", "f1", "auc")) else (-np.inf, np.inf)
+
+
 def with_cost(evals: pd.DataFrame, k: float | Mapping[str, float]) -> pd.DataFrame:
     """Return `evals` with the column `cost`: what was spent so far, in one sample's forward.
 
@@ -303,8 +314,9 @@ def to_target(evals: pd.DataFrame, metric: str, target: float) -> pd.DataFrame:
 def final_table(records: Records, metric: str, *, split: str = "validation") -> pd.DataFrame:
     """Return one row per task and method: how its runs ended and what they cost.
 
-    Columns: runs, missing, diverged, mean of the metric at T with 95 % limits (complete runs only),
-    mean E[N] = updates / fresh batches, fresh batches, training seconds with what came before them.
+    Columns: runs, missing, diverged, mean of the metric at T with 95 % limits (complete runs only,
+    cut off at what is possible), mean E[N] = updates / fresh batches, fresh batches, training
+    seconds with what came before them.
     """
     rows, prepared = [], _prepared_seconds(records.done)
     for (task, method), group in records.runs.groupby(["task", "method"], sort=False):
@@ -318,6 +330,8 @@ def final_table(records: Records, metric: str, *, split: str = "validation") -> 
         }
         if len(complete):
             limits = mean_and_limits(complete[f"{split}.{metric}"].to_numpy())
+            # Of few seeds Student's interval may hold what no run can give.
+            limits |= {name: np.clip(limits[name], *possible(metric)) for name in ("low", "high")}
             seconds = complete["seconds"] + prepared[complete.index]
             row |= {
                 metric: limits.pop("mean"),

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from repeatlab.analysis.frames import (
+    Records,
     curves,
     final_table,
     load,
@@ -222,3 +223,16 @@ def test_reading_and_drawing_never_import_torch():
         "import sys, repeatlab.figures, repeatlab.analysis.frames; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_limits_of_few_runs_hold_only_what_a_run_can_give():
+    ends = {"return": [500.0, 480.0, 250.0], "accuracy": [0.99, 0.97, 0.9], "loss": [0.1, 0.2, 3.0]}
+    frame = pd.DataFrame({f"validation.{name}": values for name, values in ends.items()})
+    known = {"task": "t", "method": "standard", "status": "complete", "updates": 4, "seconds": 1.0}
+    records = Records(frame.assign(**known, fresh_batches=4, seed=range(3), id=list("abc")))
+    limits = {name: final_table(records, name)[["low", "high"]].to_numpy()[0] for name in ends}
+    assert limits["return"][1] == 500
+    assert 0 < limits["return"][0] < 410
+    assert limits["accuracy"][1] == 1
+    assert limits["accuracy"][0] < 0.95
+    assert limits["loss"][0] < 0  # a task may define a loss that falls below 0

@@ -137,7 +137,7 @@ def _blind(arms: pd.DataFrame) -> str:
     least = arms.groupby("task", sort=False)["seeds"].max().map(least_p) * len(arms)
     least = least.clip(upper=1)[least >= ALPHA]
     said = [
-        f" On {' and '.join(tasks)} it cannot fall below {p:.2g}, whatever the runs show: there an "
+        f" On {', '.join(tasks)} it cannot fall below {p:.2g}, whatever the runs show: there an "
         "arm can be equivalent or undecided, and no more."
         for p, tasks in least.index.groupby(least).items()
     ]
