@@ -197,7 +197,8 @@ class EndlessLoader:
 
     def _from_own_state(self, held: bool) -> Iterator[Any]:
         """Return an iterator that follows the batch taken last, or begins with it."""
-        if self.position + held > 1 or self._begun > 1:  # else the loader is as it was made
+        # Of one that is as it was made there is nothing to load; somebody else may have moved it.
+        if self.position + held > 1 or self._begun > 1 or not _same(self._own_state(), self._state):
             self._loader.load_state_dict(self._state)
         iterator = self._read()
         last = list(islice(iterator, 1))
@@ -228,3 +229,11 @@ class EndlessLoader:
             getattr(part, "persistent_workers", False) and getattr(part, "num_workers", 0)
             for part in self._parts()
         )
+
+
+def _same(state: Any, other: Any) -> bool:
+    """Return whether two states are equal; where they do not say, as of tensors, they are not."""
+    try:
+        return bool(state == other)
+    except (RuntimeError, ValueError):
+        return False

@@ -92,6 +92,33 @@ MAPPINGS = st.one_of(
 )
 
 
+@pytest.mark.parametrize("made", range(1, 9))
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_loader_that_was_restored_beside_the_repeater_loses_no_batch(made, repeats):
+    """As checkpoints of frameworks do, that hold the states of all they have prepared."""
+    stateful_loader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+
+    def new():
+        loader = stateful_loader(list(range(12)), batch_size=3)
+        return loader, BatchRepeater(loader, repeats=Constant(repeats), max_updates=12)
+
+    def visits(repeater, states, loader):
+        for batch in repeater:
+            repeater.report(torch.tensor(1.0))
+            states.append((repeater.state_dict(), loader.state_dict(), batch.tolist()))
+
+    loader, repeater = new()
+    whole: list = []
+    visits(repeater, whole, loader)
+    state, own, _ = whole[made - 1]
+    again, resumed = new()
+    again.load_state_dict(own)
+    resumed.load_state_dict(state)
+    rest: list = []
+    visits(resumed, rest, again)
+    assert [batch for *_, batch in rest] == [batch for *_, batch in whole[made:]]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     # One in twenty with workers, which take their time to start.
