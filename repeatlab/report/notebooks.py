@@ -117,7 +117,7 @@ def execute(
     copy = output.resolve() / f"{job.source.stem}.ipynb"
     parameters = job.parameters | {"runs": str(runs.resolve()), "figures": str(figures.resolve())}
     # Kernels over TCP can lose the race for a port; a socket in a directory of its own cannot.
-    with tempfile.TemporaryDirectory(prefix="rl") as sockets:
+    with tempfile.TemporaryDirectory(prefix="rl", dir=_short()) as sockets:
         try:
             executed = papermill.execute_notebook(
                 job.notebook,
@@ -141,6 +141,11 @@ def execute(
     if any(cell.metadata.get("papermill", {}).get("exception") for cell in executed.cells):
         reason = "sys.exit must not end a notebook before its last cell"
         raise NotebookError(f"{job.source}: {reason} (executed copy: {copy})")
+
+
+def _short() -> str | None:
+    """Return a directory for sockets, whose paths have 107 bytes at most; None for the usual."""
+    return "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 80 else None
 
 
 def execute_profile(

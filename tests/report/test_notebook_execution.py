@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from threading import Thread
 
@@ -100,6 +101,17 @@ def test_a_notebook_whose_parameters_cannot_be_read_is_named(project, content, r
         path.write_text(content)
     with pytest.raises(ConfigError, match=re.escape(f"{path}: {reason}")):
         read_profile("tiny", root)
+
+
+def test_a_notebook_is_executed_where_the_temporary_directory_has_a_long_name(
+    project, tmp_path, monkeypatch
+):
+    """A cluster's may be of a hundred characters; a socket's path has no more than 107 bytes."""
+    long = tmp_path / ("t" * 110)
+    long.mkdir()
+    root = project("assert rate == 0.001")
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert _execute(root) == []
 
 
 def test_a_notebook_gets_its_parameters_and_its_figures_are_named(project, caplog):
