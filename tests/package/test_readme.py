@@ -268,6 +268,7 @@ SAID = [
     " 7 comparisons of H1 to H3: equivalence can be shown at this scale, a difference cannot.",
     "With 12 seeds, flipped as wholes over all tasks, p cannot fall below 0.00049: at this scale a"
     " verdict can go either way.",
+    "Of its tasks these are not run yet: A, B.",
     "The comparisons it rests on: 4 undecided, 1 better, 2 worse, 1 equivalent.",
     "(30 seeds): better: none; worse: `linear`; equivalent: none; not tested: none; undecided: 12.",
 ]
