@@ -183,8 +183,9 @@ def curves(evals: pd.DataFrame, metric: str, *, x: str = "update") -> pd.DataFra
     onto a grid that all runs of the method cover; nothing is extrapolated.
 
     Returns:
-        Rows (task, method, x, mean, low, high, n, diverged) with the interval of `mean_interval`;
-        `diverged` of the n runs did, and the curve ends with the first of them.
+        Rows (task, method, x, mean, low, high, n, diverged) with the interval of `mean_interval`,
+        cut off at what is `possible`; `diverged` of the n runs did, and the curve ends with the
+        first of them.
     """
     chosen = evals[(evals["metric"] == metric) & (evals["split"] == "validation")]
     pieces = []
@@ -194,7 +195,8 @@ def curves(evals: pd.DataFrame, metric: str, *, x: str = "update") -> pd.DataFra
         same = all(np.array_equal(r[x], runs[0][x]) for r in runs)
         grid = runs[0][x].to_numpy(float) if same else np.linspace(low, high, GRID)
         values = np.stack([np.interp(grid, r[x], r["value"]) for r in runs])
-        mean, below, above = mean_interval(values)
+        mean, *limits = mean_interval(values)
+        below, above = np.clip(limits, *possible(metric))
         columns = {x: grid, "mean": mean, "low": below, "high": above, "n": len(runs)}
         columns["diverged"] = sum(has_diverged(run) for run in runs)
         pieces.append(pd.DataFrame({"task": task, "method": method, **columns}))

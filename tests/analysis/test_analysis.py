@@ -236,3 +236,13 @@ def test_limits_of_few_runs_hold_only_what_a_run_can_give():
     assert limits["accuracy"][1] == 1
     assert limits["accuracy"][0] < 0.95
     assert limits["loss"][0] < 0  # a task may define a loss that falls below 0
+
+
+def test_the_limits_of_a_curve_hold_only_what_a_run_can_give():
+    for name, least, most in (("return", 0, 500), ("accuracy", 0, 1), ("loss", -np.inf, np.inf)):
+        ends = {("standard", seed): [0.0, value] for seed, value in enumerate((0.1, 0.9, 0.95))}
+        curve = curves(_evals(ends).assign(metric=name), name)
+        mean, low, high = mean_interval(np.array([0.1, 0.9, 0.95]))
+        assert curve["low"].iloc[-1] == pytest.approx(max(low, least))
+        assert curve["high"].iloc[-1] == pytest.approx(min(high, most))
+        assert curve["mean"].iloc[-1] == pytest.approx(mean)
