@@ -111,7 +111,7 @@ class Learner(Saved):
         self.average: Any = averaged(network, self._decay or own)
         self.network.train()
         weights = [weight for weight in network.parameters() if weight.requires_grad]
-        self.optimizer_step = OptimizerStep(weights, config, self.precision, device=device)
+        self.optimizer_step = OptimizerStep(weights, config, device=device)
         self.optimizer = self.optimizer_step.optimizer
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -240,10 +240,6 @@ class LearningTask(Saved):
         self.precision = self.learner.precision
         if len(learners) == 1:
             self.model, self.ema = self.learner.network, self.learner.average
-
-    @property
-    def skipped_steps(self) -> int:
-        return sum(step.skipped for step in self.optimizer_steps)
 
     @property
     def scoring_samples(self) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from repeatlab.core.schema import Choice, choices, named
-from repeatlab.tasks.precision import Precision, PrecisionConfig
+from repeatlab.tasks.precision import PrecisionConfig
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -269,20 +269,14 @@ class OptimizerStep:
     Args:
         weights: What is trained.
         config: A task's `OptimizationConfig`, with its `lr`.
-        precision: In which the losses are computed; no longer looked at.
         device: Where the weights are.
 
     Attributes:
         optimizer: Of these weights.
         lap: Called with "forward", "optimizer" or "backward" at the end of each of these parts.
-        skipped: Steps left out: none ever is, and `LearningTask` still counts them.
     """
 
-    skipped: ClassVar[int] = 0
-
-    def __init__(
-        self, weights: Iterable[Tensor], config: Any, precision: Precision, *, device: str
-    ) -> None:
+    def __init__(self, weights: Iterable[Tensor], config: Any, *, device: str) -> None:
         self.lap: Callable[[str], None] = _nobody
         settings = config.optimizer.build()
         self.optimizer: Optimizer = settings.make(weights, lr=config.lr, device=device)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from benchmarks.interleaving import Turns, in_turns, train_in_turns
 from benchmarks.tables import record
+from every_method import SIX
 
 import repeatlab
 from repeatlab.core.environment import processor
@@ -32,14 +33,6 @@ from repeatlab.training.making import build_task, open_run, train
 from repeatlab.training.one_run import Training
 from repeatlab.training.prerequisites import prerequisites
 
-SIX = (
-    "supervised",
-    "semisupervised",
-    "selfsupervised",
-    "reinforcement",
-    "unsupervised",
-    "generative",
-)
 RESULTS = Path(__file__).parent / "results" / "cost_model.csv"
 # On the 8 x 8 digits, since a run has to have many updates.
 LARGER = {

@@ -100,7 +100,8 @@ def test_every_number_that_was_measured_stands_between_the_markers(name):
 # What a PyTorch user knows under another name, or not at all.
 TERMS = re.compile(
     r"\b(fresh batch|visits?|arms?|dose|driver loss|ledger|own rate|shared rate|controls?|"
-    r"mappings?|updates saved|fresh data saved|verdicts?|plans?|run store|profile|wings?)\b",
+    r"mappings?|updates saved|fresh data saved|verdicts?|plans?|run store|profile|wings?|"
+    r"better|worse|equivalent|not tested|undecided|diverged|interim|target)\b",
     re.IGNORECASE,
 )
 

@@ -27,7 +27,6 @@ from repeatlab.studies.parameter_files import read_profile
 from repeatlab.studies.study import Study
 from repeatlab.tasks import TASKS, TaskConfig
 from repeatlab.tasks.optimization import OptimizerStep
-from repeatlab.tasks.precision import Precision
 from repeatlab.tasks.reinforcement import ReinforcementConfig
 from repeatlab.tasks.replay_buffer import ReplayBuffer
 from repeatlab.tasks.supervised import Supervised, SupervisedConfig
@@ -118,9 +117,7 @@ class Toy:
     def __init__(self, config: ToyConfig, *, seed: int, device: str) -> None:
         self.weights = [nn.Parameter(torch.ones(())) for _ in range(config.networks)]
         how = SimpleNamespace(optimizer=SlowSettings(), lr=config.lr, clip_norm=None)
-        self.optimizer_steps = [
-            OptimizerStep([w], how, Precision(), device=device) for w in self.weights
-        ]
+        self.optimizer_steps = [OptimizerStep([w], how, device=device) for w in self.weights]
         self.optimizers = [step.optimizer for step in self.optimizer_steps]
         self.batch_size, self.cold = config.batch_size, config.cold
         self.forward_samples, self.backward_samples = 3 * self.batch_size, self.batch_size

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_method import SIX
 from torch import nn
 from torch.nn import functional
 
@@ -22,14 +23,6 @@ from repeatlab.tasks.supervised import Supervised, SupervisedConfig
 from repeatlab.training.checkpoint import digest
 from repeatlab.training.config import RunConfig
 
-SIX = (
-    "supervised",
-    "semisupervised",
-    "selfsupervised",
-    "reinforcement",
-    "unsupervised",
-    "generative",
-)
 SMALL: dict[str, dict[str, Any]] = {
     "supervised": {"width": 4},
     "semisupervised": {"width": 4, "mu": 1},
