@@ -118,8 +118,6 @@ def compiled(name: str, device: str, toy: bool) -> Callable[[], None]:
 
 def as_runs_are(name: str, device: str, toy: bool) -> dict[str, Callable[[], None]]:
     """Return a task's updates whose loss nobody reads, and those under a repeater."""
-    import itertools
-
     from repeatlab.repetition.mappings import Constant, Linear
     from repeatlab.repetition.repeater import BatchRepeater
 

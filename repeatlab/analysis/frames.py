@@ -16,6 +16,8 @@ from repeatlab.core.html_view import rows_table
 from repeatlab.cost import cost_units
 from repeatlab.store.records import Run, Store
 
+# Ends of the names of metrics that are shares.
+SHARES = ("accuracy", "f1", "auc", "recall_at_1", "recall_at_5", "map", "mask_rate", "memorized")
 GRID = 60  # points of a mean curve whose runs have none in common
 RUN_KEYS = ["task", "method", "seed"]
 # x axis of learning curves -> label; but for updates they hold what came before the first one.
@@ -229,14 +231,14 @@ def mean_and_limits(values: np.ndarray) -> dict[str, float]:
 
 
 def possible(metric: str) -> tuple[float, float]:
-    """Return the least and the greatest value that a metric can have.
+    """Return the least and the greatest value that a metric can have, as far as it is known.
 
     >>> possible("knn_accuracy"), possible("return"), possible("forgetting")
     ((0.0, 1.0), (0.0, 500.0), (-inf, inf))
     """
     if metric == "return":  # of CartPole-v1, which ends an episode after so many steps
         return 0.0, 500.0
-    return (0.0, 1.0) if metric.endswith(("accuracy", "f1", "auc")) else (-np.inf, np.inf)
+    return (0.0, 1.0) if metric.endswith(SHARES) else (-np.inf, np.inf)
 
 
 def with_cost(evals: pd.DataFrame, k: float | Mapping[str, float]) -> pd.DataFrame:

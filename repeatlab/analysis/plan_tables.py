@@ -44,7 +44,7 @@ def arms_table(plan: PlanRecords) -> pd.DataFrame:
     more than once), seeds, diverged (of the arm's runs), equal_pairs, saved, low, high (share of
     updates, 95 %), reuse, reuse_low, reuse_high (E(N): fresh batches that the standard arm needs
     for the arm's metric, over those that the arm used), p, p_adjusted (Holm over the table), state
-    by it and the margin; "not tested" where an arm that is to repeat hardly does.
+    by it and the margin; "not tested" where an arm that is to repeat, or repeats, hardly does.
     """
     records, values = plan.stages["own"], plan.values("own", "validation")
     rows = []

@@ -185,7 +185,6 @@ def choice(what: str, registry: Mapping[str, type]) -> Any:
     Args:
         what: What to call it in messages.
         registry: Name to frozen dataclass.
-        without: Fields that are not configured, because the run provides them.
     """
     return named(what, choices(registry))
 

@@ -125,8 +125,10 @@ def export_as(
             written.
         ConfigError: the directory is not empty, a viewer's library is not installed, or `visits`.
     """
-    if visits or (form != "csv" and to.is_dir() and any(to.iterdir())):
-        raise ConfigError(f"--as {form}: --to must be an empty directory, and --visits left out")
+    if visits:
+        raise ConfigError(f"--as {form}: --visits must be left out: it writes every update")
+    if form != "csv" and to.is_dir() and any(to.iterdir()):
+        raise ConfigError(f"--as {form}: --to must be an empty directory; {to} is not")
     write = None if form == "csv" else viewer(form, to)
     count = 0
     for study in studies:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repeatlab.data import ImageSet, Splits, gather, iter_batches
+from repeatlab.tasks import Report
 from repeatlab.tasks.optimization import (
     OptimizationConfig,
     OptimizerStep,
@@ -132,7 +133,7 @@ class Learner(Saved):
     def descend(
         self,
         losses: Tensor,
-        report: Callable[..., None],
+        report: Report,
         weights: Tensor | None = None,
         *,
         drivers: Tensor | None = None,
@@ -269,7 +270,7 @@ class LearningTask(Saved):
     def step(
         self,
         batch: Any,
-        report: Callable[..., None],
+        report: Report,
         weights: Tensor | None = None,
         *,
         average: bool = True,

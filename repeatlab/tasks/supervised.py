@@ -15,7 +15,6 @@ Public reference for ResNet-18 on CIFAR-10, 200 epochs: 93.02 % (github.com/kuan
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repeatlab.data import Batch, Splits
-from repeatlab.tasks import TaskConfig
+from repeatlab.tasks import Report, TaskConfig
 from repeatlab.tasks.classification import (
     ClassifierConfig,
     ClassifierTask,
@@ -69,9 +68,7 @@ class Supervised(ClassifierTask):
         """Return them made together."""
         return self.stream.fresh_batches(first, count)
 
-    def step(
-        self, batch: Batch, report: Callable[..., None], weights: Tensor | None = None
-    ) -> None:
+    def step(self, batch: Batch, report: Report, weights: Tensor | None = None) -> None:
         if weights is not None:
             super().step(batch, report, weights)
             return

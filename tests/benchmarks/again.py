@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from repeatlab.cli import ROOT
 from repeatlab.store.exchange import import_runs
@@ -64,7 +65,13 @@ def main() -> int:
             for name in store.studies()
             for run in store.read_study(name)["runs"]
         ]
-        planned = [one for one in planned if store.run(*one[1]).done]
+        # Another device's last digits are its own.
+        here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        planned = [
+            one
+            for one in planned
+            if (run := store.run(*one[1])).done and run.environment["device"] == here
+        ]
         for name, key, method, seed in random.Random(said.seed).sample(planned, said.count):
             old = store.run(*key)
             new = train(RunConfig.model_validate(old.config), again)

@@ -242,7 +242,7 @@ def test_what_cannot_be_shown_is_refused_by_its_reason(store, export, tmp_path, 
     assert "--as wandb: --to must be an empty directory" in said.err
     code, said = export("--as", "csv", "--visits", "shown", "--to", str(tmp_path / "out"))
     assert code == 2
-    assert "--visits left out" in said.err
+    assert "--as csv: --visits must be left out" in said.err
     with pytest.raises(ConfigError, match="tensorboard, wandb or trackio; not 'comet'"):
         viewer("comet", tmp_path)
     monkeypatch.setattr(sys, "path", [])  # where nothing is found

@@ -168,15 +168,23 @@ def test_n_varies_and_the_store_says_how_the_runs_were_made(stores):
 )
 def test_other_optimizers_and_label_noise(tmp_path, optimizer):
     task = {"optimizer": optimizer, "lr": 0.01, "label_noise": 0.2, "augment": False}
-    runs = configs(task=task, methods=["standard", "cosine", "linear", "random"], seeds=1)
-    assert [len(group) for round_ in groups(runs) for group in round_] == [4]
+    check_alone(task, tmp_path, seeds=1)
+
+
+def test_arms_whose_images_are_split_by_their_seeds(tmp_path):
+    """Two seeds in one group train, and are validated, on images of their own."""
+    check_alone({"split": "by_seed"}, tmp_path, seeds=2)
+
+
+def check_alone(task: dict[str, Any], tmp_path, *, seeds: int) -> None:
+    runs = configs(task=task, methods=["standard", "cosine", "linear", "random"], seeds=seeds)
+    assert [len(group) for round_ in groups(runs) for group in round_] == [4 * seeds]
     run_all(runs, tmp_path / "together")
     for config in runs:
         alone = train(config, tmp_path / "alone")
         assert_same(at(tmp_path / "together", config), alone)
-        assert at(tmp_path / "together", config).summary["label_noise"] == pytest.approx(
-            alone.summary["label_noise"]
-        )
+        noise = at(tmp_path / "together", config).summary["label_noise"]
+        assert noise == pytest.approx(alone.summary["label_noise"])
 
 
 AGENT = {

@@ -125,8 +125,9 @@ def _arms(arms: pd.DataFrame) -> list[str]:
         "At equal updates, against standard training, over all arms (controls too). p is Holm's "
         f'over the {len(arms)} comparisons; an interval is of one comparison, and "anything" is '
         "what the budgets that were tried leave open. Better and worse: p below 0.05. Equivalent: "
-        "the 90 % interval lies within the margin. Not tested: the loss decides on repeats, and a "
-        f"batch has fewer than {LEAST_DOSE} visits. Undecided: the rest.{_blind(arms)}",
+        "the 90 % interval lies within the margin. Not tested: an arm that is to repeat, or "
+        f"repeats, fewer than {LEAST_DOSE} visits a batch on average. Undecided: the rest."
+        f"{_blind(arms)}",
         "\n".join(said),
         _table([*heads, "diverged", "is"], numbers),
     ]

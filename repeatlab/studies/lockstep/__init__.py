@@ -6,8 +6,8 @@ seed or learning rate alone train as one stacked network without masks, and what
 small network mostly costs, the calls into the library, is shared among them. Each arm keeps its own
 sequence of N, its batches, evaluations, records, checkpoints and run directory.
 
-The results are those of the runs one by one, to the bit where the batched products sum in the
-order of single ones, as torch's do on the CPUs measured for layers of more than a few numbers.
+The results are those of the runs one by one, on a CPU to the bit where the batched products sum in
+the order of single ones, as torch's do for layers of more than a few numbers where it was measured.
 Where they do not, losses differ by some units in the last place, and an N where a loss lies that
 close to a boundary of its mapping; from there on the two runs drift apart, as equal runs on two
 processors do. What a record calls seconds is a run's share: the group's time, divided by its arms.

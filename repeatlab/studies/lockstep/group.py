@@ -128,7 +128,7 @@ class Group:
         self.arms: list[Arm] = []
         self.outcomes: dict[str, str | None] = {}
         self._clock = Stopwatch()
-        self._data: Any = None
+        self._data: dict[int | None, Any] = {}
         self._batches: dict[int, SharedBatches] = {}
         self._beginnings: dict[int, dict[str, Any]] = {}
         self._stack: Any = None
@@ -169,7 +169,9 @@ class Group:
 
     def _build_task(self, config: RunConfig) -> tuple[Task, Task | StandIn]:
         """Return the run's task and what stands for it, with what is equal in all arms shared."""
-        parts = {} if self._data is None else {"data": self._data}
+        by_seed = getattr(config.task, "split", "fixed") == "by_seed"
+        whose = config.seed if by_seed else None  # else the data are those of all seeds
+        parts = {"data": self._data[whose]} if whose in self._data else {}
         if config.seed in self._beginnings:
             parts["beginning"] = self._beginnings[config.seed]
         kind = stack_of(config.task, self.device).task
@@ -177,7 +179,8 @@ class Group:
         if isinstance(task, Reinforcement):
             self._beginnings.setdefault(config.seed, task.lived())
             return task, task
-        self._data = getattr(task, "data", None)  # what is generated has none
+        if data := getattr(task, "data", None):  # what is generated has none
+            self._data[whose] = data
         sharing = SharedBatches(task, self._batches.get(config.seed))
         self._batches[config.seed] = sharing
         return task, sharing

@@ -24,8 +24,8 @@ MOST_ARMS = 64
 MOST_WORK = 2_000_000
 
 # Of the CNN, of images of at most so many pixels, the channels times the samples of a batch up to
-# which an arm takes 0.58 of a run's time, 0.44 with half of them (24 arms). On images of MNIST's or
-# CIFAR's size a CPU gains nothing. (In the same place.)
+# which an arm takes 0.58 of a run's time, 0.44 with half of them (24 arms, in the same place).
+# Larger images have not been measured on a CPU.
 MOST_PIXELS, MOST_CHANNELS = 64, 512
 
 # What lock-step deals with; whatever else a configuration says must be its default.
@@ -34,8 +34,8 @@ _METHOD = "mapping schedule rate apply fresh_views"
 _EVALUATION = "every splits test early_stopping"
 _DATA = "name dataset lr batch_size width optimizer"
 _TASKS = {
-    "supervised": f"{_DATA} model augment label_noise",
-    "unsupervised": f"{_DATA} latent driver binarize redraw_epsilon extractor fid_samples",
+    "supervised": f"{_DATA} split model augment label_noise",
+    "unsupervised": f"{_DATA} split latent driver binarize redraw_epsilon extractor fid_samples",
     "language": (
         f"{_DATA} layers heads tied context numbers base samples repeated_set repeated_share"
     ),
