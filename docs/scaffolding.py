@@ -30,7 +30,9 @@ def scaffold(kind: str, name: str) -> list[str]:
         ConfigError: the name is none, or taken, or a file has no place for it; nothing is written.
     """
     root = Path(__file__).resolve().parents[1]
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,23}", name) or iskeyword(name):
+    class_name = "".join(part.capitalize() for part in name.split("_"))
+    wrong = iskeyword(name) or iskeyword(class_name)
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,23}", name) or wrong:
         raise ConfigError(
             f"name must be in snake_case, as square_root, of 24 characters at most; not {name!r}"
         )
@@ -38,7 +40,7 @@ def scaffold(kind: str, name: str) -> list[str]:
         "name": name,
         "title": name.replace("_", " ").capitalize(),
         "dashed": name.replace("_", "-"),
-        "Name": "".join(part.capitalize() for part in name.split("_")),
+        "Name": class_name,
         "number": _number(root),
     }
     text = Template((TEMPLATES / f"{kind}.tmpl").read_text(encoding="utf-8")).substitute(words)
@@ -71,7 +73,8 @@ def _before(root: Path, path: str, mark: str | None, words: Mapping[str, Any]) -
         text = ""
     else:
         text = file.read_text(encoding="utf-8")
-        named = rf'^ *"{words["name"]}": |^class {words["Name"]}\b'
+        # Also a class that the file imports, and would then have lost.
+        named = rf'^ *"{words["name"]}": |^class {words["Name"]}\b|import .*\b{words["Name"]}\b'
         there = path.startswith("repeatlab/") and re.search(named, text, re.MULTILINE)
     if there:
         raise ConfigError(f"name must be one that is not taken; {path} has {words['name']!r}")

@@ -101,7 +101,7 @@ def time_to_target(frame: pd.DataFrame, *, x: str | Sequence[str], target: str) 
     look.rows_of(row[0], [look.label(method) for method in methods])
     look.caption(
         figure,
-        "dots: seeds; bar: median; triangles: missed by then\nright: how many reached the target",
+        "dots: seeds; bar: median; triangles: missed by then;\nright: how many reached the target",
     )
     return figure
 

@@ -138,6 +138,9 @@ def test_a_name_that_cannot_be_is_refused_and_nothing_is_written(bare):
     assert "Error: name must be in snake_case" in new(bare, "mapping", "9th", status=2)
     named = {
         "task class": "in snake_case, as square_root, of 24 characters at most; not 'class'",
+        "mapping none": "not 'none'",  # None is no name of a class
+        "task true": "not 'true'",
+        "mapping integral": "repeatlab/repetition/mappings.py has 'integral'",  # it imports one
         "mapping SquareRoot": "not 'SquareRoot'",
         f"notebook {LONGEST}c": f"not '{LONGEST}c'",
         "mapping linear": "not taken; repeatlab/repetition/mappings.py has 'linear'",
