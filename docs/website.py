@@ -85,6 +85,7 @@ def _relinked(page: str) -> str:
         "../tests/benchmarks/results/generative_samples", "figures/generative_samples"
     )
     page = re.sub(r"\]\(docs/", "](", page)
+    page = re.sub(r"\]\(figures/(\w+)/([\w-]+\.png)\)", r"](figures/\1-\2)", page)
     page = re.sub(r"\]\(figures/(\w+/)?results\.md\)", "](results.zh-CN.md)", page)
     page = re.sub(r"\]\((?:\.\./)?params/([\w/]+\.yaml)\)", _parameters_of, page)
     page = re.sub(r"\]\(\.\./notebooks/", "](notebooks/", page)

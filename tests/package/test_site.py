@@ -114,6 +114,19 @@ def source(tmp_path_factory):
     return folder / "source"
 
 
+def test_every_picture_that_a_page_shows_lies_beside_it(source):
+    """As the READMEs' head picture of the reference study, which lies elsewhere in the project."""
+    shown = {
+        (file.name, picture)
+        for file in source.glob("*.md")
+        for picture in re.findall(
+            r"(?:!\[[^\]]*\]\(|\{figure\} )([^)\s]+\.(?:png|svg))", file.read_text(encoding="utf-8")
+        )
+    }
+    assert {"index.md", "zh-CN.md"} <= {page for page, _ in shown}
+    assert not [one for one in shown if not (source / one[1]).is_file()]
+
+
 def test_the_first_page_has_the_verdicts_and_figures_with_their_sources(source):
     page = (source / "index.md").read_text(encoding="utf-8")
     results = (ROOT / readme.place(ROOT) / "results.md").read_text(encoding="utf-8")
