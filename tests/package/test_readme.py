@@ -101,7 +101,7 @@ def test_every_number_that_was_measured_stands_between_the_markers(name):
 TERMS = re.compile(
     r"\b(fresh batch|visits?|arms?|dose|driver loss|ledger|own rate|shared rate|controls?|"
     r"mappings?|updates saved|fresh data saved|verdicts?|plans?|run store|profile|wings?|"
-    r"better|worse|equivalent|not tested|undecided|diverged|interim|target)\b",
+    r"better|worse|equivalent|not tested|undecided|diverged|interim|target|null)\b",
     re.IGNORECASE,
 )
 
